@@ -1,0 +1,222 @@
+"""The one configuration of a run: frozen, validated, one field per command-line flag.
+
+The metadata of a field is the single source for its flag's help text and for what values are
+allowed. A `Config` is always complete; `fedrevive_jax.presets.resolve` fills in what a user left
+open from the preset of (dataset, method).
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A value that a user gave is not allowed. The message is one line for that user."""
+
+
+METHODS = ("fedavg", "fedbuff", "afl_dw", "fedrevive", "dd_fedrevive")
+DATASETS = ("digits", "fashion_mnist", "custom")  # custom: given from Python, see simulator.run
+MODELS = ("digitsnet", "convnet", "resnet18", "custom")
+BETA_SHAPES = ("cosine", "constant", "linear", "exponential", "stepwise")
+SERVER_OPTIMIZERS = ("sgd", "momentum", "adam", "adagrad", "yogi")
+DELAYS = (
+    "default", "shifted", "constant", "exponential", "uniform", "lognormal", "halfnormal", "trace",
+)  # fmt: skip
+
+
+def _field(default: Any, help_text: str, **limits: Any) -> Any:
+    """A field with its help text and limits: `choices`, `at_least`, `above`, `at_most`, `below`."""
+    return dataclasses.field(default=default, metadata={"help": help_text, **limits})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that determines a run, and where it is written.
+
+    Symbols of the paper stand in the help texts. Times are in simulated units, rates are per step.
+
+    Raises:
+      ConfigError: when a value is outside its limits or two values contradict each other.
+    """
+
+    # What is run
+    dataset: str = _field("digits", "data set", choices=DATASETS)
+    method: str = _field("fedrevive", "federated method", choices=METHODS)
+    model: str = _field("digitsnet", "model of clients and server", choices=MODELS)
+    seed: int = _field(0, "seed of every random draw of the run", at_least=0, below=2**31)
+    workdir: str = _field("", "folder for the record of the run; empty: runs/DATASET_METHOD_seedN")
+    data_dir: str = _field("", "folder that holds the data set's files; bundled data need none")
+    model_width: int = _field(32, "channels of the model's first convolution", at_least=1)
+    convolution: str = _field(
+        "auto",
+        "how convolutions are computed: auto picks patches on CPU, lax elsewhere",
+        choices=("auto", "lax", "patches"),
+    )
+
+    # The simulated world
+    max_time: float = _field(40.0, "simulated time at which the run stops", above=0)
+    max_versions: int = _field(50_000, "global versions at which the run stops", at_least=1)
+    num_clients: int = _field(100, "N, clients in the population", at_least=1)
+    concurrency: int = _field(20, "K, clients that work at the same time", at_least=1)
+    buffer_size: int = _field(1, "B, arrivals that make one new global version", at_least=1)
+    open_slots: int = _field(
+        1, "free slots at which new jobs are handed out: 1 asynchronous, K synchronous", at_least=1
+    )
+    delays: str = _field("default", "law of the durations of a job", choices=DELAYS)
+    delay_mean: float = _field(
+        1.3, "mean training time of the constant ... halfnormal delays", above=0
+    )
+    delay_spread: float = _field(
+        0.5, "half-width of uniform delays, sigma of lognormal ones", at_least=0
+    )
+    delay_download: float = _field(0.1, "download time of the constant ... delays", at_least=0)
+    delay_upload: float = _field(0.2, "upload time of the constant ... delays", at_least=0)
+    delay_trace: str = _field("", "CSV file of measured durations, for --delays=trace")
+
+    # Clients and their data
+    partition: str = _field(
+        "dirichlet",
+        "how data are handed to clients; natural: one client per group of the data set",
+        choices=("dirichlet", "iid", "natural"),
+    )
+    alpha: float = _field(0.5, "concentration of the Dirichlet class mixes", above=0)
+    samples_per_client: int = _field(350, "samples each client holds", at_least=1)
+    local_iterations: int = _field(25, "training steps of one job", at_least=1)
+    batch_size: int = _field(32, "samples of one training step", at_least=1)
+    client_lr: float = _field(3e-4, "rate of the clients' Adam", above=0)
+    client_batch: int = _field(
+        0, "jobs trained at once in one device call; 0: 1 on CPU, 16 elsewhere", at_least=0
+    )
+    window_limit: int = _field(
+        0, "most jobs trained ahead together; 0: all that can be, 1: one at a time", at_least=0
+    )
+
+    # Server
+    server_lr: float = _field(0.1, "eta_s, rate of the server's step", above=0)
+    server_optimizer: str = _field("sgd", "optimiser of the server", choices=SERVER_OPTIMIZERS)
+    beta_shape: str = _field("cosine", "blending weight over staleness", choices=BETA_SHAPES)
+    beta_s_max: float = _field(75.0, "s_max of the cosine: beta = 1/2 at s_max", above=0)
+    beta_constant: float = _field(0.5, "beta of the constant shape", at_least=0, at_most=1)
+    beta_rate: float = _field(0.005, "gamma (linear) or lambda (exponential) of beta", at_least=0)
+
+    # Data-free knowledge distillation
+    num_teachers: int = _field(8, "c, most recent uploads that teach", at_least=1)
+    proxy: str = _field(
+        "estimated", "class mix of a client: probed, or its true labels",
+        choices=("estimated", "histogram"),
+    )  # fmt: skip
+    proxy_samples: int = _field(64, "Gaussian inputs of one probe", at_least=1)
+    proxy_temperature: float = _field(0.8, "T_probe", above=0)
+    generation_interval: int = _field(
+        10, "T_gen, versions between two generator updates", at_least=1
+    )
+    synthesis_steps: int = _field(2, "K_synth, inner steps of one synthesis", at_least=1)
+    synthesis_batch: int = _field(64, "images made by one synthesis", at_least=1)
+    latent_size: int = _field(256, "size of z and of a class embedding", at_least=1)
+    generator_features: int = _field(128, "f, channels of the generator", at_least=1)
+    generator_lr: float = _field(3e-3, "lr_g, rate of the generator and its meta-step", above=0)
+    latent_lr: float = _field(1e-3, "lr_z, rate of z and of the class embeddings", above=0)
+    feature_weight: float = _field(3e-3, "bn, weight of the feature statistics loss", at_least=0)
+    one_hot_weight: float = _field(1.0, "oh, weight of the cross-entropy loss", at_least=0)
+    adversarial_weight: float = _field(0.1, "adv, weight of the adversarial loss", at_least=0)
+    meta: str = _field(
+        "reptile", "meta-step of the generator", choices=("reptile", "fomaml", "maml")
+    )
+    target_sampling: str = _field(
+        "teachers", "classes to synthesise: mean of the teachers' mixes, or uniform",
+        choices=("teachers", "uniform"),
+    )  # fmt: skip
+    pool_size: int = _field(16_000, "images in the first-in first-out pool", at_least=1)
+    distillation_steps: int = _field(10, "K_KD, student steps at one arrival", at_least=1)
+    distillation_batch: int = _field(32, "images per teacher and student step", at_least=1)
+    distillation_lr: float = _field(1e-4, "lr_kd, rate of the student", above=0)
+    distillation_temperature: float = _field(1.0, "temperature of the distillation", above=0)
+    distillation_weight_decay: float = _field(
+        1e-5, "L2 weight decay added to the student's gradient", at_least=0
+    )
+    freeze_versions: int = _field(50, "versions before the first synthesis", at_least=0)
+    warmup_versions: int = _field(
+        100, "versions up to which uploads go in unblended and L_adv is off", at_least=0
+    )
+
+    # The record
+    eval_every: int = _field(10, "versions between two evaluations", at_least=1)
+    eval_split: str = _field(
+        "test", "split that is evaluated", choices=("test", "validation")
+    )
+    eval_batch: int = _field(512, "samples of one evaluation call", at_least=1)
+    checkpoint_every: int = _field(
+        200, "versions between two checkpoints; one more is written at the end", at_least=1
+    )
+    checkpoint_keep: int = _field(2, "newest checkpoints that are kept", at_least=1)
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+        if self.concurrency > self.num_clients:
+            raise ConfigError(
+                f"--concurrency={self.concurrency}: must be at most --num_clients="
+                f"{self.num_clients} (K clients out of N work at the same time)"
+            )
+        if self.open_slots > self.concurrency:
+            raise ConfigError(
+                f"--open_slots={self.open_slots}: must be at most --concurrency={self.concurrency}"
+            )
+        if self.warmup_versions < self.freeze_versions:
+            raise ConfigError(
+                f"--warmup_versions={self.warmup_versions}: must be at least --freeze_versions="
+                f"{self.freeze_versions} (distillation needs a synthesised pool)"
+            )
+        if self.pool_size < self.synthesis_batch:
+            raise ConfigError(
+                f"--pool_size={self.pool_size}: must be at least --synthesis_batch="
+                f"{self.synthesis_batch}"
+            )
+        if self.delays == "uniform" and self.delay_spread >= self.delay_mean:
+            raise ConfigError(
+                f"--delay_spread={self.delay_spread}: must be below --delay_mean="
+                f"{self.delay_mean} (a training time is positive)"
+            )
+        if self.delays == "trace" and not self.delay_trace:
+            raise ConfigError("--delay_trace=: must name a CSV file with --delays=trace")
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder for the record of this run."""
+        return Path(self.workdir or f"runs/{self.dataset}_{self.method}_seed{self.seed}")
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+# Where a run is written and where its data lie do not change what it computes.
+LOCATION_FIELDS = ("workdir", "data_dir")
+
+
+def _checked(field: dataclasses.Field, value: Any) -> Any:
+    """The value as the field's type, or a ConfigError that names flag, value and limits."""
+    limits = field.metadata
+    try:
+        if isinstance(value, bool) or (field.type is int and int(value) != value):
+            raise ValueError
+        result = field.type(value)
+    except (TypeError, ValueError, OverflowError):
+        kind = {int: "a whole number", float: "a number", str: "a text"}[field.type]
+        raise ConfigError(f"--{field.name}={value}: must be {kind}") from None
+    if field.type is float and not math.isfinite(result):
+        raise ConfigError(f"--{field.name}={value}: must be finite")
+    if "choices" in limits and result not in limits["choices"]:
+        raise ConfigError(
+            f"--{field.name}={value}: must be one of {', '.join(limits['choices'])}"
+        )
+    for name, holds, words in (
+        ("at_least", lambda limit: result >= limit, "at least"),
+        ("above", lambda limit: result > limit, "above"),
+        ("at_most", lambda limit: result <= limit, "at most"),
+        ("below", lambda limit: result < limit, "below"),
+    ):
+        if name in limits and not holds(limits[name]):
+            raise ConfigError(f"--{field.name}={value}: must be {words} {limits[name]}")
+    return result

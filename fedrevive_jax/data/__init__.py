@@ -1,0 +1,29 @@
+"""Data sets: a source per file, one record for all, loaded by name."""
+
+import importlib
+
+from fedrevive_jax.config import Config, ConfigError
+from fedrevive_jax.data.dataset import Dataset, Preprocessing, split_training
+
+__all__ = ["SOURCES", "Dataset", "Preprocessing", "load", "split_training"]
+
+# name -> module with `load(data_dir: str, seed: int) -> Dataset`; imported only when it is asked
+# for, so that a digits run does not import what other sources need.
+SOURCES = {
+    "digits": "fedrevive_jax.data.digits",
+    "fashion_mnist": "fedrevive_jax.data.fashion_mnist",
+}
+
+
+def load(config: Config) -> Dataset:
+    """The data set that a configuration names.
+
+    Raises:
+      ConfigError: when files are missing, cut short or not what they should be.
+    """
+    if config.dataset not in SOURCES:
+        raise ConfigError(
+            f"--dataset={config.dataset}: is given from Python, run(config, dataset=...); by name: "
+            + ", ".join(SOURCES)
+        )
+    return importlib.import_module(SOURCES[config.dataset]).load(config.data_dir, config.seed)

@@ -1,0 +1,79 @@
+"""The record of a data set, and the split of its training part."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fedrevive_jax.streams import Stream, numpy_generator
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How byte images become model inputs; applied on the device, see `data.augment`.
+
+    Attributes:
+      crop_padding: pixels of padding before a random crop back to size; 0 is no crop.
+      flip: whether images are flipped left-right at random.
+      mean, std: per-channel normalisation of values in [0, 1]; empty is none.
+    """
+
+    crop_padding: int = 0
+    flip: bool = False
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set, once in memory.
+
+    Attributes:
+      name: for records and messages.
+      num_classes: number of classes.
+      images: uint8 array [n, height, width, channels], all splits.
+      labels: int32 array [n].
+      splits: positions of the samples of `train`, `validation`, `distillation` (real images for
+        the data-dependent reference method) and `test`.
+      preprocessing: how images become inputs.
+      groups: natural owner of each sample, int array [n], or None.
+    """
+
+    name: str
+    num_classes: int
+    images: np.ndarray
+    labels: np.ndarray
+    splits: dict[str, np.ndarray]
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    groups: np.ndarray | None = None
+
+    def __post_init__(self):
+        missing = {"train", "validation", "distillation", "test"} - set(self.splits)
+        if missing:
+            raise ValueError(f"data set {self.name}: no split {sorted(missing)[0]!r}")
+        if len(self.images) != len(self.labels):
+            raise ValueError(
+                f"data set {self.name}: {len(self.images)} images, {len(self.labels)} labels"
+            )
+        if len(self.labels) and not (
+            0 <= self.labels.min() and self.labels.max() < self.num_classes
+        ):
+            raise ValueError(f"data set {self.name}: labels outside 0..{self.num_classes - 1}")
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return self.images.shape[1:]
+
+
+def split_training(count: int, seed: int) -> dict[str, np.ndarray]:
+    """Splits `count` official training samples at random.
+
+    75% train, 15% validation, 10% kept for the data-dependent variant (ALGORITHM of the paper,
+    section "data"); the official test set is not touched.
+    """
+    order = numpy_generator(seed, Stream.SPLIT).permutation(count).astype(np.int32)
+    train, validation = round(0.75 * count), round(0.15 * count)
+    return {
+        "train": order[:train],
+        "validation": order[train : train + validation],
+        "distillation": order[train + validation :],
+    }

@@ -1,0 +1,42 @@
+"""Reader of IDX files, the format of the MNIST family, plain or gzipped."""
+
+import gzip
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from fedrevive_jax.config import ConfigError
+
+
+def read_idx(folder: str, name: str, dimensions: int) -> np.ndarray:
+    """Reads `folder/name` or `folder/name.gz` as a uint8 array of that many dimensions.
+
+    Raises:
+      ConfigError: the file is missing, cut short, too long, or not an IDX file of bytes.
+    """
+    path = next(
+        (p for p in (Path(folder, name), Path(folder, name + ".gz")) if p.is_file()), None
+    )
+    if path is None:
+        raise ConfigError(f"--data_dir={folder}: no file {name} or {name}.gz")
+    try:
+        raw = path.read_bytes()
+        if path.suffix == ".gz":
+            raw = gzip.decompress(raw)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ConfigError(f"--data_dir={folder}: {path.name} cannot be read ({error})") from error
+    header = 4 + 4 * dimensions
+    if len(raw) < header or raw[:4] != bytes([0, 0, 8, dimensions]):
+        raise ConfigError(
+            f"--data_dir={folder}: {path.name} is not an IDX file of bytes in {dimensions} "
+            "dimensions"
+        )
+    shape = struct.unpack(f">{dimensions}I", raw[4:header])
+    expected = header + int(np.prod(shape, dtype=np.int64))
+    if len(raw) != expected:
+        raise ConfigError(
+            f"--data_dir={folder}: {path.name} holds {len(raw)} bytes, its header says {expected}"
+        )
+    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)

@@ -1,0 +1,87 @@
+"""Multi-teacher distillation of pool images into the global parameters."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedrevive_jax.dfkd import loss_guard, losses
+from fedrevive_jax.dfkd.loss_guard import LossGuard
+from fedrevive_jax.models import Model
+from fedrevive_jax.models.model import Params
+
+
+class Distilled(NamedTuple):
+    """Delta^KD = student - global, the loss of every step [steps], and the guard afterwards."""
+
+    delta: Params
+    losses: jax.Array
+    guard: LossGuard
+
+
+def teacher_logits(model: Model, teacher_params: Params, inputs: jax.Array) -> jax.Array:
+    """Every teacher judges its own draw.
+
+    Args:
+      model: the model.
+      teacher_params: leaves [c, ...].
+      inputs: [steps, c, b, ...].
+
+    Returns:
+      [steps, c, b, classes].
+    """
+    steps, num_teachers, batch = inputs.shape[:3]
+    own = inputs.swapaxes(0, 1).reshape(num_teachers, steps * batch, *inputs.shape[3:])
+    # One plain call per teacher: weights that differ per call would make grouped convolutions.
+    logits = jax.lax.map(lambda pair: model.apply(*pair)[0], (teacher_params, own))
+    return logits.reshape(num_teachers, steps, batch, -1).swapaxes(0, 1)
+
+
+def distil(
+    model: Model,
+    params: Params,
+    inputs: jax.Array,
+    targets: jax.Array,
+    present: jax.Array,
+    guard: LossGuard,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    temperature: float,
+) -> Distilled:
+    """Trains a student that starts at the global parameters.
+
+    Adam with a fresh state, L2 weight decay added to the gradient; the loss is the mean over all
+    teachers' samples of T^2 KL(teacher || student).
+
+    Args:
+      model: the model.
+      params: the global parameters.
+      inputs: [steps, c, b, ...], each teacher's draw for each step.
+      targets: the teachers' logits, [steps, c, b, classes].
+      present: bool [c], which teachers exist; the samples of the others do not count.
+      guard: see `loss_guard`; a step whose loss does not count has a zero loss gradient.
+      learning_rate: lr_kd.
+      weight_decay: L2 coefficient.
+      temperature: T.
+    """
+    optimizer = optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
+    per_sample = present[:, None] / (present.sum() * inputs.shape[2])
+
+    def loss_fn(student, x, wanted):
+        logits, _ = model.apply(student, x.reshape(-1, *x.shape[2:]))
+        divergence = losses.kl_divergence(wanted, logits.reshape(wanted.shape), temperature)
+        return (per_sample * divergence).sum()
+
+    def step(carry, batch):
+        student, opt_state, guard = carry
+        loss, grads = jax.value_and_grad(loss_fn)(student, *batch)
+        counts, guard = loss_guard.check(guard, "distillation", loss)
+        grads = jax.tree.map(lambda g: jnp.where(counts, g, 0), grads)
+        updates, opt_state = optimizer.update(grads, opt_state, student)
+        return (optax.apply_updates(student, updates), opt_state, guard), loss
+
+    carry = (params, optimizer.init(params), guard)
+    (student, _, guard), step_losses = jax.lax.scan(step, carry, (inputs, targets))
+    return Distilled(jax.tree.map(jnp.subtract, student, params), step_losses, guard)

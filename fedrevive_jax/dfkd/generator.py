@@ -1,0 +1,65 @@
+"""The class-conditional image generator."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fedrevive_jax.models import layers
+
+EMBEDDING_WEIGHT = 0.2
+EPSILON = 1e-5
+
+
+class BatchNormalise(nn.Module):
+    """Normalises with the batch's own statistics, always; scale and bias are learned."""
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        mean, variance = layers.batch_statistics(x)
+        return (x - mean) * (jax.lax.rsqrt(variance + EPSILON) * scale) + bias
+
+
+def upsample(x: jax.Array) -> jax.Array:
+    """Twice the height and width, nearest neighbour."""
+    return x.repeat(2, axis=1).repeat(2, axis=2)
+
+
+class Generator(nn.Module):
+    """(z [b, latent], class embeddings [classes, latent], targets [b]) -> images in [0, 1].
+
+    h = z + 0.2 e[y]; dense to (H/4, W/4, 2f); BatchNorm; x2; conv 2f; BatchNorm; LeakyReLU .2; x2;
+    conv f; BatchNorm; LeakyReLU .2; conv to the image channels; sigmoid.
+    """
+
+    image_shape: tuple[int, int, int]
+    features: int = 128
+    convolution: str = "auto"
+
+    @nn.compact
+    def __call__(self, z, embeddings, targets):
+        height, width, channels = self.image_shape
+        features = self.features
+
+        def conv(size, x, name, use_bias):
+            return layers.conv(
+                size, x, name, padding=1, use_bias=use_bias, convolution=self.convolution
+            )
+
+        x = z + EMBEDDING_WEIGHT * embeddings[targets]
+        x = layers.dense(height // 4 * (width // 4) * 2 * features, x, "dense")
+        x = x.reshape(-1, height // 4, width // 4, 2 * features)
+        x = upsample(BatchNormalise(name="bn0")(x))
+        x = conv(2 * features, x, "conv1", use_bias=False)
+        x = nn.leaky_relu(BatchNormalise(name="bn1")(x), 0.2)
+        x = conv(features, upsample(x), "conv2", use_bias=False)
+        x = nn.leaky_relu(BatchNormalise(name="bn2")(x), 0.2)
+        return jax.nn.sigmoid(conv(channels, x, "conv3", use_bias=True))
+
+
+def init_params(generator: Generator, latent_size: int, num_classes: int, key: jax.Array):
+    """Parameters of a new generator."""
+    return generator.init(
+        key, jnp.zeros((1, latent_size)), jnp.zeros((num_classes, latent_size)), jnp.zeros(1, int)
+    )["params"]

@@ -1,0 +1,86 @@
+"""The loss terms of synthesis and distillation.
+
+Symbols: k counts teachers (c of them), i counts samples (b), y_i is the target class of sample i,
+q_k the class mix of teacher k's client, m_k teacher k.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedrevive_jax.models.model import Taps
+
+WEIGHT_FLOOR = 1e-8
+
+
+def teacher_weights(proxies: jax.Array, targets: jax.Array) -> jax.Array:
+    """w_k(y_i) = q_k(y_i) / sum_j q_j(y_i), the denominator at least 1e-8.
+
+    Args:
+      proxies: q, [c, classes]; rows of absent teachers are zero.
+      targets: y, int [b].
+
+    Returns:
+      [c, b].
+    """
+    share = proxies[:, targets]
+    return share / jnp.maximum(share.sum(axis=0), WEIGHT_FLOOR)
+
+
+def statistics_distance(taps: Taps, reference: Taps) -> jax.Array:
+    """sum over taps of ||mu - mu'||_2 + ||sigma^2 - sigma'^2||_2; the norms are not squared.
+
+    The gradient of a norm at zero is taken as zero.
+    """
+    total = 0.0
+    for (mean, variance), (mean_k, variance_k) in zip(taps, reference, strict=True):
+        total += optax.safe_norm(mean_k - mean, 0.0) + optax.safe_norm(variance_k - variance, 0.0)
+    return total
+
+
+def feature_loss(weights: jax.Array, distances: jax.Array) -> jax.Array:
+    """L_feat = (1/b) sum_k [sum_i w_k(y_i)] distance_k.
+
+    Args:
+      weights: w, [c, b].
+      distances: `statistics_distance` inside each teacher, [c].
+    """
+    return (weights.sum(axis=1) * distances).sum() / weights.shape[1]
+
+
+def one_hot_loss(weights: jax.Array, teacher_logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """L_ce = (1/b) sum_i sum_k w_k(y_i) CE(m_k(x_i), y_i).
+
+    Args:
+      weights: w, [c, b].
+      teacher_logits: [c, b, classes].
+      targets: y, int [b].
+    """
+    entropy = optax.softmax_cross_entropy_with_integer_labels(
+        teacher_logits, jnp.broadcast_to(targets, teacher_logits.shape[:2])
+    )
+    return (weights * entropy).sum() / weights.shape[1]
+
+
+def kl_divergence(
+    teacher_logits: jax.Array, student_logits: jax.Array, temperature: float = 1.0
+) -> jax.Array:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)) per sample, over the last axis."""
+    teacher = jax.nn.log_softmax(teacher_logits / temperature)
+    student = jax.nn.log_softmax(student_logits / temperature)
+    return temperature**2 * (jnp.exp(teacher) * (teacher - student)).sum(axis=-1)
+
+
+def adversarial_loss(
+    weights: jax.Array, teacher_logits: jax.Array, student_logits: jax.Array
+) -> jax.Array:
+    """L_adv = -(1/b) sum_i sum_k w_k(y_i) 1[argmax student = argmax m_k] KL(m_k || student).
+
+    Args:
+      weights: w, [c, b].
+      teacher_logits: [c, b, classes].
+      student_logits: [b, classes].
+    """
+    agree = student_logits.argmax(axis=-1) == teacher_logits.argmax(axis=-1)
+    divergence = kl_divergence(teacher_logits, student_logits)
+    return -(weights * agree * divergence).sum() / weights.shape[1]

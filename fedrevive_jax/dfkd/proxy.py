@@ -1,0 +1,67 @@
+"""An estimate of each client's class mix from its first uploads, without asking the client."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedrevive_jax.models import Model
+from fedrevive_jax.models.model import Params
+
+UPLOADS = 2
+
+
+class Proxies(NamedTuple):
+    """Class-mix proxies of all clients.
+
+    Attributes:
+      total: float32 [N, classes], sum of the probes of a client so far.
+      probes: int32 [N], uploads probed so far, at most 2.
+    """
+
+    total: jax.Array
+    probes: jax.Array
+
+
+def unknown(num_clients: int, num_classes: int) -> Proxies:
+    return Proxies(jnp.zeros((num_clients, num_classes)), jnp.zeros(num_clients, jnp.int32))
+
+
+def known(class_mixes: jax.Array) -> Proxies:
+    """Proxies that are the true label histograms [N, classes] and are never probed."""
+    mixes = jnp.asarray(class_mixes, jnp.float32)
+    return Proxies(mixes * UPLOADS, jnp.full(len(mixes), UPLOADS, jnp.int32))
+
+
+def probe(model: Model, params: Params, inputs: jax.Array, temperature: float) -> jax.Array:
+    """The mean of softmax(logits / T_probe) over Gaussian inputs [b, ...]; float32 [classes]."""
+    logits, _ = model.apply(params, inputs)
+    return jax.nn.softmax(logits / temperature).mean(axis=0)
+
+
+def observe(
+    proxies: Proxies,
+    model: Model,
+    params: Params,
+    client: jax.Array,
+    key: jax.Array,
+    *,
+    samples: int,
+    temperature: float,
+) -> Proxies:
+    """Probes an uploaded model if it is one of its client's first two uploads."""
+
+    def update(proxies):
+        inputs = jax.random.normal(key, (samples, *model.input_shape))
+        estimate = probe(model, params, inputs, temperature)
+        return Proxies(
+            proxies.total.at[client].add(estimate), proxies.probes.at[client].add(1)
+        )
+
+    return jax.lax.cond(proxies.probes[client] < UPLOADS, update, lambda p: p, proxies)
+
+
+def of_clients(proxies: Proxies, clients: jax.Array) -> jax.Array:
+    """q of the given clients, [len(clients), classes]; zero where client is -1 or unknown."""
+    found = proxies.total[clients] / jnp.maximum(proxies.probes[clients], 1)[:, None]
+    return jnp.where((clients >= 0)[:, None], found, 0.0)

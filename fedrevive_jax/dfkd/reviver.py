@@ -1,0 +1,218 @@
+"""The whole of DFKD at one arrival: observe, synthesise when due, distil when due."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedrevive_jax import trees
+from fedrevive_jax.config import Config
+from fedrevive_jax.dfkd import distillation, loss_guard, pool, proxy, synthesis, teachers
+from fedrevive_jax.dfkd.generator import Generator, init_params
+from fedrevive_jax.dfkd.loss_guard import LossGuard
+from fedrevive_jax.local_training import initial_taps
+from fedrevive_jax.messages import Arrival, Upload
+from fedrevive_jax.models import Model
+from fedrevive_jax.models.model import Params
+from fedrevive_jax.streams import Stream, jax_key
+
+
+class ReviverState(NamedTuple):
+    """Everything that DFKD carries from arrival to arrival.
+
+    Attributes:
+      teachers: the c most recent uploads.
+      proxies: class mixes of all clients.
+      generator: omega and its meta-optimiser; None where nothing is synthesised.
+      guard: recent loss values.
+      pool: images to distil on.
+      synthesised_version: int32 [], the last version at which images were made; -1 before.
+    """
+
+    teachers: teachers.Teachers
+    proxies: proxy.Proxies
+    generator: synthesis.GeneratorState | None
+    guard: LossGuard
+    pool: pool.Pool
+    synthesised_version: jax.Array
+
+
+class Revival(NamedTuple):
+    """What the reviver offers for one arrival.
+
+    Attributes:
+      delta: Delta^KD, zero where nothing was distilled.
+      distilled: bool [], whether `delta` may be blended in.
+      metrics: float32 [] by name; NaN where a part did not run.
+    """
+
+    delta: Params
+    distilled: jax.Array
+    metrics: dict[str, jax.Array]
+
+
+class Reviver(NamedTuple):
+    """Pure functions.
+
+    Attributes:
+      init: global params -> ReviverState.
+      revive: (state, global params, upload, arrival, beta, key) -> (state, Revival).
+    """
+
+    init: Callable[[Params], ReviverState]
+    revive: Callable[..., tuple[ReviverState, Revival]]
+
+
+SYNTHESIS_METRICS = ("feature", "one_hot", "adversarial", "synthesis")
+
+
+def create(
+    config: Config,
+    model: Model,
+    augment: Callable[[jax.Array, jax.Array], jax.Array],
+    *,
+    class_mixes: Any = None,
+    real_images: tuple[Any, Any] | None = None,
+) -> Reviver:
+    """Builds the reviver of a configuration.
+
+    Args:
+      config: the DFKD fields, `seed` and `num_clients` are read.
+      model: teachers and student.
+      augment: (images [b, H, W, C] in [0, 1] or bytes, key) -> inputs.
+      class_mixes: true histograms [N, classes], for `proxy=histogram`.
+      real_images: (byte images, labels) that stand in for the pool: the data-dependent reference.
+        Nothing is synthesised then.
+    """
+    synthesiser = None
+    if real_images is None:
+        generator = Generator(model.input_shape, config.generator_features, config.convolution)
+        synthesiser = synthesis.make_synthesiser(
+            model,
+            generator,
+            augment,
+            latent_size=config.latent_size,
+            batch=config.synthesis_batch,
+            steps=config.synthesis_steps,
+            generator_lr=config.generator_lr,
+            latent_lr=config.latent_lr,
+            feature_weight=config.feature_weight,
+            one_hot_weight=config.one_hot_weight,
+            adversarial_weight=config.adversarial_weight,
+            meta=config.meta,
+            target_sampling=config.target_sampling,
+        )
+
+    def init(params: Params) -> ReviverState:
+        generator_state = None
+        if synthesiser is None:
+            images = pool.filled(*real_images)
+        else:
+            key = jax_key(config.seed, Stream.GENERATOR_INIT)
+            omega = init_params(generator, config.latent_size, model.num_classes, key)
+            generator_state = synthesiser.init(omega)
+            images = pool.empty(config.pool_size, model.input_shape)
+        if config.proxy == "histogram":
+            mixes = proxy.known(class_mixes)
+        else:
+            mixes = proxy.unknown(config.num_clients, model.num_classes)
+        return ReviverState(
+            teachers.init(params, initial_taps(model), config.num_teachers),
+            mixes,
+            generator_state,
+            loss_guard.init(),
+            images,
+            jnp.asarray(-1, jnp.int32),
+        )
+
+    def synthesise(state: ReviverState, proxies, present, params, arrival: Arrival, key):
+        draw_key, augment_key = jax.random.split(key)
+        result = synthesiser.synthesise(
+            state.generator,
+            *synthesiser.draw(draw_key, proxies, present),
+            state.teachers.params,
+            state.teachers.taps,
+            proxies,
+            params,
+            arrival.version > config.warmup_versions,
+            state.guard,
+            augment_key,
+        )
+        grown = pool.add(state.pool, result.images, result.labels.astype(jnp.int32))
+        state = state._replace(
+            generator=result.generator,
+            guard=result.guard,
+            pool=trees.select(trees.all_finite(result.images), grown, state.pool),
+            synthesised_version=arrival.version,
+        )
+        return state, tuple(jnp.asarray(term, jnp.float32) for term in result.terms)
+
+    def distil(state: ReviverState, proxies, present, params, key):
+        steps, batch = config.distillation_steps, config.distillation_batch
+        draw_key, augment_key = jax.random.split(key)
+        chosen = pool.draw(state.pool, proxies, steps * batch, draw_key)
+        flat = chosen.reshape(-1, steps, batch).swapaxes(0, 1).reshape(-1)
+        inputs = augment(state.pool.images[flat], augment_key)
+        inputs = inputs.reshape(steps, config.num_teachers, batch, *model.input_shape)
+        targets = distillation.teacher_logits(model, state.teachers.params, inputs)
+        result = distillation.distil(
+            model,
+            params,
+            inputs,
+            targets,
+            present,
+            state.guard,
+            learning_rate=config.distillation_lr,
+            weight_decay=config.distillation_weight_decay,
+            temperature=config.distillation_temperature,
+        )
+        good = trees.all_finite(result.delta)
+        zero = jax.tree.map(jnp.zeros_like, params)
+        loss = result.losses.mean().astype(jnp.float32)
+        return state._replace(guard=result.guard), trees.select(good, result.delta, zero), good, loss
+
+    def revive(state: ReviverState, params, upload: Upload, arrival: Arrival, beta, key):
+        probe_key, synthesis_key, distillation_key = jax.random.split(key, 3)
+        # The arriving upload teaches first; its client's proxy is refined before it is used.
+        state = state._replace(
+            teachers=teachers.insert(state.teachers, upload, arrival.client),
+            proxies=proxy.observe(
+                state.proxies,
+                model,
+                upload.params,
+                arrival.client,
+                probe_key,
+                samples=config.proxy_samples,
+                temperature=config.proxy_temperature,
+            ),
+        )
+        proxies = proxy.of_clients(state.proxies, state.teachers.clients)
+        present = state.teachers.clients >= 0
+        nan = jnp.asarray(jnp.nan, jnp.float32)
+
+        terms = (nan,) * len(SYNTHESIS_METRICS)
+        if synthesiser is not None:
+            due = (
+                (arrival.version >= config.freeze_versions)
+                & (arrival.version % config.generation_interval == 0)
+                & (arrival.version != state.synthesised_version)
+            )
+            state, terms = jax.lax.cond(
+                due,
+                lambda s: synthesise(s, proxies, present, params, arrival, synthesis_key),
+                lambda s: (s, terms),
+                state,
+            )
+
+        warm = (arrival.version > config.warmup_versions) | (synthesiser is None)
+        state, delta, distilled, loss = jax.lax.cond(
+            warm & (beta > 0) & (state.pool.added > 0),
+            lambda s: distil(s, proxies, present, params, distillation_key),
+            lambda s: (s, jax.tree.map(jnp.zeros_like, params), jnp.asarray(False), nan),
+            state,
+        )
+        metrics = dict(zip(SYNTHESIS_METRICS, terms, strict=True), distillation=loss)
+        return state, Revival(delta, distilled, metrics)
+
+    return Reviver(init, revive)

@@ -1,0 +1,281 @@
+"""Making images that the teachers know, and learning to make them (the meta-step)."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedrevive_jax import trees
+from fedrevive_jax.dfkd import loss_guard, losses
+from fedrevive_jax.dfkd.generator import Generator
+from fedrevive_jax.dfkd.loss_guard import LossGuard
+from fedrevive_jax.models import Model
+from fedrevive_jax.models.model import Params, Taps
+
+# Adam of the generator, its latents and the meta-step.
+B1 = 0.5
+# Second derivatives of Adam's step are infinite where a gradient is exactly zero (a class that was
+# not drawn). Only full MAML needs them, so only full MAML pays with a shift below Adam's epsilon.
+MAML_EPS_ROOT = 1e-16
+
+
+class Variables(NamedTuple):
+    """What the inner steps optimise: phi (a fast copy of omega), z [b, latent], e [C, latent]."""
+
+    generator: Params
+    z: jax.Array
+    embeddings: jax.Array
+
+
+class GeneratorState(NamedTuple):
+    """The persistent generator: parameters omega and the state of the meta-step's Adam."""
+
+    params: Params
+    meta: Any
+
+
+class Terms(NamedTuple):
+    """Loss terms of one step, float32 [] (or [steps])."""
+
+    feature: jax.Array
+    one_hot: jax.Array
+    adversarial: jax.Array
+    total: jax.Array
+
+
+class InnerResult(NamedTuple):
+    """The inner steps' outcome.
+
+    Attributes:
+      variables: after the last step.
+      gradient_sum: sum over steps of dL/dphi.
+      terms: `Terms` with leaves [steps].
+      images: raw images [b, H, W, C] of the step with the lowest total loss.
+      best_step: int32 [].
+      guard: the loss guard afterwards.
+    """
+
+    variables: Variables
+    gradient_sum: Params
+    terms: Terms
+    images: jax.Array
+    best_step: jax.Array
+    guard: LossGuard
+
+
+class SynthesisResult(NamedTuple):
+    """The generator after the meta-step, the images that were made, and their labels."""
+
+    generator: GeneratorState
+    guard: LossGuard
+    images: jax.Array
+    labels: jax.Array
+    terms: Terms
+
+
+class Synthesiser(NamedTuple):
+    """Pure functions of one synthesis; see `make_synthesiser`."""
+
+    init: Callable
+    draw: Callable
+    objective: Callable
+    inner: Callable
+    synthesise: Callable
+
+
+def make_synthesiser(
+    model: Model,
+    generator: Generator,
+    augment: Callable[[jax.Array, jax.Array], jax.Array],
+    *,
+    latent_size: int,
+    batch: int,
+    steps: int,
+    generator_lr: float,
+    latent_lr: float,
+    feature_weight: float,
+    one_hot_weight: float,
+    adversarial_weight: float,
+    meta: str,
+    target_sampling: str,
+) -> Synthesiser:
+    """Builds the synthesis of arXiv 2511.00655: L = bn L_feat + oh L_ce + adv L_adv.
+
+    Args:
+      model: teachers and student.
+      generator: the generator network.
+      augment: (raw images, key) -> model inputs; differentiable.
+      latent_size, batch: shape of z.
+      steps: K_synth.
+      generator_lr, latent_lr: lr_g, lr_z.
+      feature_weight, one_hot_weight, adversarial_weight: bn, oh, adv.
+      meta: gradient given to the persistent Adam of omega (rate lr_g): `reptile` omega - phi_K;
+        `fomaml` sum_s dL/dphi at phi_s; `maml` d(sum_s L(phi_s))/d omega through the inner steps.
+      target_sampling: `teachers` draws targets from the mean of the teachers' proxies, `uniform`
+        over the classes.
+    """
+    eps_root = MAML_EPS_ROOT if meta == "maml" else 0.0
+    fast_adam = optax.adam(generator_lr, b1=B1, eps_root=eps_root)
+    latent_adam = optax.adam(latent_lr, b1=B1, eps_root=eps_root)
+    meta_adam = optax.adam(generator_lr, b1=B1)
+
+    def init(params: Params) -> GeneratorState:
+        return GeneratorState(params, meta_adam.init(params))
+
+    def draw(key, proxies, present):
+        """Targets y, z and e of a fresh synthesis."""
+        target_key, z_key, embedding_key = jax.random.split(key, 3)
+        if target_sampling == "uniform":
+            targets = jax.random.randint(target_key, (batch,), 0, model.num_classes)
+        else:
+            mix = proxies.sum(axis=0) / present.sum()
+            targets = jax.random.categorical(target_key, jnp.log(mix), shape=(batch,))
+        z = jax.random.normal(z_key, (batch, latent_size))
+        embeddings = jax.random.normal(embedding_key, (model.num_classes, latent_size))
+        return targets, z, embeddings
+
+    def objective(
+        variables: Variables,
+        targets: jax.Array,
+        teacher_params: Params,
+        teacher_taps: Taps,
+        proxies: jax.Array,
+        student: Params,
+        adversarial_on: jax.Array,
+        guard: LossGuard,
+        key: jax.Array,
+    ):
+        """L of one step -> (total, (Terms, raw images, guard))."""
+        images = generator.apply(
+            {"params": variables.generator}, variables.z, variables.embeddings, targets
+        )
+        inputs = augment(images, key)
+        weights = losses.teacher_weights(proxies, targets)
+
+        def judge(teacher):
+            params, reference = teacher
+            logits, taps = model.apply(params, inputs)
+            return logits, losses.statistics_distance(taps, reference)
+
+        # One plain call per teacher, see `distillation.teacher_logits`.
+        logits, distances = jax.lax.map(judge, (teacher_params, teacher_taps))
+        feature = losses.feature_loss(weights, distances)
+        one_hot = losses.one_hot_loss(weights, logits, targets)
+        adversarial = losses.adversarial_loss(weights, logits, model.apply(student, inputs)[0])
+
+        feature_counts, guard = loss_guard.check(guard, "feature", feature)
+        one_hot_counts, guard = loss_guard.check(guard, "one_hot", one_hot)
+        adversarial_counts, checked = loss_guard.check(guard, "adversarial", adversarial)
+        guard = trees.select(adversarial_on, checked, guard)
+        total = (
+            jnp.where(feature_counts, feature_weight * feature, 0.0)
+            + jnp.where(one_hot_counts, one_hot_weight * one_hot, 0.0)
+            + jnp.where(adversarial_counts & adversarial_on, adversarial_weight * adversarial, 0.0)
+        )
+        return total, (Terms(feature, one_hot, adversarial, total), images, guard)
+
+    def inner(
+        variables: Variables,
+        targets,
+        teacher_params,
+        teacher_taps,
+        proxies,
+        student,
+        adversarial_on,
+        guard,
+        key,
+    ) -> InnerResult:
+        """K_synth steps of Adam with fresh states on phi, z and e."""
+
+        def step(carry, number):
+            variables, fast_state, latent_state, guard, gradient_sum, best = carry
+            (total, (terms, images, guard)), grads = jax.value_and_grad(objective, has_aux=True)(
+                variables,
+                targets,
+                teacher_params,
+                teacher_taps,
+                proxies,
+                student,
+                adversarial_on,
+                guard,
+                jax.random.fold_in(key, number),
+            )
+            # A broken term has a zero weight, but 0 * inf on the way back would still be NaN.
+            grads = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), grads)
+            latents = (variables.z, variables.embeddings)
+            fast_update, fast_state = fast_adam.update(grads.generator, fast_state)
+            latent_update, latent_state = latent_adam.update(
+                (grads.z, grads.embeddings), latent_state
+            )
+            new = Variables(
+                optax.apply_updates(variables.generator, fast_update),
+                *optax.apply_updates(latents, latent_update),
+            )
+            gradient_sum = jax.tree.map(jnp.add, gradient_sum, grads.generator)
+            best = trees.select(total < best[0], (total, number, images), best)
+            return (new, fast_state, latent_state, guard, gradient_sum, best), terms
+
+        batch_size = len(targets)
+        best = (
+            jnp.asarray(jnp.inf, variables.z.dtype),
+            jnp.zeros((), jnp.int32),
+            jnp.zeros((batch_size, *generator.image_shape), variables.z.dtype),
+        )
+        carry = (
+            variables,
+            fast_adam.init(variables.generator),
+            latent_adam.init((variables.z, variables.embeddings)),
+            guard,
+            jax.tree.map(jnp.zeros_like, variables.generator),
+            best,
+        )
+        carry, terms = jax.lax.scan(step, carry, jnp.arange(steps))
+        variables, _, _, guard, gradient_sum, (_, best_step, images) = carry
+        return InnerResult(variables, gradient_sum, terms, images, best_step, guard)
+
+    def synthesise(
+        state: GeneratorState,
+        targets,
+        z,
+        embeddings,
+        teacher_params,
+        teacher_taps,
+        proxies,
+        student,
+        adversarial_on,
+        guard,
+        key,
+    ) -> SynthesisResult:
+        """Inner steps from (omega, z, e), then the meta-step on omega."""
+
+        def run(omega):
+            result = inner(
+                Variables(omega, z, embeddings),
+                targets,
+                teacher_params,
+                teacher_taps,
+                proxies,
+                student,
+                adversarial_on,
+                guard,
+                key,
+            )
+            return result.terms.total.sum(), result
+
+        if meta == "maml":
+            gradient, result = jax.grad(run, has_aux=True)(state.params)
+        else:
+            _, result = run(state.params)
+            gradient = result.gradient_sum
+        if meta == "reptile":
+            gradient = jax.tree.map(jnp.subtract, state.params, result.variables.generator)
+        update, meta_state = meta_adam.update(gradient, state.meta)
+        new = GeneratorState(optax.apply_updates(state.params, update), meta_state)
+        # The generator keeps its last good state.
+        new = trees.select(trees.all_finite(gradient), new, state)
+        best = jax.tree.map(lambda term: term[result.best_step], result.terms)
+        return SynthesisResult(new, result.guard, result.images, targets, best)
+
+    return Synthesiser(init, draw, objective, inner, synthesise)

@@ -1,0 +1,66 @@
+"""How good a model is on a split: accuracy, loss, accuracy by class."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedrevive_jax.models import Model
+from fedrevive_jax.models.model import Params
+
+
+class Evaluation(NamedTuple):
+    """Plain numbers.
+
+    Attributes:
+      accuracy: share of samples classified correctly.
+      loss: mean softmax cross-entropy.
+      per_class: accuracy by class; NaN for a class without samples.
+    """
+
+    accuracy: float
+    loss: float
+    per_class: list[float]
+
+
+def make_evaluator(
+    model: Model, prepare: Callable[[jax.Array], jax.Array], batch: int
+) -> Callable[[Params, jax.Array, jax.Array, np.ndarray], Evaluation]:
+    """Compiles the evaluation on fixed-size batches; the last one is padded and masked.
+
+    Args:
+      model: the model.
+      prepare: byte images -> inputs, without augmentation.
+      batch: samples of one call.
+
+    Returns:
+      (params, images, labels, positions) -> `Evaluation`, where images and labels are the whole
+      data set and positions name the samples of a split.
+    """
+
+    @jax.jit
+    def one_batch(params, images, labels, positions, valid):
+        logits, _ = model.apply(params, prepare(images[positions]))
+        truth = labels[positions]
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, truth)
+        right = (logits.argmax(axis=-1) == truth) & valid
+        by_class = jax.nn.one_hot(truth, model.num_classes) * valid[:, None]
+        return jnp.where(valid, loss, 0.0).sum(), right @ by_class, by_class.sum(axis=0)
+
+    def evaluate(params, images, labels, positions) -> Evaluation:
+        padded = -(-len(positions) // batch) * batch
+        places = np.resize(positions, padded).reshape(-1, batch)
+        valid = (np.arange(padded) < len(positions)).reshape(-1, batch)
+        parts = [
+            one_batch(params, images, labels, p, v) for p, v in zip(places, valid, strict=True)
+        ]
+        losses, right, total = (sum(np.asarray(x, np.float64) for x in c) for c in zip(*parts))
+        per_class = np.divide(right, total, out=np.full_like(total, np.nan), where=total > 0)
+        return Evaluation(
+            float(right.sum() / total.sum()), float(losses / total.sum()), per_class.tolist()
+        )
+
+    return evaluate

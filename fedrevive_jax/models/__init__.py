@@ -1,0 +1,35 @@
+"""Models behind one small record of pure functions; a network per file."""
+
+import importlib
+
+from fedrevive_jax.models.model import Model, from_flax, parameter_count
+
+__all__ = ["NETWORKS", "Model", "create", "from_flax", "parameter_count"]
+
+# name -> module with `build(num_classes, width, convolution) -> flax Module`.
+NETWORKS = {
+    "digitsnet": "fedrevive_jax.models.digitsnet",
+    "convnet": "fedrevive_jax.models.convnet",
+    "resnet18": "fedrevive_jax.models.resnet",
+}
+
+
+def create(
+    name: str,
+    *,
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    width: int,
+    convolution: str = "auto",
+) -> Model:
+    """The model called `name`.
+
+    Args:
+      name: a key of `NETWORKS`.
+      input_shape: (height, width, channels) of one image.
+      num_classes: size of the logits.
+      width: channels of the first convolution.
+      convolution: see `models.layers.convolution`.
+    """
+    module = importlib.import_module(NETWORKS[name])
+    return from_flax(name, module.build(num_classes, width, convolution), input_shape, num_classes)

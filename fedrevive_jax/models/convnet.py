@@ -1,0 +1,37 @@
+"""The paper's ConvNet for 28x28 images (FEMNIST): three valid convolutions, three dense layers."""
+
+import flax.linen as nn
+
+from fedrevive_jax.models import layers
+
+
+class ConvNet(nn.Module):
+    """conv-ReLU, (conv-ReLU-pool) twice, dense 200, dense 100, dense classes; three taps.
+
+    At 28x28x1, width 64 and 62 classes the flattened size is 5 * 5 * 64 = 1600.
+    """
+
+    num_classes: int
+    width: int = 64
+    hidden: tuple[int, int] = (200, 100)
+    convolution: str = "auto"
+
+    @nn.compact
+    def __call__(self, images):
+        taps = []
+        x = images
+        for i in (1, 2, 3):
+            x = layers.conv(self.width, x, f"conv{i}", convolution=self.convolution)
+            taps.append(layers.batch_statistics(x))
+            x = nn.relu(x)
+            if i > 1:
+                x = layers.max_pool_2x2(x)
+        x = x.reshape(x.shape[0], -1)
+        for i, features in enumerate(self.hidden, start=1):
+            x = nn.relu(layers.dense(features, x, f"fc{i}"))
+        logits = layers.dense(self.num_classes, x, f"fc{len(self.hidden) + 1}")
+        return logits, tuple(taps)
+
+
+def build(num_classes: int, width: int, convolution: str) -> ConvNet:
+    return ConvNet(num_classes, width, convolution=convolution)

@@ -1,0 +1,31 @@
+"""A small ConvNet for 8x8 digits: three padded convolutions and one hidden dense layer."""
+
+import flax.linen as nn
+
+from fedrevive_jax.models import layers
+
+
+class DigitsNet(nn.Module):
+    """conv-ReLU, (conv-ReLU-pool) twice, dense 64, dense classes; three taps."""
+
+    num_classes: int
+    width: int = 32
+    hidden: int = 64
+    convolution: str = "auto"
+
+    @nn.compact
+    def __call__(self, images):
+        taps = []
+        x = images
+        for i in (1, 2, 3):
+            x = layers.conv(self.width, x, f"conv{i}", padding=1, convolution=self.convolution)
+            taps.append(layers.batch_statistics(x))
+            x = nn.relu(x)
+            if i > 1:
+                x = layers.max_pool_2x2(x)
+        x = nn.relu(layers.dense(self.hidden, x.reshape(x.shape[0], -1), "fc1"))
+        return layers.dense(self.num_classes, x, "fc2"), tuple(taps)
+
+
+def build(num_classes: int, width: int, convolution: str) -> DigitsNet:
+    return DigitsNet(num_classes, width, convolution=convolution)

@@ -1,0 +1,252 @@
+"""The virtual clock: who starts when, from which version, and who arrives when with what staleness.
+
+Durations never depend on the values of a model, so the whole schedule of a run is computed before
+any training (arXiv 2511.00655, section 4; the staleness contract below is ours).
+
+The contract:
+
+* A job is download -> local training -> upload. K jobs are always in flight once slots are filled.
+* A client is free again when its local *training* ends; its upload may still be under way.
+* An arrival is processed when its upload ends. Ties in time are ordered by (time, job number), and
+  jobs are numbered in the order in which they were handed out. Trainings that end at the same time
+  as an arrival end before it.
+* Staleness tau = global version at the arrival, before any version that this arrival makes, minus
+  the version the job started from.
+* Every B-th arrival makes a new version.
+* An arrival opens one slot. As soon as `open_slots` slots are open, that many free clients are
+  drawn uniformly without replacement and start from the newest version, the one that this arrival
+  made included.
+"""
+
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedrevive_jax.delays import DelayModel
+from fedrevive_jax.streams import Stream, numpy_generator
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All jobs of a run and the order in which they arrive.
+
+    Attributes:
+      client, visit, base_version: int arrays [jobs], in the order in which jobs were handed out:
+        who works, for the how-manieth time, starting from which global version.
+      start, train_end, arrival_time: float64 arrays [jobs], simulated time.
+      arrival_of_job: int array [jobs], index of the job's arrival, -1 for the jobs still in flight
+        when the run stops.
+      job: int array [arrivals], the job that arrives.
+      staleness: int array [arrivals], tau.
+      version: int array [arrivals], the newest version once the arrival is processed.
+      jobs_started: int array [arrivals], number of jobs handed out once it is processed.
+      initial_jobs: number of jobs handed out at time 0.
+    """
+
+    client: np.ndarray
+    visit: np.ndarray
+    base_version: np.ndarray
+    start: np.ndarray
+    train_end: np.ndarray
+    arrival_time: np.ndarray
+    arrival_of_job: np.ndarray
+    job: np.ndarray
+    staleness: np.ndarray
+    version: np.ndarray
+    jobs_started: np.ndarray
+    initial_jobs: int
+
+    @property
+    def num_arrivals(self) -> int:
+        return len(self.job)
+
+    @property
+    def num_versions(self) -> int:
+        """Versions made during the run, not counting the initial version 0."""
+        return int(self.version[-1]) if len(self.version) else 0
+
+    @property
+    def time(self) -> np.ndarray:
+        """Simulated time of every arrival, float64 [arrivals]."""
+        return self.arrival_time[self.job]
+
+    def live_versions_max(self) -> int:
+        """The most versions whose parameters must be kept at one moment.
+
+        Version v is live from its creation until the last job that started from it has arrived,
+        and at least until v+1 replaces it as the newest. While an arrival is processed the version
+        it makes and the one it started from are both live.
+        """
+        versions = self.num_versions + 1
+        end = self.num_arrivals
+        created = np.concatenate([[-1], np.searchsorted(self.version, np.arange(1, versions))])
+        last = np.append(created[1:], end)
+        arrivals = np.where(self.arrival_of_job < 0, end, self.arrival_of_job)
+        np.maximum.at(last, self.base_version, arrivals)
+        change = np.zeros(end + 3, np.int64)
+        np.add.at(change, created + 1, 1)
+        np.add.at(change, last + 2, -1)
+        return int(np.cumsum(change).max())
+
+
+class _UniformBlocks:
+    """Uniform numbers by position, drawn a block at a time: u[i] depends on (seed, i) alone."""
+
+    SIZE = 1 << 14
+
+    def __init__(self, seed: int):
+        self._seed = seed
+        self._block = -1
+        self._values: list[float] = []
+
+    def __getitem__(self, position: int) -> float:
+        block, offset = divmod(position, self.SIZE)
+        if block != self._block:
+            generator = numpy_generator(self._seed, Stream.CLIENT_CHOICE, block)
+            self._values = generator.random(self.SIZE).tolist()
+            self._block = block
+        return self._values[offset]
+
+
+def simulate(
+    delays: DelayModel,
+    *,
+    num_clients: int,
+    concurrency: int,
+    buffer_size: int,
+    open_slots: int,
+    max_time: float,
+    max_versions: int,
+    seed: int,
+) -> Schedule:
+    """Runs the virtual clock until `max_time` or until `max_versions` versions are made.
+
+    Args:
+      delays: durations of the jobs, see `fedrevive_jax.delays`.
+      num_clients: N.
+      concurrency: K, at most N.
+      buffer_size: B.
+      open_slots: open slots at which new jobs are handed out; 1 is asynchronous, K synchronous.
+      max_time: arrivals after this simulated time are not processed.
+      max_versions: the arrival that makes this version is the last one.
+      seed: seed of the choice of clients.
+
+    Returns:
+      The schedule; all its draws are addressed by (seed, what, who), see `streams`.
+    """
+    if not 1 <= open_slots <= concurrency <= num_clients or buffer_size < 1:
+        raise ValueError("need 1 <= open_slots <= concurrency <= num_clients and buffer_size >= 1")
+    # Plain Python lists and floats: element access in NumPy arrays would dominate the loop.
+    train_offsets: list[list[float]] = []  # by visit: download + train of every client
+    upload_times: list[list[float]] = []
+    choice = _UniformBlocks(seed)
+    free = list(range(num_clients))
+    visits = [0] * num_clients
+    training: list[tuple[float, int]] = []  # (end of training, job)
+    uploading: list[tuple[float, int]] = []  # (arrival, job)
+    client, visit, base_version, start, train_end, arrival_time = [], [], [], [], [], []
+    job, staleness, version, jobs_started = [], [], [], []
+    newest = buffered = open_now = 0
+
+    def hand_out(count: int, now: float) -> None:
+        for _ in range(count):
+            number = len(client)
+            place = int(choice[number] * len(free))
+            who = free[place]
+            last = free.pop()
+            if place < len(free):
+                free[place] = last
+            turn = visits[who]
+            visits[who] = turn + 1
+            if turn == len(train_offsets):
+                drawn = delays.durations(turn)
+                train_offsets.append((drawn.download + drawn.train).tolist())
+                upload_times.append(drawn.upload.tolist())
+            trained = now + train_offsets[turn][who]
+            arrives = trained + upload_times[turn][who]
+            client.append(who)
+            visit.append(turn)
+            base_version.append(newest)
+            start.append(now)
+            train_end.append(trained)
+            arrival_time.append(arrives)
+            heapq.heappush(training, (trained, number))
+            heapq.heappush(uploading, (arrives, number))
+
+    hand_out(concurrency, 0.0)
+    while newest < max_versions and uploading[0][0] <= max_time:
+        now, number = heapq.heappop(uploading)
+        while training and training[0][0] <= now:
+            free.append(client[heapq.heappop(training)[1]])
+        job.append(number)
+        staleness.append(newest - base_version[number])
+        buffered += 1
+        if buffered == buffer_size:
+            newest += 1
+            buffered = 0
+        open_now += 1
+        if open_now == open_slots:
+            hand_out(open_now, now)
+            open_now = 0
+        version.append(newest)
+        jobs_started.append(len(client))
+
+    arrival_of_job = np.full(len(client), -1, np.int64)
+    arrival_of_job[job] = np.arange(len(job))
+    return Schedule(
+        client=np.asarray(client, np.int64),
+        visit=np.asarray(visit, np.int64),
+        base_version=np.asarray(base_version, np.int64),
+        start=np.asarray(start, np.float64),
+        train_end=np.asarray(train_end, np.float64),
+        arrival_time=np.asarray(arrival_time, np.float64),
+        arrival_of_job=arrival_of_job,
+        job=np.asarray(job, np.int64),
+        staleness=np.asarray(staleness, np.int64),
+        version=np.asarray(version, np.int64),
+        jobs_started=np.asarray(jobs_started, np.int64),
+        initial_jobs=concurrency,
+    )
+
+
+@dataclass(frozen=True)
+class Window:
+    """Jobs that are trained together.
+
+    Attributes:
+      first_arrival: index of the arrival before which the jobs must be trained.
+      jobs: int array, job numbers in the order of their arrival.
+    """
+
+    first_arrival: int
+    jobs: np.ndarray
+
+
+def plan_windows(schedule: Schedule, limit: int = 0) -> list[Window]:
+    """Groups jobs so that each group can be trained in one batched call, exactly.
+
+    Walk the arrivals; when the next one belongs to a job that is not trained yet, train every job
+    in flight that is not trained yet: all versions they start from exist by then. Jobs that never
+    arrive are not trained. The result is the same, update for update, as training one at a time.
+
+    Args:
+      schedule: the virtual clock's plan.
+      limit: most jobs in a window, those that arrive first; 0 is no limit.
+    """
+    windows = []
+    waiting: list[int] = []  # arrival indices of jobs in flight that are not trained yet
+    trained = np.zeros(schedule.num_arrivals, bool)
+    handed_out = 0
+    for arrival in range(schedule.num_arrivals):
+        in_flight = schedule.jobs_started[arrival - 1] if arrival else schedule.initial_jobs
+        for index in schedule.arrival_of_job[handed_out:in_flight]:
+            if index >= 0:
+                heapq.heappush(waiting, int(index))
+        handed_out = in_flight
+        if not trained[arrival]:
+            count = min(limit or len(waiting), len(waiting))
+            arrivals = [heapq.heappop(waiting) for _ in range(count)]
+            trained[arrivals] = True
+            windows.append(Window(arrival, schedule.job[arrivals]))
+    return windows
