@@ -199,9 +199,9 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
     """The value as the field's type, or a ConfigError that names flag, value and limits."""
     limits = field.metadata
     try:
-        if isinstance(value, bool) or (field.type is int and int(value) != value):
-            raise ValueError
         result = field.type(value)
+        if isinstance(value, bool) or (field.type is int and float(value) != result):
+            raise ValueError  # int(0.5) would pass silently
     except (TypeError, ValueError, OverflowError):
         kind = {int: "a whole number", float: "a number", str: "a text"}[field.type]
         raise ConfigError(f"--{field.name}={value}: must be {kind}") from None

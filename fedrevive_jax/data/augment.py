@@ -15,9 +15,8 @@ def plain_inputs(images: jax.Array, how: Preprocessing) -> jax.Array:
     if images.dtype == jnp.uint8:
         images = images.astype(jnp.float32) / 255
     if how.mean:
-        images = (images - jnp.asarray(how.mean, images.dtype)) / jnp.asarray(
-            how.std, images.dtype
-        )
+        mean, std = (jnp.asarray(v, images.dtype)[None, None, None] for v in (how.mean, how.std))
+        images = (images - mean) / std
     return images
 
 

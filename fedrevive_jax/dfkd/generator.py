@@ -18,7 +18,14 @@ class BatchNormalise(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         mean, variance = layers.batch_statistics(x)
-        return (x - mean) * (jax.lax.rsqrt(variance + EPSILON) * scale) + bias
+        factor = scale * jax.lax.rsqrt(variance + EPSILON)
+        mean, factor, bias = (channels_last(v, x.ndim) for v in (mean, factor, bias))
+        return (x - mean) * factor + bias
+
+
+def channels_last(values: jax.Array, ndim: int) -> jax.Array:
+    """[channels] with as many leading axes of length one as an array of rank `ndim` needs."""
+    return values.reshape((1,) * (ndim - 1) + (-1,))
 
 
 def upsample(x: jax.Array) -> jax.Array:

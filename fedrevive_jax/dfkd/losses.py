@@ -24,7 +24,7 @@ def teacher_weights(proxies: jax.Array, targets: jax.Array) -> jax.Array:
       [c, b].
     """
     share = proxies[:, targets]
-    return share / jnp.maximum(share.sum(axis=0), WEIGHT_FLOOR)
+    return share / jnp.maximum(share.sum(axis=0, keepdims=True), WEIGHT_FLOOR)
 
 
 def statistics_distance(taps: Taps, reference: Taps) -> jax.Array:
@@ -81,6 +81,7 @@ def adversarial_loss(
       teacher_logits: [c, b, classes].
       student_logits: [b, classes].
     """
+    student_logits = student_logits[None]
     agree = student_logits.argmax(axis=-1) == teacher_logits.argmax(axis=-1)
     divergence = kl_divergence(teacher_logits, student_logits)
     return -(weights * agree * divergence).sum() / weights.shape[1]

@@ -231,7 +231,7 @@ def make_synthesiser(
             jax.tree.map(jnp.zeros_like, variables.generator),
             best,
         )
-        carry, terms = jax.lax.scan(step, carry, jnp.arange(steps))
+        carry, terms = jax.lax.scan(step, carry, jnp.arange(steps, dtype=jnp.int32))
         variables, _, _, guard, gradient_sum, (_, best_step, images) = carry
         return InnerResult(variables, gradient_sum, terms, images, best_step, guard)
 

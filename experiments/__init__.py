@@ -1,0 +1,1 @@
+"""Command-line programs: flags and files only, no algorithm."""

@@ -1,0 +1,62 @@
+"""absl flags, one for each field of the configuration, and how user errors are shown."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+
+from fedrevive_jax.config import Config, ConfigError
+from fedrevive_jax.presets import resolve
+
+
+def define() -> None:
+    """Defines a flag for every field of `Config`; unset means the preset's value."""
+    for field in dataclasses.fields(Config):
+        limits = field.metadata
+        words = limits["help"]
+        if "choices" in limits:
+            words += f" ({', '.join(limits['choices'])})"
+        # Texts throughout: the configuration converts and checks, so that every wrong value gets
+        # the same kind of message.
+        flags.DEFINE_string(field.name, None, f"{words}. Default: the preset's.")
+
+
+def config_from_flags() -> Config:
+    """The resolved configuration of the command line."""
+    given = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Config)}
+    return resolve(given.pop("dataset"), given.pop("method"), **given)
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Runs a program; an error that is the user's to mend becomes one line and exit status 1."""
+
+    def parse(argv: Sequence[str]) -> list[str]:
+        try:
+            rest = flags.FLAGS(list(argv), known_only=False)
+        except flags.Error as error:
+            fail(str(error).splitlines()[0])
+        if len(rest) > 1:
+            fail(f"{rest[1]}: unexpected argument; flags start with --")
+        if flags.FLAGS.help or flags.FLAGS.helpfull or flags.FLAGS.helpshort:
+            app.usage(shorthelp=flags.FLAGS.helpshort, writeto_stdout=True)
+            sys.exit(0)
+        return rest
+
+    def guarded(argv):
+        del argv
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.ERROR)  # libraries log every step they take
+        try:
+            return main()
+        except ConfigError as error:
+            return fail(str(error))
+
+    app.define_help_flags()
+    app.run(guarded, flags_parser=parse)
+
+
+def fail(message: str) -> None:
+    """One line on standard error, exit status 1."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)

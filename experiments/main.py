@@ -1,0 +1,44 @@
+"""Runs a method on a data set: python -m experiments.main [--dataset=... --method=... ...].
+
+The same command run again continues an unfinished run, and does nothing to a finished one.
+"""
+
+import json
+
+from absl import flags
+
+from experiments import flags as config_flags
+
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the plan as JSON; no data, no training")
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "start afresh in a folder that holds a run")
+config_flags.define()
+
+
+def main() -> None:
+    config = config_flags.config_from_flags()
+    if DRY_RUN.value:
+        from fedrevive_jax.planning import plan
+
+        print(json.dumps(plan(config), indent=2))
+        return
+
+    from fedrevive_jax import data, runner
+
+    dataset = data.load(config)  # bad data must stop before the folder is touched
+    if not runner.prepare_run_dir(config, OVERWRITE.value):
+        print(f"{config.run_dir} holds this run, finished; nothing to do")
+        return
+    result = runner.run(config, dataset=dataset, keep_record=True)
+    if result.resumed_version is not None:
+        print(f"continued from version {result.resumed_version}")
+    summary = result.summary
+    print(
+        f"{config.method} on {config.dataset}, seed {config.seed}: "
+        f"accuracy {summary['final_accuracy']:.4f} (best {summary['best_accuracy']:.4f}) "
+        f"after {summary['versions']} versions, {summary['arrivals']} arrivals, "
+        f"{summary['wall_seconds']:.0f} s; record in {config.run_dir}"
+    )
+
+
+if __name__ == "__main__":
+    config_flags.run(main)

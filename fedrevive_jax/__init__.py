@@ -1,0 +1,31 @@
+"""Asynchronous federated learning with data-free revival of stale updates, in JAX.
+
+The public names; each is imported when it is first used, so that planning a run does not pay for
+what only training needs.
+"""
+
+import importlib
+
+_WHERE = {
+    "Config": "config",
+    "ConfigError": "config",
+    "Dataset": "data.dataset",
+    "Model": "models.model",
+    "Preprocessing": "data.dataset",
+    "Result": "runner",
+    "Server": "server",
+    "Simulation": "simulator",
+    "from_flax": "models.model",
+    "plan": "planning",
+    "resolve": "presets",
+    "run": "runner",
+    "split_training": "data.dataset",
+}
+
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str):
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)

@@ -1,0 +1,111 @@
+"""Checkpoints of a run with orbax: everything that an exact continuation needs.
+
+A step holds three items: `params` (the global model alone, for evaluation), `state` (method state,
+stale versions, uploads under way) and `record` (plain numbers: position, jobs in flight, sizes of
+the run's files).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from fedrevive_jax.config import ConfigError
+from fedrevive_jax.models.model import Params
+
+FOLDER = "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of one run, by global version."""
+
+    def __init__(self, run_dir: Path, keep: int = 2, read_only: bool = False):
+        folder = (run_dir / FOLDER).absolute()
+        if read_only:
+            if not folder.is_dir():
+                raise ConfigError(f"--workdir={run_dir}: holds no folder {FOLDER}")
+            options = ocp.CheckpointManagerOptions(read_only=True)
+        else:
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.LatestN(keep),
+                cleanup_tmp_directories=True,
+            )
+        self._run_dir = run_dir
+        self._manager = ocp.CheckpointManager(
+            folder,
+            options=options,
+            item_names=("params", "state", "record"),
+        )
+
+    def steps(self) -> list[int]:
+        """Versions of which there is a checkpoint, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, record: dict[str, Any], params: Params, arrays: dict[str, Any]) -> None:
+        """Saves the version `record["version"]` in the background.
+
+        Raises what went wrong with the save before, if anything did.
+        """
+        self._manager.check_for_errors()
+        step = record["version"]
+        # A run that continued may come to a version again that is saved already.
+        if step in self.steps():
+            self._manager.wait_until_finished()
+            self._manager.delete(step)
+        saved = self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(params),
+                state=ocp.args.StandardSave(arrays),
+                record=ocp.args.JsonSave(record),
+            ),
+        )
+        if not saved:
+            raise RuntimeError(f"orbax did not save version {step} in {self._run_dir / FOLDER}")
+
+    def record(self, step: int) -> dict[str, Any]:
+        """The plain part of a checkpoint."""
+        return self._manager.restore(
+            step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
+        )["record"]
+
+    def params(self, step: int, shapes: Params) -> Params:
+        """The global model alone; `shapes` is a pytree of `jax.ShapeDtypeStruct` or arrays.
+
+        Raises:
+          ConfigError: there is no such step, or its parameters are shaped otherwise.
+        """
+        if step not in self.steps():
+            raise ConfigError(
+                f"--step={step}: no such checkpoint in {self._run_dir}; there is "
+                + (", ".join(map(str, self.steps())) or "none")
+            )
+        return self._restore(step, params=shapes)["params"]
+
+    def state(
+        self, step: int, params_shapes: Params, shapes: dict[str, Any]
+    ) -> tuple[Params, dict[str, Any]]:
+        """The global model and all arrays of a snapshot."""
+        restored = self._restore(step, params=params_shapes, state=shapes)
+        return restored["params"], restored["state"]
+
+    def close(self) -> None:
+        """Waits for the last save and raises its errors."""
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+        self._manager.close()
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        # Naming the device lets a checkpoint written on one kind of device be read on another.
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+        def placed(leaf):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+
+        arguments = {
+            name: ocp.args.StandardRestore(jax.tree.map(placed, shapes))
+            for name, shapes in items.items()
+        }
+        return self._manager.restore(step, args=ocp.args.Composite(**arguments))

@@ -1,0 +1,121 @@
+"""What a run will be and cost, told from its configuration alone: no data, no training."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedrevive_jax import data, methods, models, schedule
+from fedrevive_jax.config import Config
+from fedrevive_jax.data.dataset import Preprocessing
+from fedrevive_jax.methods import Ingredients
+from fedrevive_jax.models import Model
+from fedrevive_jax.simulator import make_model, make_schedule
+
+# (input shape, classes, images kept for the data-dependent method) of the data sets by name.
+SHAPES = {
+    "digits": ((8, 8, 1), 10, 143),
+    "fashion_mnist": ((28, 28, 1), 10, 6000),
+    "custom": ((32, 32, 3), 10, 5000),
+}
+
+
+def staleness_summary(staleness: np.ndarray) -> dict[str, float]:
+    """Mean and quantiles of staleness, zero without arrivals."""
+    values = staleness if len(staleness) else np.zeros(1)
+    quantiles = np.quantile(values, [0.5, 0.9, 0.99])
+    names = ("staleness_p50", "staleness_p90", "staleness_p99")
+    return {
+        "staleness_mean": float(np.mean(values)),
+        **dict(zip(names, map(float, quantiles), strict=True)),
+    }
+
+
+def plan(config: Config) -> dict[str, Any]:
+    """The plan as plain numbers: the schedule, sizes in bytes, arithmetic in FLOPs.
+
+    FLOPs are those that XLA counts for one sample's forward pass, a training step taken as three
+    of them; bytes are those of the arrays that live on the device between calls.
+    """
+    clock = make_schedule(config)
+    windows = schedule.plan_windows(clock, config.window_limit)
+    model, kept = _stand_in(config)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    live = clock.live_versions_max()
+    model_bytes = _bytes(params)
+    ingredients = Ingredients(
+        model,
+        lambda images, key: images.astype(jnp.float32),
+        class_mixes=np.zeros((config.num_clients, model.num_classes), np.float32),
+        real_images=(np.zeros((kept, *model.input_shape), np.uint8), np.zeros(kept, np.int32)),
+    )
+    method_state = jax.eval_shape(methods.create(config, ingredients).init, params)
+    forward = forward_flops(model)
+    return {
+        "versions": clock.num_versions,
+        "arrivals": clock.num_arrivals,
+        "windows": len(windows),
+        "mean_window": clock.num_arrivals / max(len(windows), 1),
+        **staleness_summary(clock.staleness),
+        "live_versions_max": live,
+        "parameters": models.parameter_count(params),
+        "flops_forward_per_sample": forward,
+        **_flops(config, clock, forward),
+        "bytes_model": model_bytes,
+        "bytes_live_versions": live * model_bytes,
+        "bytes_uploads_max": config.concurrency * model_bytes,
+        "bytes_method_state": _bytes(method_state),
+    }
+
+
+def forward_flops(model: Model) -> int:
+    """FLOPs of the forward pass of one sample, as XLA counts them."""
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    inputs = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
+    analysis = jax.jit(lambda p, x: model.apply(p, x)[0]).lower(params, inputs).cost_analysis()
+    return int(analysis["flops"])
+
+
+def _stand_in(config: Config) -> tuple[Model, int]:
+    """The configured model for the data set's known shape, without its data."""
+    shape, classes, kept = SHAPES[config.dataset]
+    empty = data.Dataset(
+        config.dataset,
+        classes,
+        np.zeros((0, *shape), np.uint8),
+        np.zeros(0, np.int32),
+        dict.fromkeys(("train", "validation", "distillation", "test"), np.zeros(0, np.int32)),
+        Preprocessing(),
+    )
+    # Counting is the same whatever way a convolution is computed; lax's form is counted.
+    return make_model(dataclasses.replace(config, convolution="lax"), empty), kept
+
+
+def _flops(config: Config, clock: schedule.Schedule, forward: int) -> dict[str, int]:
+    client = 3 * forward * config.local_iterations * config.batch_size
+    total = client * clock.num_arrivals
+    if config.method in ("fedrevive", "dd_fedrevive"):
+        samples = config.distillation_steps * config.distillation_batch * config.num_teachers
+        distilled = int((clock.version > config.warmup_versions).sum())
+        distillation = samples * 4 * forward  # a teacher's forward, a student's training step
+        total += distillation * distilled
+        synthesis = 0
+        if config.method == "fedrevive":
+            # Each teacher and the student: forward, and back to the images.
+            batch = config.synthesis_batch * config.synthesis_steps
+            synthesis = batch * 2 * forward * (config.num_teachers + 1)
+            span = max(clock.num_versions - config.freeze_versions, 0)
+            total += synthesis * (span // config.generation_interval)
+        return {
+            "flops_client_job": client,
+            "flops_distillation": distillation,
+            "flops_synthesis": synthesis,
+            "flops_total": total,
+        }
+    return {"flops_client_job": client, "flops_total": total}
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,71 @@
+"""The pictures of a run. Matplotlib without a display."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def _figure(*args, **kwargs):
+    from matplotlib.figure import Figure
+
+    # Figure objects bypass pyplot and its global state.
+    figure = Figure(*args, layout="constrained", **kwargs)
+    return figure
+
+
+def curves(path: Path, title: str, evaluations: list[dict[str, Any]], staleness: list[int]) -> None:
+    """Accuracy against simulated time and against version, and the staleness of the arrivals."""
+    figure = _figure(figsize=(12, 3.6))
+    by_time, by_version, histogram = figure.subplots(1, 3)
+    accuracy = [row["accuracy"] for row in evaluations]
+    for axes, key, label in (
+        (by_time, "time", "simulated time"),
+        (by_version, "version", "global version"),
+    ):
+        axes.plot([row[key] for row in evaluations], accuracy, color="tab:blue", linewidth=1.5)
+        axes.set_xlabel(label)
+        axes.set_ylabel("accuracy")
+        axes.set_ylim(0, 1)
+        axes.grid(alpha=0.3)
+    if staleness:
+        top = max(staleness)
+        bins = np.arange(-0.5, top + 1.5, max(1, (top + 1) // 40))
+        histogram.hist(staleness, bins=bins, color="tab:orange")
+        mean = float(np.mean(staleness))
+        histogram.axvline(mean, color="black", linestyle="--", linewidth=1)
+        histogram.set_title(f"mean {mean:.1f}", fontsize=10)
+    histogram.set_xlabel("staleness (versions)")
+    histogram.set_ylabel("arrivals")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def synthetic(path: Path, images: np.ndarray, labels: np.ndarray, num_classes: int) -> bool:
+    """A grid of pool images, a row per class, newest first. False when there is nothing to show.
+
+    Args:
+      path: where to write it.
+      images: [n, height, width, channels], bytes or floats in [0, 1], oldest first.
+      labels: int [n].
+      num_classes: classes of the data set; at most 20 rows are drawn.
+    """
+    columns, shown = 10, [c for c in range(num_classes) if (labels == c).any()][:20]
+    if not shown:
+        return False
+    images = images.astype(np.float32) / 255 if images.dtype == np.uint8 else images
+    figure = _figure(figsize=(columns * 0.7, len(shown) * 0.7 + 0.4))
+    grid = figure.subplots(len(shown), columns, squeeze=False)
+    for row, label in zip(grid, shown, strict=True):
+        newest = images[labels == label][::-1][:columns]
+        for axes, image in zip(row, newest, strict=False):
+            axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        for axes in row:
+            axes.set_xticks([])
+            axes.set_yticks([])
+            for side in axes.spines.values():
+                side.set_visible(False)
+        row[0].set_ylabel(str(label), rotation=0, labelpad=10, va="center")
+    figure.suptitle("pool images by class, newest first", fontsize=10)
+    figure.savefig(path, dpi=120)
+    return True

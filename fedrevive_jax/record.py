@@ -1,0 +1,88 @@
+"""The record of a run: a folder of plain files that stay readable at any moment.
+
+config.json, metrics.jsonl, arrivals.jsonl, summary.json, TensorBoard events, pictures, checkpoints.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from fedrevive_jax.config import LOCATION_FIELDS, Config, ConfigError
+
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+ARRIVALS = "arrivals.jsonl"
+SUMMARY = "summary.json"
+EVENTS = "tensorboard"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a whole JSON file or none: into a neighbour first, then renamed."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as stream:
+        json.dump(value, stream, indent=2)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+      ConfigError: it is missing or not JSON; the message names it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"--workdir={path.parent}: {path.name} cannot be read ({error})") from None
+
+
+class Rows:
+    """A file of JSON rows, appended and flushed row by row."""
+
+    def __init__(self, path: Path, size: int = 0):
+        """Opens the file and cuts it to `size` bytes, the end of the last row that counts."""
+        self._stream = path.open("ab")
+        self._stream.truncate(size)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Appends one row; numbers that are not finite become null, as JSON has none."""
+        clean = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
+        self._stream.write((json.dumps(clean) + "\n").encode())
+
+    def flush(self) -> int:
+        """Makes all rows durable and returns the size of the file in bytes."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        return os.fstat(self._stream.fileno()).st_size
+
+    def close(self) -> None:
+        self.flush()
+        self._stream.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All complete rows of a file of JSON rows; [] when there is none."""
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is incomplete
+    return [json.loads(line) for line in lines]
+
+
+def configured_differently(run_dir: Path, config: Config) -> list[str]:
+    """How the configuration recorded in a folder differs from `config`, one line a field."""
+    recorded = read_json(run_dir / CONFIG)
+    wanted = config.as_dict()
+    names = sorted((set(recorded) | set(wanted)) - set(LOCATION_FIELDS))
+    return [
+        f"--{name}: {recorded.get(name)!r} in the record, {wanted.get(name)!r} now"
+        for name in names
+        if recorded.get(name) != wanted.get(name)
+    ]
