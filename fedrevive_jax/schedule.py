@@ -75,13 +75,13 @@ class Schedule:
         """The most versions whose parameters must be kept at one moment.
 
         Version v is live from its creation until the last job that started from it has arrived,
-        and at least until v+1 replaces it as the newest. While an arrival is processed the version
-        it makes and the one it started from are both live.
+        and at least until v+1 replaces it as the newest. While an arrival is processed, the version
+        it makes and the one its job started from are both live.
         """
         versions = self.num_versions + 1
         end = self.num_arrivals
         created = np.concatenate([[-1], np.searchsorted(self.version, np.arange(1, versions))])
-        last = np.append(created[1:], end)
+        last = np.append(created[1:] - 1, end)
         arrivals = np.where(self.arrival_of_job < 0, end, self.arrival_of_job)
         np.maximum.at(last, self.base_version, arrivals)
         change = np.zeros(end + 3, np.int64)

@@ -67,6 +67,7 @@ def distil(
       temperature: T.
     """
     optimizer = optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
+    targets = jax.lax.stop_gradient(targets)  # teachers are data
     per_sample = present[:, None] / (present.sum() * inputs.shape[2])
 
     def loss_fn(student, x, wanted):

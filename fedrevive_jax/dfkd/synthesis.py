@@ -148,6 +148,8 @@ def make_synthesiser(
         key: jax.Array,
     ):
         """L of one step -> (total, (Terms, raw images, guard))."""
+        # Gradients pass through teachers and student to the images, never into them.
+        teacher_params, student = jax.lax.stop_gradient((teacher_params, student))
         images = generator.apply(
             {"params": variables.generator}, variables.z, variables.embeddings, targets
         )

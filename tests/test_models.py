@@ -1,0 +1,101 @@
+"""Networks: published sizes, taps, PyTorch's start, and the two ways to convolve."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedrevive_jax import models
+from fedrevive_jax.models import layers
+
+CASES = {
+    "resnet18": ((32, 32, 3), 10, 64),
+    "convnet": ((28, 28, 1), 62, 64),
+    "digitsnet": ((8, 8, 1), 10, 16),
+}
+
+
+def create(name, convolution="lax", width=None):
+    shape, classes, published = CASES[name]
+    return models.create(
+        name,
+        input_shape=shape,
+        num_classes=classes,
+        width=width or published,
+        convolution=convolution,
+    )
+
+
+def test_published_sizes():
+    def count(name):
+        return models.parameter_count(jax.eval_shape(create(name).init, jax.random.key(0)))
+
+    assert count("resnet18") == 11_164_352
+    # 3x3 kernels and biases, then dense 1600 -> 200 -> 100 -> 62.
+    convolutions = (9 * 64 + 64) + 2 * (9 * 64 * 64 + 64)
+    dense = (1600 * 200 + 200) + (200 * 100 + 100) + (100 * 62 + 62)
+    assert count("convnet") == convolutions + dense
+
+
+@pytest.mark.parametrize(("name", "taps"), [("resnet18", 20), ("convnet", 3), ("digitsnet", 3)])
+def test_both_convolutions_agree(name, taps):
+    """Values, taps and gradients; float32 sums of at most 9 * 64 terms, hence 1e-5."""
+    inputs = jax.random.normal(jax.random.key(1), (3, *CASES[name][0]))
+    results = []
+    for convolution in ("lax", "patches"):
+        model = create(name, convolution, width=8)
+        params = model.init(jax.random.key(0))
+
+        def total(params, model=model):
+            logits, statistics = model.apply(params, inputs)
+            return (logits**2).sum() + sum(m.sum() + v.sum() for m, v in statistics)
+
+        logits, statistics = model.apply(params, inputs)
+        assert len(statistics) == taps
+        results.append((logits, statistics, jax.grad(total)(params)))
+    for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "stride", "padding"), [(3, 1, 0), (3, 2, 1), (1, 2, 0), (5, 3, 2)])
+def test_patches_convolution_is_a_convolution(size, stride, padding):
+    x = jax.random.normal(jax.random.key(0), (2, 9, 11, 3))
+    kernel = jax.random.normal(jax.random.key(1), (size, size, 3, 4))
+    arguments = (x, kernel, (stride, stride), ((padding, padding), (padding, padding)))
+    expected = layers.choose_convolution("lax")(
+        *arguments, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(
+        layers.choose_convolution("patches")(*arguments), expected, atol=1e-4
+    )
+
+
+def test_start_is_uniform_within_one_over_root_fan_in():
+    params = create("convnet").init(jax.random.key(0))
+    for name, fan_in in (("conv2", 9 * 64), ("fc1", 1600)):
+        bound = fan_in**-0.5
+        for leaf in jax.tree.leaves(params[name]):
+            assert float(jnp.abs(leaf).max()) <= bound
+        kernel = params[name]["kernel"]
+        # Variance of the uniform law is bound^2 / 3; 36,864 samples or more put it within 3%.
+        assert float(kernel.var()) == pytest.approx(bound**2 / 3, rel=0.03)
+        assert float(jnp.abs(params[name]["bias"]).max()) > 0.8 * bound
+
+
+def test_taps_are_statistics_of_the_batch_before_the_relu():
+    model = create("digitsnet", "patches")
+    params = model.init(jax.random.key(0))
+    inputs = jax.random.normal(jax.random.key(1), (5, 8, 8, 1))
+    kernel, bias = params["conv1"]["kernel"], params["conv1"]["bias"]
+    first = jax.lax.conv_general_dilated(
+        inputs, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    first = first + bias[None, None, None]
+    mean, variance = model.apply(params, inputs)[1][0]
+    np.testing.assert_allclose(mean, first.mean((0, 1, 2)), atol=1e-5)
+    np.testing.assert_allclose(variance, first.var((0, 1, 2)), rtol=1e-4)
+
+
+def test_max_pool():
+    x = jnp.asarray([[1.0, 5, 2], [3, 4, 9], [7, 8, 0]]).reshape(1, 3, 3, 1)
+    assert layers.max_pool_2x2(x).reshape(-1).tolist() == [5.0]
