@@ -36,11 +36,10 @@ def run(main: Callable[[], int | None]) -> None:
             rest = flags.FLAGS(list(argv), known_only=False)
         except flags.Error as error:
             fail(str(error).splitlines()[0])
+        except SystemExit:
+            sys.exit(0)  # absl ends with 1 after printing the help that was asked for
         if len(rest) > 1:
             fail(f"{rest[1]}: unexpected argument; flags start with --")
-        if flags.FLAGS.help or flags.FLAGS.helpfull or flags.FLAGS.helpshort:
-            app.usage(shorthelp=flags.FLAGS.helpshort, writeto_stdout=True)
-            sys.exit(0)
         return rest
 
     def guarded(argv):

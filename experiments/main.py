@@ -12,6 +12,7 @@ from experiments import flags as config_flags
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the plan as JSON; no data, no training")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "start afresh in a folder that holds a run")
 config_flags.define()
+flags.adopt_module_key_flags(config_flags)
 
 
 def main() -> None:
@@ -22,13 +23,12 @@ def main() -> None:
         print(json.dumps(plan(config), indent=2))
         return
 
-    from fedrevive_jax import data, runner
+    from fedrevive_jax import runner
 
-    dataset = data.load(config)  # bad data must stop before the folder is touched
-    if not runner.prepare_run_dir(config, OVERWRITE.value):
+    if runner.is_finished(config, OVERWRITE.value):
         print(f"{config.run_dir} holds this run, finished; nothing to do")
         return
-    result = runner.run(config, dataset=dataset, keep_record=True)
+    result = runner.run(config, keep_record=True, overwrite=OVERWRITE.value)
     if result.resumed_version is not None:
         print(f"continued from version {result.resumed_version}")
     summary = result.summary

@@ -67,9 +67,9 @@ class Checkpoints:
 
     def record(self, step: int) -> dict[str, Any]:
         """The plain part of a checkpoint."""
-        return self._manager.restore(
-            step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
-        )["record"]
+        return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))[
+            "record"
+        ]
 
     def params(self, step: int, shapes: Params) -> Params:
         """The global model alone; `shapes` is a pytree of `jax.ShapeDtypeStruct` or arrays.

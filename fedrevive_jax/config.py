@@ -143,9 +143,7 @@ class Config:
 
     # The record
     eval_every: int = _field(10, "versions between two evaluations", at_least=1)
-    eval_split: str = _field(
-        "test", "split that is evaluated", choices=("test", "validation")
-    )
+    eval_split: str = _field("test", "split that is evaluated", choices=("test", "validation"))
     eval_batch: int = _field(512, "samples of one evaluation call", at_least=1)
     checkpoint_every: int = _field(
         200, "versions between two checkpoints; one more is written at the end", at_least=1
@@ -208,9 +206,7 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
     if field.type is float and not math.isfinite(result):
         raise ConfigError(f"--{field.name}={value}: must be finite")
     if "choices" in limits and result not in limits["choices"]:
-        raise ConfigError(
-            f"--{field.name}={value}: must be one of {', '.join(limits['choices'])}"
-        )
+        raise ConfigError(f"--{field.name}={value}: must be one of {', '.join(limits['choices'])}")
     for name, holds, words in (
         ("at_least", lambda limit: result >= limit, "at least"),
         ("above", lambda limit: result > limit, "above"),

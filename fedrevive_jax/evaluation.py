@@ -57,7 +57,8 @@ def make_evaluator(
         parts = [
             one_batch(params, images, labels, p, v) for p, v in zip(places, valid, strict=True)
         ]
-        losses, right, total = (sum(np.asarray(x, np.float64) for x in c) for c in zip(*parts))
+        columns = zip(*jax.device_get(parts), strict=True)
+        losses, right, total = (np.sum(column, axis=0, dtype=np.float64) for column in columns)
         per_class = np.divide(right, total, out=np.full_like(total, np.nan), where=total > 0)
         return Evaluation(
             float(right.sum() / total.sum()), float(losses / total.sum()), per_class.tolist()

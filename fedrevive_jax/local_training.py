@@ -1,5 +1,6 @@
 """What one client does: a few steps of Adam on its own data, from a possibly stale version."""
 
+import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -106,6 +107,6 @@ def make_window_trainer(
     def train_jobs(bases, images, labels, indices, jobs):
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *bases)
         uploads = jax.vmap(one_job, (0, None, None, 0, 0))(stacked, images, labels, indices, jobs)
-        return tuple(jax.tree.map(lambda leaf: leaf[i], uploads) for i in range(len(bases)))
+        return tuple(jax.tree.map(operator.itemgetter(i), uploads) for i in range(len(bases)))
 
     return train_jobs

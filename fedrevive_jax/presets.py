@@ -90,9 +90,7 @@ BY_PAIR: dict[tuple[str, str], dict[str, Any]] = {
 }
 
 
-def resolve(
-    dataset: str | None = None, method: str | None = None, **overrides: Any
-) -> Config:
+def resolve(dataset: str | None = None, method: str | None = None, **overrides: Any) -> Config:
     """The complete configuration of a run.
 
     Args:

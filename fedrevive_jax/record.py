@@ -38,7 +38,8 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"--workdir={path.parent}: {path.name} cannot be read ({error})") from None
+        message = f"--workdir={path.parent}: {path.name} cannot be read ({error})"
+        raise ConfigError(message) from None
 
 
 class Rows:

@@ -1,6 +1,7 @@
 """A whole run: the simulation with evaluations, the record on disk, checkpoints and progress."""
 
 import contextlib
+import errno
 import os
 import shutil
 import sys
@@ -46,6 +47,7 @@ def run(
     dataset: data.Dataset | None = None,
     model: Model | None = None,
     keep_record: bool = False,
+    overwrite: bool = False,
 ) -> Result:
     """Runs a configuration to its end.
 
@@ -53,72 +55,75 @@ def run(
       config: what to run, see `presets.resolve`.
       dataset, model: stand in for those that the configuration names.
       keep_record: write `config.run_dir`, and continue from its newest checkpoint if there is one.
-        `prepare_run_dir` decides beforehand whether that folder may be used.
+        A finished run is read, not run again.
+      overwrite: start afresh in a folder that holds a run.
 
     Raises:
-      ConfigError: the data, or a folder, is not what the configuration needs.
+      ConfigError: the data, or the folder, is not what the configuration needs. Nothing has been
+        trained or written then.
     """
+    finished = keep_record and is_finished(config, overwrite)
     simulation = Simulation(config, dataset, model)
-    with contextlib.ExitStack() as stack:
-        run_dir = config.run_dir if keep_record else None
-        recorder = _Recorder(simulation, run_dir)
-        stack.callback(recorder.close)
+    if finished:
+        return _read_finished(simulation)
+    if keep_record:
+        _open_run_dir(config, overwrite)
+    recorder = _Recorder(simulation, config.run_dir if keep_record else None)
+    with contextlib.closing(recorder):
         recorder.resume()
-        progress = stack.enter_context(_progress_bar(simulation))
-        recorder.start()
-        for receipt in simulation.arrivals():
-            recorder.observe(receipt)
-            progress.update(1)
-            if recorder.news:
+        with _progress_bar(simulation) as progress:
+            recorder.start()
+            for receipt in simulation.arrivals():
+                recorder.observe(receipt)
                 progress.set_postfix_str(recorder.news, refresh=False)
+                progress.update(1)
         return recorder.finish()
 
 
-def prepare_run_dir(config: Config, overwrite: bool = False) -> bool:
-    """Makes the run's folder ready, or says why it cannot be.
-
-    Returns:
-      Whether there is anything left to do: False for a folder with a finished run of this
-      configuration.
+def is_finished(config: Config, overwrite: bool = False) -> bool:
+    """Whether the run's folder holds this run, finished; decides without writing anything.
 
     Raises:
-      ConfigError: the folder cannot be written, is not a run's folder, or holds a run of another
-        configuration.
+      ConfigError: the folder is not a run's folder, or holds a run of another configuration and
+        must not be overwritten.
     """
     folder = config.run_dir
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--workdir={folder}: is not a folder")
-    contents = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    contents = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     recorded = record.CONFIG in contents
-    foreign = set(contents) - {record.CONFIG + ".partial"}
+    foreign = contents - {record.CONFIG + ".partial"}
     if foreign and not recorded:
         raise ConfigError(
             f"--workdir={folder}: holds {min(foreign)} but no {record.CONFIG}; give an empty or "
             "a new folder"
         )
-    if recorded and not overwrite:
-        differences = record.configured_differently(folder, config)
-        if differences:
-            raise ConfigError(
-                f"--workdir={folder}: holds a run with another configuration "
-                f"({'; '.join(differences)}); use --overwrite to start afresh"
-            )
-        if (folder / record.SUMMARY).exists():
-            return False
+    if not recorded or overwrite:
+        return False
+    differences = record.configured_differently(folder, config)
+    if differences:
+        raise ConfigError(
+            f"--workdir={folder}: holds a run with another configuration "
+            f"({'; '.join(differences)}); use --overwrite to start afresh"
+        )
+    return record.SUMMARY in contents
+
+
+def _open_run_dir(config: Config, overwrite: bool) -> None:
+    """Makes the run's folder, empties it if it is to be overwritten, and writes config.json."""
+    folder = config.run_dir
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(13, "Permission denied")
-        if recorded and overwrite:
-            # The configuration goes last: a folder without it would be refused as foreign.
-            for name in sorted(contents, key=lambda name: name == record.CONFIG):
-                path = folder / name
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if overwrite:
+            # The configuration goes last: without it the folder would be refused as foreign.
+            for path in sorted(folder.iterdir(), key=lambda path: path.name == record.CONFIG):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if overwrite or not recorded:
+        if not (folder / record.CONFIG).exists():
             record.write_json(folder / record.CONFIG, config.as_dict())
     except OSError as error:
         raise ConfigError(f"--workdir={folder}: cannot be written ({error.strerror})") from None
-    return True
 
 
 def _progress_bar(simulation: Simulation):
@@ -170,11 +175,7 @@ class _Recorder:
             self._resumed = step
         self._metrics = record.Rows(self._run_dir / record.METRICS, sizes[record.METRICS])
         self._arrivals = record.Rows(self._run_dir / record.ARRIVALS, sizes[record.ARRIVALS])
-        self._evaluations = [
-            _without_kind(row)
-            for row in record.read_rows(self._run_dir / record.METRICS)
-            if row["kind"] == "evaluation"
-        ]
+        self._evaluations = _read_evaluations(self._run_dir)
         from tensorboardX import SummaryWriter
 
         self._events = SummaryWriter(
@@ -330,7 +331,17 @@ def _pools(state: Any) -> list[Pool]:
     return [leaf for leaf in leaves if isinstance(leaf, Pool)]
 
 
-def _without_kind(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key != "kind"}
+def _read_evaluations(folder: Path) -> list[dict[str, Any]]:
+    rows = record.read_rows(folder / record.METRICS)
+    evaluations = [row for row in rows if row["kind"] == "evaluation"]
+    return [{key: row[key] for key in row if key != "kind"} for row in evaluations]
 
 
+def _read_finished(simulation: Simulation) -> Result:
+    """The result of a run that is finished, from its record."""
+    folder = simulation.config.run_dir
+    checkpoints = Checkpoints(folder, read_only=True)
+    params = checkpoints.params(checkpoints.steps()[-1], simulation.server.params)
+    checkpoints.close()
+    summary = record.read_json(folder / record.SUMMARY)
+    return Result(params, summary, _read_evaluations(folder))

@@ -1,7 +1,16 @@
 """Settings of all tests, made once before JAX is first used."""
 
-import jax
+import os
+import tempfile
+
 import pytest
+
+# Programs that several tests share are compiled once, also by processes that tests start.
+_CACHE = tempfile.TemporaryDirectory(prefix="fedrevive-test-programs-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+
+import jax  # noqa: E402
 
 # Shapes of different rank must be matched explicitly: silent broadcasting hides mistakes.
 jax.config.update("jax_numpy_rank_promotion", "raise")

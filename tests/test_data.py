@@ -132,9 +132,7 @@ def test_crop_pads_with_zeros_for_clients_and_reflects_for_synthesis():
     for function, mode in (
         (augment.client_inputs, "constant"), (augment.synthetic_inputs, "reflect"),
     ):  # fmt: skip
-        crops = {
-            padded[mode][i : i + 4, j : j + 4].tobytes() for i in range(5) for j in range(5)
-        }
+        crops = {padded[mode][i : i + 4, j : j + 4].tobytes() for i in range(5) for j in range(5)}
         seen = {np.asarray(x[..., 0], np.float64).tobytes() for x in function(images, key, how)}
         # 200 draws of 25 corners miss a given corner with probability 3e-4.
         assert seen == crops
@@ -158,8 +156,8 @@ def test_normalisation_and_bytes():
 
 def test_augmentation_is_differentiable():
     how = Preprocessing(crop_padding=1, flip=True)
-    gradient = jax.grad(
-        lambda x: augment.synthetic_inputs(x, jax.random.key(0), how).sum()
-    )(jnp.ones((8, 4, 4, 1)))
+    gradient = jax.grad(lambda x: augment.synthetic_inputs(x, jax.random.key(0), how).sum())(
+        jnp.ones((8, 4, 4, 1))
+    )
     # Every output pixel comes from exactly one input pixel.
     assert float(gradient.sum()) == 8 * 16

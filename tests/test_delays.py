@@ -89,5 +89,5 @@ def test_bad_traces(tmp_path, text, message):
 
 def test_missing_trace(tmp_path):
     config = Config(delays="trace", delay_trace=str(tmp_path / "none.csv"))
-    with pytest.raises(ConfigError, match="none.csv"):
+    with pytest.raises(ConfigError, match=r"none\.csv"):
         delays.create(config)

@@ -57,7 +57,9 @@ def test_both_convolutions_agree(name, taps):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("size", "stride", "padding"), [(3, 1, 0), (3, 2, 1), (1, 2, 0), (5, 3, 2)])
+@pytest.mark.parametrize(
+    ("size", "stride", "padding"), [(3, 1, 0), (3, 2, 1), (1, 2, 0), (5, 3, 2)]
+)
 def test_patches_convolution_is_a_convolution(size, stride, padding):
     x = jax.random.normal(jax.random.key(0), (2, 9, 11, 3))
     kernel = jax.random.normal(jax.random.key(1), (size, size, 3, 4))

@@ -74,9 +74,9 @@ def test_natural_groups():
 
 
 def test_natural_needs_groups_and_enough_of_them():
-    with pytest.raises(ConfigError, match="--partition=natural.*no natural groups"):
+    with pytest.raises(ConfigError, match=r"--partition=natural.*no natural groups"):
         split("natural")
-    with pytest.raises(ConfigError, match="--num_clients=8.*at most 7"):
+    with pytest.raises(ConfigError, match=r"--num_clients=8.*at most 7"):
         split("natural", groups=np.arange(600) % 7, num_clients=8)
 
 

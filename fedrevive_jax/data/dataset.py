@@ -54,9 +54,7 @@ class Dataset:
             raise ValueError(
                 f"data set {self.name}: {len(self.images)} images, {len(self.labels)} labels"
             )
-        if len(self.labels) and not (
-            0 <= self.labels.min() and self.labels.max() < self.num_classes
-        ):
+        if not np.isin(self.labels, np.arange(self.num_classes)).all():
             raise ValueError(f"data set {self.name}: labels outside 0..{self.num_classes - 1}")
 
     @property

@@ -16,9 +16,7 @@ def read_idx(folder: str, name: str, dimensions: int) -> np.ndarray:
     Raises:
       ConfigError: the file is missing, cut short, too long, or not an IDX file of bytes.
     """
-    path = next(
-        (p for p in (Path(folder, name), Path(folder, name + ".gz")) if p.is_file()), None
-    )
+    path = next((p for p in (Path(folder, name), Path(folder, name + ".gz")) if p.is_file()), None)
     if path is None:
         raise ConfigError(f"--data_dir={folder}: no file {name} or {name}.gz")
     try:

@@ -51,7 +51,5 @@ def check(guard: LossGuard, term: str, value: jax.Array) -> tuple[jax.Array, Los
     mean = guard.values[row].sum() / jnp.maximum(filled, 1)
     spike = (filled >= NEEDED) & (magnitude > SPIKE * mean)
     counts = jnp.isfinite(magnitude) & ~spike
-    kept = LossGuard(
-        guard.values.at[row, count % KEPT].set(magnitude), guard.counts.at[row].add(1)
-    )
+    kept = LossGuard(guard.values.at[row, count % KEPT].set(magnitude), guard.counts.at[row].add(1))
     return counts, trees.select(counts, kept, guard)

@@ -74,8 +74,6 @@ def draw(pool: Pool, mixes: jax.Array, count: int, key: jax.Array) -> jax.Array:
     # A label drawn in proportion to its count, then uniform within it, is uniform over the pool.
     law = jnp.where(mass > 0, allowed, per_label.astype(mixes.dtype))
     label_key, image_key = jax.random.split(key)
-    labels = jax.random.categorical(
-        label_key, jnp.log(law)[:, None, :], shape=(num_mixes, count)
-    )
+    labels = jax.random.categorical(label_key, jnp.log(law)[:, None, :], shape=(num_mixes, count))
     offsets = jax.random.randint(image_key, labels.shape, 0, jnp.maximum(per_label[labels], 1))
     return by_label[jnp.minimum(first[labels] + offsets, size - 1)]

@@ -54,9 +54,7 @@ def observe(
     def update(proxies):
         inputs = jax.random.normal(key, (samples, *model.input_shape))
         estimate = probe(model, params, inputs, temperature)
-        return Proxies(
-            proxies.total.at[client].add(estimate), proxies.probes.at[client].add(1)
-        )
+        return Proxies(proxies.total.at[client].add(estimate), proxies.probes.at[client].add(1))
 
     return jax.lax.cond(proxies.probes[client] < UPLOADS, update, lambda p: p, proxies)
 

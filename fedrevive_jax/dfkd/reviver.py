@@ -170,7 +170,8 @@ def create(
         good = trees.all_finite(result.delta)
         zero = jax.tree.map(jnp.zeros_like, params)
         loss = result.losses.mean().astype(jnp.float32)
-        return state._replace(guard=result.guard), trees.select(good, result.delta, zero), good, loss
+        delta = trees.select(good, result.delta, zero)
+        return state._replace(guard=result.guard), delta, good, loss
 
     def revive(state: ReviverState, params, upload: Upload, arrival: Arrival, beta, key):
         probe_key, synthesis_key, distillation_key = jax.random.split(key, 3)

@@ -1,4 +1,4 @@
-"""FedRevive: Delta~ = (1 - beta(tau)) Delta + beta(tau) Delta^KD (arXiv 2511.00655, algorithm 1)."""
+"""FedRevive: Delta~ = (1 - beta(tau)) Delta + beta(tau) Delta^KD (arXiv 2511.00655)."""
 
 import jax
 import jax.numpy as jnp

@@ -128,9 +128,7 @@ def compose(
     def step(params, base, state, upload: Upload, arrival: Arrival, accepted, key):
         def take(state):
             delta = jax.tree.map(jnp.subtract, upload.params, base)
-            rule_state, delta, metrics = rule.apply(
-                state.rule, delta, params, upload, arrival, key
-            )
+            rule_state, delta, metrics = rule.apply(state.rule, delta, params, upload, arrival, key)
             total = jax.tree.map(jnp.add, state.total, delta)
             return state._replace(rule=rule_state, total=total, taken=state.taken + 1), metrics
 

@@ -99,7 +99,8 @@ def _patches_convolution(
 ):
     """A plain NHWC, HWIO convolution as shifted slices and one matrix product."""
     del dimension_numbers, unused
-    if feature_group_count != 1 or any(d != 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ()))):
+    dilated = any(d != 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
+    if feature_group_count != 1 or dilated:
         raise ValueError("the patches convolution knows neither groups nor dilation")
     height, width, channels, features = kernel.shape
     inputs = jnp.pad(inputs, ((0, 0), *padding, (0, 0)))

@@ -1,0 +1,158 @@
+"""The commands as a user types them, and one clear line for every bad input."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fedrevive_jax.presets import resolve
+from tests.test_simulator import SMALL
+
+
+def call(*arguments, program="main", cwd=None):
+    here = os.getcwd()
+    return subprocess.run(
+        [sys.executable, "-m", f"experiments.{program}", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": here},
+    )
+
+
+def flags(**values):
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+def test_run_then_evaluate_then_run_again(tmp_path):
+    arguments = flags(**{**SMALL, "method": "fedbuff", "max_time": 3, "workdir": tmp_path / "run"})
+    first = call(*arguments)
+    assert first.returncode == 0, first.stderr
+    assert first.stderr == ""  # quiet when the output is not a terminal
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert f"accuracy {summary['final_accuracy']:.4f}" in first.stdout
+
+    evaluated = call(f"--workdir={tmp_path / 'run'}", program="evaluate")
+    assert evaluated.returncode == 0, evaluated.stderr
+    figures = json.loads(evaluated.stdout)
+    assert figures["accuracy"] == summary["final_accuracy"]
+    last = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert figures["loss"] == json.loads(last)["loss"]
+    assert figures["version"] == summary["versions"]
+    assert len(figures["per_class_accuracy"]) == 10
+    validation = call(f"--workdir={tmp_path / 'run'}", "--split=validation", program="evaluate")
+    assert json.loads(validation.stdout)["split"] == "validation"
+
+    again = call(*arguments)
+    assert again.returncode == 0
+    assert "finished; nothing to do" in again.stdout
+    other = call(*arguments, "--seed=9")
+    assert other.returncode == 1
+    assert "--seed: 0 in the record, 9 now" in other.stderr
+    missing = call(f"--workdir={tmp_path / 'run'}", "--step=12345", program="evaluate")
+    assert missing.returncode == 1
+    assert missing.stderr.startswith("error: --step=12345: no such checkpoint")
+
+
+def test_dry_run_needs_no_data_and_writes_nothing(tmp_path):
+    result = call(
+        "--dry_run", "--dataset=fashion_mnist", "--method=fedrevive", "--num_clients=1000",
+        "--concurrency=100", "--max_time=200", cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    plan = json.loads(result.stdout)
+    assert plan["versions"] == pytest.approx(12_650, rel=0.02)
+    assert plan["mean_window"] == pytest.approx(28.7, rel=0.06)
+    assert plan["live_versions_max"] <= 101
+    assert plan["bytes_live_versions"] == plan["live_versions_max"] * plan["bytes_model"]
+    assert plan["bytes_model"] == 4 * plan["parameters"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_flops_are_those_of_the_model():
+    """ConvNet at 28x28, width 64, 10 classes, counted by hand: 2 per multiply-add."""
+    import numpy as np
+
+    from fedrevive_jax import data
+    from fedrevive_jax.planning import forward_flops
+    from fedrevive_jax.simulator import make_model
+
+    empty = data.Dataset(
+        "f", 10, np.zeros((0, 28, 28, 1), np.uint8), np.zeros(0, np.int32),
+        dict.fromkeys(("train", "validation", "distillation", "test"), np.zeros(0, np.int32)),
+    )  # fmt: skip
+    model = make_model(resolve("fashion_mnist", "fedavg", model_width=64, convolution="lax"), empty)
+    multiply_adds = (
+        26 * 26 * 9 * 64 + 24 * 24 * 9 * 64 * 64 + 10 * 10 * 9 * 64 * 64
+        + 1600 * 200 + 200 * 100 + 100 * 10
+    )  # fmt: skip
+    # ReLUs, biases, pooling and taps are counted too: a few per activation.
+    assert 2 * multiply_adds <= forward_flops(model) <= 2.1 * multiply_adds
+
+
+BAD = [
+    (["--dataset=cifar99"], "--dataset=cifar99: must be one of digits, fashion_mnist"),
+    (["--method=fedprox"], "--method=fedprox: must be one of fedavg, fedbuff, afl_dw, fedrevive"),
+    (["--num_clients=10", "--concurrency=20"], "--concurrency=20: must be at most --num_clients"),
+    (["--buffer_size=0"], "--buffer_size=0: must be at least 1"),
+    (["--open_slots=21"], "--open_slots=21: must be at most --concurrency=20"),
+    (["--alpha=0"], "--alpha=0: must be above 0"),
+    (["--alpha=-0.5"], "--alpha=-0.5: must be above 0"),
+    (["--alpha=nan"], "--alpha=nan: must be finite"),
+    (["--seed=1.5"], "--seed=1.5: must be a whole number"),
+    (["--seed=abc"], "--seed=abc: must be a whole number"),
+    (["--client_lr=fast"], "--client_lr=fast: must be a number"),
+    (["--max_time=inf"], "--max_time=inf: must be finite"),
+    (["--warmup_versions=1", "--freeze_versions=2"], "--warmup_versions=1: must be at least"),
+    (["--delays=trace"], "--delay_trace=: must name a CSV file"),
+    (["--delays=trace", "--delay_trace=none.csv", "--dry_run"], "--delay_trace=none.csv: cannot"),
+    (["--delays=uniform", "--delay_spread=9"], "--delay_spread=9.0: must be below --delay_mean"),
+    (["--partition=natural"], "--partition=natural: this data set has no natural groups"),
+    (["--model=convnet"], "--model=convnet: images of 8x8 are too small"),
+    (["--dataset=custom"], "--dataset=custom: is given from Python"),
+    (["--dataset=fashion_mnist"], "--data_dir=: must name the folder"),
+    (["--dataset=fashion_mnist", "--data_dir=."], "no file train-images-idx3-ubyte"),
+    (["--meta=sgd"], "--meta=sgd: must be one of reptile, fomaml, maml"),
+    (["--no_such_flag=1"], "Unknown command line flag 'no_such_flag'"),
+    (["digits"], "digits: unexpected argument"),
+    (["--workdir=blocked/run"], "--workdir=blocked/run: cannot be written"),
+    (["--workdir=blocked"], "--workdir=blocked: is not a folder"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_bad_input_is_one_clear_line(tmp_path, arguments, message):
+    """Status not 0, one line, nothing written, and no waiting for a compilation."""
+    (tmp_path / "blocked").write_text("a file, not a folder")
+    result = call(*arguments, cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert message in lines[0]
+    assert lines[0].startswith("error: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["blocked"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--workdir=: must name"),
+        (["--workdir=none"], "config.json cannot be read"),
+        (["--workdir=none", "--step=x"], "--step=x"),
+    ],
+)
+def test_bad_input_of_evaluate(tmp_path, arguments, message):
+    result = call(*arguments, program="evaluate", cwd=tmp_path)
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert message in result.stderr
+
+
+def test_help():
+    result = call("--help")
+    assert result.returncode == 0
+    assert "--concurrency: K, clients that work at the same time" in result.stdout

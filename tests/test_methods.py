@@ -1,0 +1,211 @@
+"""One server step of every method by hand on a scalar model, beta, and the limits between them."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedrevive_jax import blending, methods
+from fedrevive_jax.config import METHODS
+from fedrevive_jax.methods import method as interface
+from fedrevive_jax.methods.fedrevive import blend
+from fedrevive_jax.presets import resolve
+from tests.toys import KEY, arrival, scalar_model, scalar_upload
+
+TINY = {
+    "num_clients": 4, "concurrency": 2, "num_teachers": 2, "latent_size": 4,
+    "generator_features": 2, "synthesis_batch": 4, "pool_size": 8, "distillation_steps": 1, "distillation_batch": 2,
+    "proxy_samples": 4,
+}  # fmt: skip
+
+
+def create(name, **kwargs):
+    config = resolve("digits", name, **{**TINY, **kwargs})
+    ingredients = methods.Ingredients(
+        scalar_model(),
+        lambda images, key: images.astype(jnp.float32),
+        class_mixes=np.full((4, 2), 0.5, np.float32),
+        real_images=(np.ones((6, 4, 4, 1), np.uint8), np.asarray([0, 1] * 3, np.int32)),
+    )
+    return methods.create(config, ingredients)
+
+
+def drive(method, params, uploads, accepted=True):
+    """Submits (upload w, base w, arrival) one after the other; the history of w."""
+    state, history, seen = method.init(params), [], []
+    step = jax.jit(method.step)
+    for w, base, facts in uploads:
+        params, state, metrics = step(
+            params, {"w": jnp.asarray(base)}, state, scalar_upload(w), facts,
+            jnp.asarray(accepted), KEY,
+        )  # fmt: skip
+        history.append(float(params["w"]))
+        seen.append({name: float(value) for name, value in metrics.items()})
+    return history, seen
+
+
+ONE = {"w": jnp.asarray(1.0)}
+
+
+def test_fedavg_by_hand():
+    """Cohort of 2: mean Delta = (0.5 + 1.5) / 2; w = 1 + 1.4 * 1."""
+    method = create("fedavg", server_lr=1.4)
+    assert method.buffer_size == 2
+    history, _ = drive(
+        method, ONE, [(1.5, 1.0, arrival(completes=False)), (2.5, 1.0, arrival(1, 1))]
+    )
+    assert history == pytest.approx([1.0, 2.4])
+
+
+def test_fedbuff_by_hand():
+    """Deltas 2 and -1 of different bases, then a second, empty buffer with 4 and 0."""
+    method = create("fedbuff", buffer_size=2, server_lr=0.5)
+    history, _ = drive(
+        method,
+        ONE,
+        [
+            (3.0, 1.0, arrival(completes=False, staleness=3)),
+            (-1.0, 0.0, arrival(staleness=90)),
+            (5.0, 1.0, arrival(completes=False)),
+            (2.0, 2.0, arrival()),
+        ],
+    )
+    assert history == pytest.approx([1.0, 1.25, 1.25, 2.25])
+
+
+def test_afl_dw_by_hand():
+    """At tau = s_max the cosine is 1/2: w = 1 + 0.1 * 0.5 * 2; at 2 s_max nothing moves."""
+    method = create("afl_dw", server_lr=0.1, beta_s_max=75)
+    for staleness, expected in ((0, 1.2), (75, 1.1), (150, 1.0), (400, 1.0)):
+        history, seen = drive(method, ONE, [(3.0, 1.0, arrival(staleness=staleness))])
+        assert history[0] == pytest.approx(expected)
+        assert seen[0]["beta"] == pytest.approx(float(blending.cosine(75)(staleness)))
+
+
+def test_fedrevive_before_warm_up_is_the_plain_update():
+    """tau = 150 would be beta = 1, yet the update goes in unblended and beta is recorded as 0."""
+    method = create("fedrevive", server_lr=0.1, beta_s_max=75)
+    history, seen = drive(method, ONE, [(3.0, 1.0, arrival(version=5, staleness=150))])
+    assert history == pytest.approx([1.2])
+    assert seen[0]["beta"] == 0.0
+
+
+def scalar_reviver(delta, distilled=True):
+    """A reviver that always offers the same Delta^KD."""
+    from fedrevive_jax.dfkd.reviver import Revival, Reviver
+
+    def revive(state, params, upload, arrival, beta, key):
+        offer = Revival({"w": jnp.asarray(delta)}, jnp.asarray(distilled), {})
+        return state, offer
+
+    return Reviver(lambda params: (), revive)
+
+
+def test_fedrevive_blend_by_hand():
+    """Delta = 2, Delta^KD = -1, beta(75) = 1/2: w = 1 + 0.1 * (1 - 0.5)."""
+    config = resolve("digits", "fedrevive", server_lr=0.1)
+    optimizer = interface.server_optimizer(config)
+
+    def run(reviver, staleness):
+        rule = blend(reviver, blending.cosine(75))
+        return drive(
+            interface.compose("x", rule, 1, optimizer), ONE,
+            [(3.0, 1.0, arrival(staleness=staleness))],
+        )[0][0]  # fmt: skip
+
+    assert run(scalar_reviver(-1.0), 75) == pytest.approx(1.05)
+    assert run(scalar_reviver(-1.0), 0) == pytest.approx(1.2)
+    assert run(scalar_reviver(-1.0), 500) == pytest.approx(0.9)
+    assert run(scalar_reviver(-1.0, distilled=False), 500) == pytest.approx(1.2)  # unblended
+
+
+def test_dd_fedrevive_by_hand():
+    """Real images of ones and one teacher, the arriving model itself (w = 3), student at 1.
+
+    Adam's first step is lr_kd towards the teacher: Delta^KD = 0.01, so with beta = 1/2
+    w = 1 + 0.2 * (0.5 * 2 + 0.5 * 0.01).
+    """
+    method = create("dd_fedrevive", server_lr=0.2, distillation_lr=0.01)
+    history, seen = drive(method, ONE, [(3.0, 1.0, arrival())])
+    # Inputs are 1: a byte image of ones goes through this test's augmentation unscaled.
+    assert history == pytest.approx([1 + 0.2 * (1.0 + 0.005)], rel=1e-5)
+    assert seen[0]["beta"] == 0.5
+    assert math.isfinite(seen[0]["distillation"])
+    assert math.isnan(seen[0]["synthesis"])
+
+
+def test_server_optimisers_are_optax():
+    """Adam's first step is the rate in the direction of the mean update."""
+    method = create("fedbuff", buffer_size=1, server_lr=0.25, server_optimizer="adam")
+    history, _ = drive(method, ONE, [(-5.0, 1.0, arrival())])
+    assert history == pytest.approx([0.75], rel=1e-5)
+    method = create("fedbuff", buffer_size=1, server_lr=0.5, server_optimizer="momentum")
+    history, _ = drive(method, ONE, [(2.0, 1.0, arrival()), (1.0, 1.0, arrival())])
+    assert history == pytest.approx([1.5, 1.95])  # 1.5 + 0.5 * 0.9
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_rejected_upload_leaves_no_trace(name):
+    """Whatever it holds: neither parameters nor state change, but the buffer's place is taken."""
+    method = create(name, buffer_size=1, open_slots=1)
+    params, state = ONE, method.init(ONE)
+    kept = jax.tree.map(np.asarray, state)
+    after, state, _ = jax.jit(method.step)(
+        params, ONE, state, scalar_upload(math.nan), arrival(), jnp.asarray(False), KEY
+    )
+    assert float(after["w"]) == 1.0
+    for a, b in zip(*map(jax.tree.leaves, (kept, state)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_state_is_stable(name):
+    """Structure, shapes and dtypes of the state survive a step, so that nothing is recompiled."""
+    method = create(name)
+    state = method.init(ONE)
+    params, after, metrics = jax.eval_shape(
+        method.step, ONE, ONE, state, scalar_upload(2.0), arrival(), jnp.asarray(True), KEY
+    )
+
+    def described(tree):
+        leaves, structure = jax.tree.flatten(tree)
+        return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+    assert described(state) == described(after)
+    assert described(params) == described(ONE)
+    assert "beta" in metrics
+    assert all(m.shape == () and m.dtype == jnp.float32 for m in metrics.values())
+
+
+# --- beta -----------------------------------------------------------------------------------------
+
+
+def test_beta_by_hand():
+    tau = np.asarray([0, 25, 50, 75, 100, 150, 151, 1000])
+    cosine = [0, 0.25 * (2 - math.sqrt(3)), 0.25, 0.5, 0.75, 1, 1, 1]
+    np.testing.assert_allclose(blending.cosine(75)(tau), cosine, atol=1e-6)
+    np.testing.assert_allclose(blending.linear(0.005)(tau), np.minimum(1, 0.005 * tau), rtol=1e-6)
+    np.testing.assert_allclose(
+        blending.exponential(0.005)(tau), 1 - np.exp(-0.005 * tau), atol=1e-6
+    )
+    assert blending.constant(0.3)(tau).tolist() == pytest.approx([0.3] * 8)
+    steps = blending.stepwise(150.0)(np.asarray([0, 37, 38, 74, 75, 112, 113, 149, 150, 999]))
+    assert steps.tolist() == [0, 0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1, 1]
+
+
+@pytest.mark.parametrize("shape", ["cosine", "constant", "linear", "exponential", "stepwise"])
+def test_beta_stays_in_range_and_never_decreases(shape):
+    config = resolve("digits", "fedrevive", beta_shape=shape, buffer_size=2, concurrency=10)
+    values = np.asarray(blending.create(config)(np.arange(1000)))
+    assert (values >= 0).all()
+    assert (values <= 1).all()
+    assert (np.diff(values) >= 0).all()
+    assert shape == "constant" or values[0] == 0
+
+
+def test_stepwise_follows_concurrency_and_buffer():
+    config = resolve("digits", "afl_dw", beta_shape="stepwise", concurrency=20, buffer_size=2)
+    assert float(blending.create(config)(15)) == 1.0  # 1.5 * 20 / 2
+    assert float(blending.create(config)(14)) == 0.75

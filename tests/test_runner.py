@@ -1,0 +1,197 @@
+"""The record of a run, continuing it exactly, and evaluating it elsewhere."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from fedrevive_jax import record, runner
+from fedrevive_jax.checkpoint import Checkpoints
+from fedrevive_jax.config import ConfigError
+from fedrevive_jax.simulator import Simulation
+from tests.test_simulator import small
+
+RUN = {"max_time": 5.0, "checkpoint_every": 7, "eval_every": 4}
+
+
+def config_in(folder, method="fedrevive", **kwargs):
+    return small(method, **{**RUN, "workdir": str(folder), **kwargs})
+
+
+def finish(config, **kwargs):
+    return runner.run(config, keep_record=True, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run and its folder."""
+    config = config_in(tmp_path_factory.mktemp("whole") / "run")
+    return config, finish(config)
+
+
+def final_state(config):
+    """All arrays of the newest checkpoint."""
+    simulation = Simulation(config)
+    checkpoints = Checkpoints(config.run_dir, read_only=True)
+    step = checkpoints.steps()[-1]
+    saved = checkpoints.record(step)
+    state = checkpoints.state(
+        step, simulation.server.params, simulation.shapes(saved["simulation"])
+    )
+    checkpoints.close()
+    return saved["simulation"], state
+
+
+def metrics_without_wall(config):
+    rows = record.read_rows(config.run_dir / record.METRICS)
+    return [{k: v for k, v in row.items() if k != "wall_seconds"} for row in rows]
+
+
+def test_the_record(whole):
+    config, result = whole
+    folder, clock = config.run_dir, Simulation(config).schedule
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "config.json", "metrics.jsonl", "arrivals.jsonl", "summary.json", "tensorboard",
+        "curves.png", "synthetic.png", "checkpoints",
+    }  # fmt: skip
+    assert json.loads((folder / "config.json").read_text()) == config.as_dict()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary == result.summary
+    assert summary["versions"] == summary["arrivals"] == clock.num_arrivals
+    assert summary["staleness_mean"] == pytest.approx(clock.staleness.mean())
+
+    arrivals = record.read_rows(folder / record.ARRIVALS)
+    assert [row["index"] for row in arrivals] == list(range(clock.num_arrivals))
+    for row in arrivals:
+        assert set(row) == {
+            "index", "time", "client", "base_version", "version", "staleness", "beta", "accepted",
+        }  # fmt: skip
+        assert row["staleness"] == row["version"] - row["base_version"]
+        assert row["accepted"] is True
+    assert any(row["beta"] > 0 for row in arrivals)
+
+    metrics = record.read_rows(folder / record.METRICS)
+    evaluations = [row for row in metrics if row["kind"] == "evaluation"]
+    planned = {*range(0, clock.num_versions, 4), clock.num_versions}
+    assert [row["version"] for row in evaluations] == sorted(planned)
+    assert evaluations[-1]["accuracy"] == summary["final_accuracy"]
+    assert max(row["accuracy"] for row in evaluations) == summary["best_accuracy"]
+    synthesised = [row["version"] for row in metrics if row["kind"] == "dfkd"]
+    assert synthesised == [v for v in range(4, clock.num_versions, 2)]
+    events = list((folder / "tensorboard").iterdir())
+    assert sum(path.stat().st_size for path in events) > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "arrival", "continues_from"),
+    [("fedrevive", 3, None), ("fedrevive", 16, 14), ("fedbuff", 17, 7)],
+)
+def test_killed_and_continued_equals_uninterrupted(
+    whole, tmp_path, method, arrival, continues_from
+):
+    """Killed by SIGKILL at an arrival, started again: bit for bit the same end."""
+    if method == "fedrevive":
+        reference = whole[0]
+    else:
+        reference = config_in(tmp_path / "whole", method, max_time=8.0)
+        finish(reference)
+    config = dataclasses.replace(reference, workdir=str(tmp_path / "killed"))
+    (tmp_path / "config.json").write_text(json.dumps(config.as_dict()))
+    arguments = [str(arrival), str(tmp_path / "config.json")]
+    killed = subprocess.run(
+        [sys.executable, "-m", "tests.killed_run", *arguments], capture_output=True, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert not (config.run_dir / record.SUMMARY).exists()
+
+    result = finish(config)
+    # The newest save may have been under way when the process died.
+    assert result.resumed_version in {continues_from, (continues_from or 7) - 7 or None}
+    plain, state = final_state(config)
+    expected_plain, expected_state = final_state(reference)
+    assert plain == expected_plain
+    for a, b in zip(*map(jax.tree.leaves, (state, expected_state)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    arrivals = [(c.run_dir / record.ARRIVALS).read_bytes() for c in (config, reference)]
+    assert arrivals[0] == arrivals[1]
+    assert metrics_without_wall(config) == metrics_without_wall(reference)
+
+
+def test_a_finished_run_is_left_alone(whole):
+    config, result = whole
+    before = {p: p.stat().st_mtime_ns for p in config.run_dir.rglob("*") if p.is_file()}
+    assert runner.is_finished(config)
+    again = finish(config)
+    assert again.summary == result.summary
+    assert again.evaluations == result.evaluations
+    for a, b in zip(*map(jax.tree.leaves, (again.params, result.params)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert before == {p: p.stat().st_mtime_ns for p in config.run_dir.rglob("*") if p.is_file()}
+
+
+def test_another_configuration_is_refused_and_shown(whole):
+    config, _ = whole
+    other = dataclasses.replace(config, server_lr=0.7, seed=5)
+    with pytest.raises(ConfigError, match=r"--seed: 0 in the record, 5 now; --server_lr: .*0\.7"):
+        finish(other)
+    # Where the data and the folder lie is no part of what is computed.
+    assert runner.is_finished(dataclasses.replace(config, data_dir="/elsewhere"))
+
+
+def test_overwrite_starts_afresh(tmp_path):
+    config = config_in(tmp_path / "run", "fedbuff", max_time=2.0)
+    finish(config)
+    (config.run_dir / "notes.txt").write_text("of the old run")
+    other = dataclasses.replace(config, seed=3)
+    assert finish(other, overwrite=True).summary["seed"] == 3
+    assert not (config.run_dir / "notes.txt").exists()
+    assert runner.is_finished(other)
+
+
+def test_a_foreign_folder_is_never_touched(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    config = config_in(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match=r"holds thesis\.tex but no config\.json"):
+            finish(config, overwrite=overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_damaged_configuration_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"seed": ')
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
+        finish(config_in(tmp_path))
+
+
+def test_a_run_without_a_record_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = runner.run(small("fedbuff", max_time=2.0))
+    assert 0 <= result.summary["final_accuracy"] <= 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_without_arrivals_ends_well(tmp_path):
+    config = config_in(tmp_path / "run", "fedbuff", max_time=0.05)
+    result = finish(config)
+    assert result.summary["arrivals"] == 0
+    assert [row["version"] for row in result.evaluations] == [0]
+
+
+def test_rows_are_cut_to_what_counts(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = record.Rows(path)
+    rows.append({"a": 1, "b": float("nan")})
+    size = rows.flush()
+    rows.append({"a": 2, "b": 0.5})
+    rows.close()
+    with path.open("ab") as stream:
+        stream.write(b'{"a": 3, "b')  # a row that was cut by a crash
+    assert record.read_rows(path) == [{"a": 1, "b": None}, {"a": 2, "b": 0.5}]
+    record.Rows(path, size).close()
+    assert record.read_rows(path) == [{"a": 1, "b": None}]

@@ -1,0 +1,164 @@
+"""The simulation: windows change nothing, limits hold between methods, nothing is recompiled."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedrevive_jax.config import METHODS
+from fedrevive_jax.local_training import train
+from fedrevive_jax.presets import resolve
+from fedrevive_jax.simulator import Simulation
+
+SMALL = {
+    "model_width": 4, "num_clients": 12, "concurrency": 6, "samples_per_client": 20,
+    "max_time": 6.0, "local_iterations": 2, "batch_size": 8, "num_teachers": 3, "latent_size": 6,
+    "generator_features": 4, "synthesis_batch": 8, "pool_size": 32, "distillation_steps": 2,
+    "distillation_batch": 4, "proxy_samples": 8, "freeze_versions": 3, "warmup_versions": 5,
+    "generation_interval": 2, "beta_s_max": 3.0,
+}  # fmt: skip
+
+
+def small(method, **kwargs):
+    return resolve("digits", method, **{**SMALL, **kwargs})
+
+
+def play(config):
+    simulation = Simulation(config)
+    live = 0
+    receipts = []
+    for receipt in simulation.arrivals():
+        live = max(live, len(simulation.server.live_versions))
+        receipts.append(receipt)
+    return simulation, receipts, live
+
+
+def rows(receipts):
+    return [(r.job, r.client, r.base_version, r.version, r.staleness) for r in receipts]
+
+
+def assert_same_params(a, b, atol):
+    for x, y in zip(*map(jax.tree.leaves, (a.server.params, b.server.params)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_windows_and_one_by_one_agree(method):
+    """The same arrivals row by row and the same parameters.
+
+    Training four jobs in one call sums in another order than one job (1e-7 relative); Adam may
+    turn that into differences of the size of its rate where a gradient is all rounding. After about
+    25 arrivals, steps of at most server_lr * client_lr * 2 = 2e-3 each, the parameters agree to a
+    hundredth of a single step.
+    """
+    windowed, receipts, live = play(small(method, client_batch=4))
+    single, expected, _ = play(small(method, window_limit=1))
+    assert len(windowed.windows) < len(single.windows) == len(expected) > 5
+    assert rows(receipts) == rows(expected)
+    assert_same_params(windowed, single, atol=2e-5)
+    np.testing.assert_allclose(
+        *([float(r.metrics["beta"]) for r in play] for play in (receipts, expected)), rtol=1e-6
+    )
+    assert live <= windowed.schedule.live_versions_max() <= 6 + 1
+    if method == "fedrevive":
+        assert any(float(r.metrics["beta"]) > 0 for r in receipts)
+
+
+def test_uneven_windows_and_padding_change_nothing():
+    """Windows of at most 3 in calls of 2: the last call of a window is padded by repetition."""
+    a, receipts, _ = play(small("fedbuff", client_batch=2, window_limit=3))
+    b, expected, _ = play(small("fedbuff", client_batch=5))
+    assert rows(receipts) == rows(expected)
+    assert_same_params(a, b, atol=2e-5)
+
+
+def test_a_job_is_what_one_client_would_compute_alone():
+    """The first upload of a window against a plain call on the client's own samples."""
+    config = small("fedavg", client_batch=4)
+    simulation = Simulation(config)
+    simulation._train_window(simulation.windows[0])
+    job = int(simulation.windows[0].jobs[2])
+    client = int(simulation.schedule.client[job])
+    positions = simulation._shards.batches(client, 0, steps=2, batch_size=8, seed=config.seed)
+    batches = (
+        jnp.asarray(simulation.dataset.images[positions] / np.float32(255)),
+        jnp.asarray(simulation.dataset.labels[positions]),
+    )
+    alone = train(
+        simulation.model, simulation.server.params, batches, lambda b: b, config.client_lr
+    )
+    upload = simulation._uploads[job]
+    for x, y in zip(
+        *map(jax.tree.leaves, ((upload.params, upload.taps), (alone.params, alone.taps))),
+        strict=True,
+    ):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_fedrevive_without_blending_is_fedbuff_of_one():
+    plain, receipts, _ = play(small("fedbuff", buffer_size=1, server_lr=0.3))
+    revived, others, _ = play(
+        small("fedrevive", beta_shape="constant", beta_constant=0.0, server_lr=0.3)
+    )
+    assert rows(receipts) == rows(others)
+    assert_same_params(plain, revived, atol=0)
+    blended, _, _ = play(small("fedrevive", server_lr=0.3))
+    with pytest.raises(AssertionError):  # the control: with blending they differ
+        assert_same_params(plain, blended, atol=1e-4)
+
+
+def test_fedbuff_of_a_whole_cohort_is_fedavg():
+    average, receipts, _ = play(small("fedavg", server_lr=1.0))
+    buffered, others, _ = play(small("fedbuff", buffer_size=6, open_slots=6, server_lr=1.0))
+    assert rows(receipts) == rows(others)
+    assert {r.staleness for r in receipts} == {0}
+    assert_same_params(average, buffered, atol=0)
+
+
+def test_true_histograms_and_uniform_targets_run():
+    simulation, receipts, _ = play(small("fedrevive", proxy="histogram", target_sampling="uniform"))
+    assert simulation.server.version == len(receipts)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(simulation.server.params))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_is_recompiled_after_warm_up(method):
+    """One trace of the server step and of local training, whatever arrives."""
+    simulation, _, _ = play(small(method, client_batch=2))
+    assert simulation.server.traces == 1
+    assert simulation._train._cache_size() == 1
+
+
+def test_the_same_seed_gives_the_same_run_bit_for_bit():
+    a, _, _ = play(small("fedrevive"))
+    b, _, _ = play(small("fedrevive"))
+    assert_same_params(a, b, atol=0)
+    c, _, _ = play(small("fedrevive", seed=1))
+    with pytest.raises(AssertionError):
+        assert_same_params(a, c, atol=1e-3)
+
+
+def test_methods_are_paired():
+    """The same seed gives the same population, shards, delays and start to every method."""
+    one, other = (Simulation(small(m, buffer_size=1, open_slots=1)) for m in ("fedavg", "afl_dw"))
+    np.testing.assert_array_equal(one.schedule.arrival_time, other.schedule.arrival_time)
+    np.testing.assert_array_equal(one._shards.indices, other._shards.indices)
+    assert_same_params(one, other, atol=0)
+
+
+def test_evaluation_is_of_the_whole_split_whatever_the_batch():
+    simulation = Simulation(small("fedbuff"))
+    whole = simulation.evaluate()
+    odd = Simulation(dataclasses.replace(simulation.config, eval_batch=77)).evaluate()
+    logits, _ = simulation.model.apply(
+        simulation.server.params,
+        jnp.asarray(simulation.dataset.images[simulation.dataset.splits["test"]] / np.float32(255)),
+    )
+    truth = simulation.dataset.labels[simulation.dataset.splits["test"]]
+    right = np.asarray(logits.argmax(1) == truth)
+    assert whole.accuracy == odd.accuracy == pytest.approx(right.mean())
+    assert whole.loss == pytest.approx(odd.loss, rel=1e-6)
+    by_class = [right[truth == c].mean() for c in range(10)]
+    assert whole.per_class == pytest.approx(by_class)
