@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 
 from fedrevive_jax.config import Config, ConfigError
-from fedrevive_jax.presets import resolve
 
 
 def define() -> None:
@@ -22,10 +21,9 @@ def define() -> None:
         flags.DEFINE_string(field.name, None, f"{words}. Default: the preset's.")
 
 
-def config_from_flags() -> Config:
-    """The resolved configuration of the command line."""
-    given = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Config)}
-    return resolve(given.pop("dataset"), given.pop("method"), **given)
+def given_values() -> dict[str, str | None]:
+    """What the command line says of every field; None where it says nothing."""
+    return {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Config)}
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -8,6 +8,7 @@ import json
 from absl import flags
 
 from experiments import flags as config_flags
+from fedrevive_jax.presets import resolve
 
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the plan as JSON; no data, no training")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "start afresh in a folder that holds a run")
@@ -16,7 +17,7 @@ flags.adopt_module_key_flags(config_flags)
 
 
 def main() -> None:
-    config = config_flags.config_from_flags()
+    config = resolve(**config_flags.given_values())
     if DRY_RUN.value:
         from fedrevive_jax.planning import plan
 

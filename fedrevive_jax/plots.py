@@ -41,6 +41,37 @@ def curves(path: Path, title: str, evaluations: list[dict[str, Any]], staleness:
     figure.savefig(path, dpi=120)
 
 
+def comparison(path: Path, title: str, runs: dict[str, list[list[dict[str, Any]]]]) -> None:
+    """Accuracy against simulated time: mean over seeds, and a band of one standard deviation.
+
+    Args:
+      path: where to write it.
+      title: above the picture.
+      runs: by method, the evaluations of every seed.
+    """
+    figure = _figure(figsize=(7, 4))
+    axes = figure.subplots()
+    for method, seeds in runs.items():
+        end = min(rows[-1]["time"] for rows in seeds)
+        times = np.linspace(0.0, end, 200)
+        curves = [
+            np.interp(times, [r["time"] for r in rows], [r["accuracy"] for r in rows])
+            for rows in seeds
+        ]
+        mean, spread = np.mean(curves, axis=0), np.std(curves, axis=0)
+        (line,) = axes.plot(times, mean, label=method, linewidth=1.5)
+        axes.fill_between(
+            times, mean - spread, mean + spread, color=line.get_color(), alpha=0.2, linewidth=0
+        )
+    axes.set_xlabel("simulated time")
+    axes.set_ylabel("accuracy")
+    axes.set_ylim(0, 1)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    axes.set_title(title)
+    figure.savefig(path, dpi=120)
+
+
 def synthetic(path: Path, images: np.ndarray, labels: np.ndarray, num_classes: int) -> bool:
     """A grid of pool images, a row per class, newest first. False when there is nothing to show.
 

@@ -16,7 +16,8 @@ from tests.toys import KEY, arrival, scalar_model, scalar_upload
 
 TINY = {
     "num_clients": 4, "concurrency": 2, "num_teachers": 2, "latent_size": 4,
-    "generator_features": 2, "synthesis_batch": 4, "pool_size": 8, "distillation_steps": 1, "distillation_batch": 2,
+    "generator_features": 2, "synthesis_batch": 4, "pool_size": 8, "distillation_steps": 1,
+    "distillation_batch": 2,
     "proxy_samples": 4,
 }  # fmt: skip
 
