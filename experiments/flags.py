@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
-from fedrevive_jax.config import Config, ConfigError
+from fedrevive_jax.config import Config, UserError
 
 
 def define() -> None:
@@ -46,7 +46,7 @@ def run(main: Callable[[], int | None]) -> None:
             logging.set_verbosity(logging.ERROR)  # libraries log every step they take
         try:
             return main()
-        except ConfigError as error:
+        except UserError as error:
             return fail(str(error))
 
     app.define_help_flags()

@@ -44,16 +44,16 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, record: dict[str, Any], params: Params, arrays: dict[str, Any]) -> None:
-        """Saves the version `record["version"]` in the background.
+        """Saves the version `record["version"]` in the background, unless it is saved already.
 
         Raises what went wrong with the save before, if anything did.
         """
         self._manager.check_for_errors()
         step = record["version"]
-        # A run that continued may come to a version again that is saved already.
+        # Never replaced: a run could die between deleting the old and writing the new one. What
+        # arrived since (a part of a buffer) is repeated when the run continues.
         if step in self.steps():
-            self._manager.wait_until_finished()
-            self._manager.delete(step)
+            return
         saved = self._manager.save(
             step,
             args=ocp.args.Composite(

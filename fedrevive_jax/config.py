@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 
-class ConfigError(ValueError):
-    """A value that a user gave is not allowed. The message is one line for that user."""
+class UserError(Exception):
+    """Something that is the user's to mend. The message is one line for that user."""
+
+
+class ConfigError(UserError, ValueError):
+    """A value, file or folder that a user gave is not allowed."""
 
 
 METHODS = ("fedavg", "fedbuff", "afl_dw", "fedrevive", "dd_fedrevive")
-DATASETS = ("digits", "fashion_mnist", "custom")  # custom: given from Python, see simulator.run
+DATASETS = ("digits", "fashion_mnist", "custom")  # custom: given from Python, see runner.run
 MODELS = ("digitsnet", "convnet", "resnet18", "custom")
 BETA_SHAPES = ("cosine", "constant", "linear", "exponential", "stepwise")
 SERVER_OPTIMIZERS = ("sgd", "momentum", "adam", "adagrad", "yogi")
@@ -27,7 +31,7 @@ DELAYS = (
 
 
 def _field(default: Any, help_text: str, **limits: Any) -> Any:
-    """A field with its help text and limits: `choices`, `at_least`, `above`, `at_most`, `below`."""
+    """A field with its help text and limits: `choices`, `at_least`, `above`, `at_most`."""
     return dataclasses.field(default=default, metadata={"help": help_text, **limits})
 
 
@@ -45,7 +49,7 @@ class Config:
     dataset: str = _field("digits", "data set", choices=DATASETS)
     method: str = _field("fedrevive", "federated method", choices=METHODS)
     model: str = _field("digitsnet", "model of clients and server", choices=MODELS)
-    seed: int = _field(0, "seed of every random draw of the run", at_least=0, below=2**31)
+    seed: int = _field(0, "seed of every random draw of the run", at_least=0)
     workdir: str = _field("", "folder for the record of the run; empty: runs/DATASET_METHOD_seedN")
     data_dir: str = _field("", "folder that holds the data set's files; bundled data need none")
     model_width: int = _field(32, "channels of the model's first convolution", at_least=1)
@@ -96,6 +100,11 @@ class Config:
     # Server
     server_lr: float = _field(0.1, "eta_s, rate of the server's step", above=0)
     server_optimizer: str = _field("sgd", "optimiser of the server", choices=SERVER_OPTIMIZERS)
+    staleness_weight: str = _field(
+        "none",
+        "weight of a stale update in fedbuff; sqrt: 1 / sqrt(1 + tau)",
+        choices=("none", "sqrt"),
+    )
     beta_shape: str = _field("cosine", "blending weight over staleness", choices=BETA_SHAPES)
     beta_s_max: float = _field(75.0, "s_max of the cosine: beta = 1/2 at s_max", above=0)
     beta_constant: float = _field(0.5, "beta of the constant shape", at_least=0, at_most=1)
@@ -203,6 +212,8 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
     except (TypeError, ValueError, OverflowError):
         kind = {int: "a whole number", float: "a number", str: "a text"}[field.type]
         raise ConfigError(f"--{field.name}={value}: must be {kind}") from None
+    if field.type is int and abs(result) >= 2**31:
+        raise ConfigError(f"--{field.name}={value}: must be below {2**31}")
     if field.type is float and not math.isfinite(result):
         raise ConfigError(f"--{field.name}={value}: must be finite")
     if "choices" in limits and result not in limits["choices"]:
@@ -211,7 +222,6 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
         ("at_least", lambda limit: result >= limit, "at least"),
         ("above", lambda limit: result > limit, "above"),
         ("at_most", lambda limit: result <= limit, "at most"),
-        ("below", lambda limit: result < limit, "below"),
     ):
         if name in limits and not holds(limits[name]):
             raise ConfigError(f"--{field.name}={value}: must be {words} {limits[name]}")

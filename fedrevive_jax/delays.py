@@ -136,7 +136,7 @@ class TraceDelays:
 def _read_trace(path: str) -> tuple[np.ndarray, np.ndarray | None]:
     columns = ("download", "train", "upload")
     try:
-        with Path(path).open(newline="", encoding="utf-8") as stream:
+        with Path(path).open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream)
             header = reader.fieldnames or []
             missing = [name for name in columns if name not in header]
@@ -150,6 +150,8 @@ def _read_trace(path: str) -> tuple[np.ndarray, np.ndarray | None]:
                 try:
                     values = [float(row[name]) for name in columns]
                 except (TypeError, ValueError):
+                    values = [math.nan]
+                if "client" in header and row["client"] is None:
                     values = [math.nan]
                 if not all(math.isfinite(v) and v >= 0 for v in values) or values[1] <= 0:
                     raise ConfigError(

@@ -9,17 +9,8 @@ import numpy as np
 
 from fedrevive_jax import data, methods, models, schedule
 from fedrevive_jax.config import Config
-from fedrevive_jax.data.dataset import Preprocessing
 from fedrevive_jax.methods import Ingredients
 from fedrevive_jax.models import Model
-from fedrevive_jax.simulator import make_model, make_schedule
-
-# (input shape, classes, images kept for the data-dependent method) of the data sets by name.
-SHAPES = {
-    "digits": ((8, 8, 1), 10, 143),
-    "fashion_mnist": ((28, 28, 1), 10, 6000),
-    "custom": ((32, 32, 3), 10, 5000),
-}
 
 
 def staleness_summary(staleness: np.ndarray) -> dict[str, float]:
@@ -33,23 +24,36 @@ def staleness_summary(staleness: np.ndarray) -> dict[str, float]:
     }
 
 
-def plan(config: Config) -> dict[str, Any]:
+def plan(
+    config: Config, dataset: data.Dataset | None = None, model: Model | None = None
+) -> dict[str, Any]:
     """The plan as plain numbers: the schedule, sizes in bytes, arithmetic in FLOPs.
 
     FLOPs are those that XLA counts for one sample's forward pass, a training step taken as three
-    of them; bytes are those of the arrays that live on the device between calls.
+    of them; bytes are those of the arrays that live on the device between calls. A data set or a
+    model stands in for the one that the configuration names.
     """
-    clock = make_schedule(config)
+    clock = schedule.from_config(config)
     windows = schedule.plan_windows(clock, config.window_limit)
-    model, kept = _stand_in(config)
+    if dataset is not None:
+        shape, classes = dataset.input_shape, dataset.num_classes
+        kept = len(dataset.splits["distillation"])
+    else:
+        known = data.spec(config)
+        shape, classes = known.input_shape, known.num_classes
+        kept = len(data.split_training(known.training_images, config.seed)["distillation"])
+    if model is None:
+        # Counting is the same whatever way a convolution is computed; lax's form is counted.
+        plain = dataclasses.replace(config, convolution="lax")
+        model = models.from_config(plain, shape, classes)
     params = jax.eval_shape(model.init, jax.random.key(0))
     live = clock.live_versions_max()
     model_bytes = _bytes(params)
     ingredients = Ingredients(
         model,
         lambda images, key: images.astype(jnp.float32),
-        class_mixes=np.zeros((config.num_clients, model.num_classes), np.float32),
-        real_images=(np.zeros((kept, *model.input_shape), np.uint8), np.zeros(kept, np.int32)),
+        class_mixes=np.zeros((config.num_clients, classes), np.float32),
+        real_images=(np.zeros((kept, *shape), np.uint8), np.zeros(kept, np.int32)),
     )
     method_state = jax.eval_shape(methods.create(config, ingredients).init, params)
     forward = forward_flops(model)
@@ -78,27 +82,14 @@ def forward_flops(model: Model) -> int:
     return int(analysis["flops"])
 
 
-def _stand_in(config: Config) -> tuple[Model, int]:
-    """The configured model for the data set's known shape, without its data."""
-    shape, classes, kept = SHAPES[config.dataset]
-    empty = data.Dataset(
-        config.dataset,
-        classes,
-        np.zeros((0, *shape), np.uint8),
-        np.zeros(0, np.int32),
-        dict.fromkeys(("train", "validation", "distillation", "test"), np.zeros(0, np.int32)),
-        Preprocessing(),
-    )
-    # Counting is the same whatever way a convolution is computed; lax's form is counted.
-    return make_model(dataclasses.replace(config, convolution="lax"), empty), kept
-
-
 def _flops(config: Config, clock: schedule.Schedule, forward: int) -> dict[str, int]:
     client = 3 * forward * config.local_iterations * config.batch_size
     total = client * clock.num_arrivals
     if config.method in ("fedrevive", "dd_fedrevive"):
         samples = config.distillation_steps * config.distillation_batch * config.num_teachers
-        distilled = int((clock.version > config.warmup_versions).sum())
+        versions = clock.base_version[clock.job] + clock.staleness  # at the arrival
+        warm = versions > config.warmup_versions
+        distilled = clock.num_arrivals if config.method == "dd_fedrevive" else int(warm.sum())
         distillation = samples * 4 * forward  # a teacher's forward, a student's training step
         total += distillation * distilled
         synthesis = 0

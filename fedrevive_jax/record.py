@@ -43,11 +43,21 @@ def read_json(path: Path) -> Any:
 
 
 class Rows:
-    """A file of JSON rows, appended and flushed row by row."""
+    """A file of JSON rows; `flush` makes the appended ones durable."""
 
     def __init__(self, path: Path, size: int = 0):
-        """Opens the file and cuts it to `size` bytes, the end of the last row that counts."""
+        """Opens the file and cuts it to `size` bytes, the end of the last row that counts.
+
+        Raises:
+          ConfigError: the file is shorter than that: rows that counted are gone.
+        """
         self._stream = path.open("ab")
+        if self._stream.tell() < size:
+            self._stream.close()
+            raise ConfigError(
+                f"--workdir={path.parent}: {path.name} is shorter than its checkpoint says; use "
+                "--overwrite to start afresh"
+            )
         self._stream.truncate(size)
 
     def append(self, row: dict[str, Any]) -> None:
@@ -80,6 +90,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def configured_differently(run_dir: Path, config: Config) -> list[str]:
     """How the configuration recorded in a folder differs from `config`, one line a field."""
     recorded = read_json(run_dir / CONFIG)
+    if not isinstance(recorded, dict):
+        raise ConfigError(f"--workdir={run_dir}: {CONFIG} is not a configuration")
     wanted = config.as_dict()
     names = sorted((set(recorded) | set(wanted)) - set(LOCATION_FIELDS))
     return [

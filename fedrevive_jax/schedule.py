@@ -23,7 +23,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedrevive_jax.delays import DelayModel
+from fedrevive_jax import delays
+from fedrevive_jax.config import Config
 from fedrevive_jax.streams import Stream, numpy_generator
 
 
@@ -109,8 +110,22 @@ class _UniformBlocks:
         return self._values[offset]
 
 
+def from_config(config: Config) -> Schedule:
+    """The plan of a configuration; needs neither data nor JAX."""
+    return simulate(
+        delays.create(config),
+        num_clients=config.num_clients,
+        concurrency=config.concurrency,
+        buffer_size=config.buffer_size,
+        open_slots=config.open_slots,
+        max_time=config.max_time,
+        max_versions=config.max_versions,
+        seed=config.seed,
+    )
+
+
 def simulate(
-    delays: DelayModel,
+    durations: delays.DelayModel,
     *,
     num_clients: int,
     concurrency: int,
@@ -123,7 +138,7 @@ def simulate(
     """Runs the virtual clock until `max_time` or until `max_versions` versions are made.
 
     Args:
-      delays: durations of the jobs, see `fedrevive_jax.delays`.
+      durations: how long jobs take.
       num_clients: N.
       concurrency: K, at most N.
       buffer_size: B.
@@ -160,7 +175,7 @@ def simulate(
             turn = visits[who]
             visits[who] = turn + 1
             if turn == len(train_offsets):
-                drawn = delays.durations(turn)
+                drawn = durations.durations(turn)
                 train_offsets.append((drawn.download + drawn.train).tolist())
                 upload_times.append(drawn.upload.tolist())
             trained = now + train_offsets[turn][who]

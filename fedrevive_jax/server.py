@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from fedrevive_jax import trees
 from fedrevive_jax.messages import Arrival, Upload
 from fedrevive_jax.methods import Method
-from fedrevive_jax.models.model import Params
+from fedrevive_jax.models.model import Params, Taps
 from fedrevive_jax.streams import Stream, jax_key
 from fedrevive_jax.version_store import VersionStore
 
@@ -37,6 +37,7 @@ class Receipt(NamedTuple):
       version: the newest version when it arrived.
       staleness: tau = version - base_version.
       new_version: the newest version now.
+      loss: float32 [] on the device, the client's mean training loss.
       accepted: bool [] on the device; False when the upload held numbers that are not finite.
       metrics: float32 [] on the device by name, `beta` (the weight of Delta^KD) among them.
     """
@@ -47,6 +48,7 @@ class Receipt(NamedTuple):
     version: int
     staleness: int
     new_version: int
+    loss: jax.Array
     accepted: jax.Array
     metrics: dict[str, jax.Array]
 
@@ -57,9 +59,17 @@ class Server:
     One owner calls `dispatch` and `submit` in turn; all arithmetic is in one compiled, pure step.
     """
 
-    def __init__(self, method: Method, params: Params, seed: int):
-        """Starts at version 0 with `params`; `seed` determines the method's random draws."""
+    def __init__(self, method: Method, params: Params, taps: Taps, seed: int):
+        """Starts at version 0.
+
+        Args:
+          method: what becomes of uploads.
+          params: the initial global parameters.
+          taps: feature statistics shaped like those of an upload, see `initial_taps`.
+          seed: determines the method's random draws.
+        """
         self._method = method
+        self._upload_shapes = _shapes(Upload(params, taps, jnp.zeros(())))
         self._state = jax.jit(method.init)(params)
         self._versions = VersionStore(0, params)
         self._jobs: dict[int, Ticket] = {}
@@ -70,7 +80,7 @@ class Server:
         def step(params, base, state, upload, arrival):
             self._traces += 1  # runs when traced, not when called
             key = jax_key(seed, Stream.SERVER, arrival.job)
-            accepted = trees.all_finite((upload.params, upload.taps))
+            accepted = trees.all_finite(upload)
             params, state, metrics = method.step(
                 params, base, state, upload, arrival, accepted, key
             )
@@ -106,7 +116,7 @@ class Server:
 
     @property
     def traces(self) -> int:
-        """How often the step was traced, which is how often it was compiled."""
+        """How often the step was traced; more than once means it was compiled more than once."""
         return self._traces
 
     def params_of(self, version: int) -> Params:
@@ -130,13 +140,14 @@ class Server:
 
         Raises:
           UnknownJobError: the job was never handed out, or its upload was submitted before.
-          ValueError: the upload's parameters are not shaped like the model's.
+          ValueError: the upload is not shaped like the model's.
         """
         ticket = self._jobs.get(job)
         if ticket is None:
             raise UnknownJobError(f"job {job} is not in flight")
         base = self._versions.get(ticket.version)
-        _require_same_shapes(upload.params, base)
+        if _shapes(upload) != self._upload_shapes:
+            raise ValueError(f"the upload of job {job} is not shaped like the model's")
 
         version = self.version
         completes = self._buffered + 1 == self._method.buffer_size
@@ -162,6 +173,7 @@ class Server:
             version,
             version - ticket.version,
             self.version,
+            upload.loss,
             accepted,
             metrics,
         )
@@ -204,10 +216,7 @@ class Server:
                     self._versions.acquire(version)
 
 
-def _require_same_shapes(given: Params, wanted: Params) -> None:
-    def shapes(tree):
-        leaves, structure = jax.tree.flatten(tree)
-        return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
-
-    if shapes(given) != shapes(wanted):
-        raise ValueError("the upload's parameters are not shaped like the model's")
+def _shapes(tree: Any) -> Any:
+    """Structure, shapes and dtypes of a pytree, comparable."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]

@@ -1,18 +1,19 @@
 """The simulation: windows -> local training -> server steps, in exactly the planned order."""
 
 import functools
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Set
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedrevive_jax import data, delays, methods, models, schedule
+from fedrevive_jax import data, methods, models, schedule
 from fedrevive_jax.config import Config, ConfigError
 from fedrevive_jax.data import augment
 from fedrevive_jax.evaluation import Evaluation, make_evaluator
-from fedrevive_jax.local_training import make_window_trainer
+from fedrevive_jax.local_training import initial_taps, make_window_trainer
 from fedrevive_jax.messages import Upload
 from fedrevive_jax.models import Model
 from fedrevive_jax.models.model import Params
@@ -21,43 +22,12 @@ from fedrevive_jax.server import Receipt, Server
 from fedrevive_jax.streams import Stream, jax_key
 
 
-def make_schedule(config: Config) -> schedule.Schedule:
-    """The plan of a configuration; needs neither data nor JAX."""
-    return schedule.simulate(
-        delays.create(config),
-        num_clients=config.num_clients,
-        concurrency=config.concurrency,
-        buffer_size=config.buffer_size,
-        open_slots=config.open_slots,
-        max_time=config.max_time,
-        max_versions=config.max_versions,
-        seed=config.seed,
-    )
+def default_client_batch() -> int:
+    """Jobs trained in one call where the configuration leaves it open.
 
-
-def make_model(config: Config, dataset: data.Dataset) -> Model:
-    """The model that a configuration names, for a data set's inputs and classes."""
-    if config.model not in models.NETWORKS:
-        raise ConfigError(
-            f"--model={config.model}: is given from Python, run(config, model=...); by name: "
-            + ", ".join(models.NETWORKS)
-        )
-    height, width = dataset.input_shape[:2]
-    if height % 4 or width % 4:
-        raise ConfigError(
-            f"--dataset={config.dataset}: images of {height}x{width}; sides must be multiples of 4"
-        )
-    if config.model == "convnet" and min(height, width) < 18:
-        raise ConfigError(
-            f"--model=convnet: images of {height}x{width} are too small; 18x18 is the least"
-        )
-    return models.create(
-        config.model,
-        input_shape=dataset.input_shape,
-        num_classes=dataset.num_classes,
-        width=config.model_width,
-        convolution=config.convolution,
-    )
+    On a CPU one job already fills the cores and stays in the caches.
+    """
+    return 1 if jax.default_backend() == "cpu" else 16
 
 
 class Simulation:
@@ -76,7 +46,13 @@ class Simulation:
         """Builds everything from a configuration; a data set or model given replaces the named."""
         self.config = config
         self.dataset = dataset if dataset is not None else data.load(config)
-        self.model = model if model is not None else make_model(config, self.dataset)
+        shape, classes = self.dataset.input_shape, self.dataset.num_classes
+        self.model = model if model is not None else models.from_config(config, shape, classes)
+        if (self.model.input_shape, self.model.num_classes) != (shape, classes):
+            raise ConfigError(
+                f"--model={config.model}: takes {self.model.input_shape} and tells "
+                f"{self.model.num_classes} classes; the data set has {shape} and {classes}"
+            )
         self._shards = partition(
             config.partition,
             self.dataset.splits["train"],
@@ -88,7 +64,7 @@ class Simulation:
             seed=config.seed,
             groups=self.dataset.groups,
         )
-        self.schedule = make_schedule(config)
+        self.schedule = schedule.from_config(config)
         self.windows = schedule.plan_windows(self.schedule, config.window_limit)
         self.position = 0
         self._first_of_window = {window.first_arrival: window for window in self.windows}
@@ -105,14 +81,15 @@ class Simulation:
             real_images=(self.dataset.images[kept], self.dataset.labels[kept]),
         )
         params = self.model.init(jax_key(config.seed, Stream.MODEL_INIT))
-        self.server = Server(methods.create(config, ingredients), params, config.seed)
+        taps = initial_taps(self.model)
+        self.server = Server(methods.create(config, ingredients), params, taps, config.seed)
         self._train = make_window_trainer(
             self.model,
             functools.partial(augment.client_inputs, how=how),
             config.client_lr,
             lambda job, step: jax_key(config.seed, Stream.AUGMENTATION, job, step),
         )
-        self._client_batch = config.client_batch or (1 if jax.default_backend() == "cpu" else 16)
+        self._client_batch = config.client_batch or default_client_batch()
         self._evaluate = make_evaluator(
             self.model, functools.partial(augment.plain_inputs, how=how), config.eval_batch
         )
@@ -123,9 +100,9 @@ class Simulation:
         return self.position == self.schedule.num_arrivals
 
     @property
-    def starts_window(self) -> bool:
-        """Whether the next arrival needs a new window of jobs to be trained."""
-        return self.position in self._first_of_window
+    def window_starts(self) -> Set[int]:
+        """Arrivals before which a window of jobs is trained."""
+        return self._first_of_window.keys()
 
     def arrivals(self) -> Iterator[Receipt]:
         """Processes arrivals one by one until the plan is done."""
@@ -135,7 +112,7 @@ class Simulation:
     def advance(self) -> Receipt:
         """Processes the next arrival, training its window first when it needs one."""
         index = self.position
-        if self.starts_window:
+        if index in self._first_of_window:
             self._train_window(self._first_of_window[index])
         job = int(self.schedule.job[index])
         receipt = self.server.submit(job, self._uploads.pop(job))
@@ -149,11 +126,31 @@ class Simulation:
         positions = self.dataset.splits[split or self.config.eval_split]
         return self._evaluate(params, self._images, self._labels, positions)
 
+    def fingerprint(self) -> str:
+        """A digest of the plan, of who holds what, and of the labels."""
+        digest = hashlib.sha256()
+        plan = self.schedule
+        for array in (
+            plan.job,
+            plan.time,
+            plan.client,
+            plan.base_version,
+            self._shards.indices,
+            self.dataset.labels,
+        ):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
     def snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Everything an exact continuation needs: (plain record, pytree of arrays)."""
         record, arrays = self.server.snapshot()
         uploads = {str(job): upload._asdict() for job, upload in self._uploads.items()}
-        record = {**record, "position": self.position, "uploads": sorted(self._uploads)}
+        record = {
+            **record,
+            "position": self.position,
+            "uploads": sorted(self._uploads),
+            "fingerprint": self.fingerprint(),
+        }
         return record, {**arrays, "uploads": uploads}
 
     def shapes(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -171,7 +168,16 @@ class Simulation:
         return {**self.server.shapes(record), "uploads": uploads}
 
     def restore(self, record: dict[str, Any], params: Params, arrays: dict[str, Any]) -> None:
-        """Continues from a snapshot and the parameters of its newest version."""
+        """Continues from a snapshot and the parameters of its newest version.
+
+        Raises:
+          ConfigError: the snapshot belongs to another plan or to other data.
+        """
+        if record["fingerprint"] != self.fingerprint():
+            raise ConfigError(
+                f"--workdir={self.config.run_dir}: the checkpoint belongs to another plan or other "
+                "data (a file that the run reads has changed); use --overwrite to start afresh"
+            )
         self.server.restore(record, params, arrays)
         self._uploads = {int(job): Upload(**upload) for job, upload in arrays["uploads"].items()}
         self.position = record["position"]

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from fedrevive_jax import runner
+from fedrevive_jax.checkpoint import Checkpoints
 from fedrevive_jax.config import Config
 from fedrevive_jax.simulator import Simulation
 
@@ -20,7 +21,14 @@ def main(arrival: int, path: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return plain(self)
 
+    save = Checkpoints.save
+
+    def save_and_wait(self, *args):
+        save(self, *args)
+        self._manager.wait_until_finished()  # so that it is known what there is to continue from
+
     Simulation.advance = advance
+    Checkpoints.save = save_and_wait
     config = Config(**json.loads(Path(path).read_text()))
     runner.run(config, keep_record=True)
 

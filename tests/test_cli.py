@@ -1,13 +1,16 @@
 """The commands as a user types them, and one clear line for every bad input."""
 
+import csv
 import json
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from fedrevive_jax.presets import resolve
+from fedrevive_jax import models
+from fedrevive_jax.planning import forward_flops
 from tests.test_simulator import SMALL
 
 
@@ -45,6 +48,8 @@ def test_run_then_evaluate_then_run_again(tmp_path):
     assert len(figures["per_class_accuracy"]) == 10
     validation = call(f"--workdir={tmp_path / 'run'}", "--split=validation", program="evaluate")
     assert json.loads(validation.stdout)["split"] == "validation"
+    other = call(f"--workdir={tmp_path / 'run'}", "--split=dev", program="evaluate")
+    assert "--split=dev: must be one of distillation, test, train, validation" in other.stderr
 
     again = call(*arguments)
     assert again.returncode == 0
@@ -74,23 +79,55 @@ def test_dry_run_needs_no_data_and_writes_nothing(tmp_path):
 
 def test_flops_are_those_of_the_model():
     """ConvNet at 28x28, width 64, 10 classes, counted by hand: 2 per multiply-add."""
-    import numpy as np
-
-    from fedrevive_jax import data
-    from fedrevive_jax.planning import forward_flops
-    from fedrevive_jax.simulator import make_model
-
-    empty = data.Dataset(
-        "f", 10, np.zeros((0, 28, 28, 1), np.uint8), np.zeros(0, np.int32),
-        dict.fromkeys(("train", "validation", "distillation", "test"), np.zeros(0, np.int32)),
-    )  # fmt: skip
-    model = make_model(resolve("fashion_mnist", "fedavg", model_width=64, convolution="lax"), empty)
+    model = models.create(
+        "convnet", input_shape=(28, 28, 1), num_classes=10, width=64, convolution="lax"
+    )
     multiply_adds = (
         26 * 26 * 9 * 64 + 24 * 24 * 9 * 64 * 64 + 10 * 10 * 9 * 64 * 64
         + 1600 * 200 + 200 * 100 + 100 * 10
     )  # fmt: skip
     # ReLUs, biases, pooling and taps are counted too: a few per activation.
     assert 2 * multiply_adds <= forward_flops(model) <= 2.1 * multiply_adds
+
+
+def test_compare_makes_a_table_and_repeats_nothing(tmp_path):
+    small = {**SMALL, "max_time": 3, "methods": "fedbuff,afl_dw", "seeds": 2}
+    arguments = flags(**small, out=tmp_path / "out")
+    first = call(*arguments, program="compare")
+    assert first.returncode == 0, first.stderr
+    rows = list(csv.DictReader((tmp_path / "out" / "table.csv").open()))
+    assert [row["method"] for row in rows] == ["fedbuff", "afl_dw"]
+    summaries = [
+        json.loads((tmp_path / "out" / f"fedbuff_seed{seed}" / "summary.json").read_text())
+        for seed in (0, 1)
+    ]
+    finals = [summary["final_accuracy"] for summary in summaries]
+    assert float(rows[0]["final mean"]) == pytest.approx(np.mean(finals))
+    assert float(rows[0]["final std"]) == pytest.approx(np.std(finals, ddof=1))
+    assert first.stdout.endswith((tmp_path / "out" / "table.md").read_text())
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
+
+    written = [
+        tmp_path / "out" / "fedbuff_seed0" / name for name in ("summary.json", "tensorboard")
+    ]
+    before = [path.stat().st_mtime_ns for path in written]
+    again = call(*arguments, program="compare")
+    assert again.stdout == first.stdout
+    assert before == [path.stat().st_mtime_ns for path in written]
+
+
+def test_bad_input_of_compare(tmp_path):
+    for arguments, message in (
+        ([], "--out=: must name a folder"),
+        (["--out=x", "--methods=fedavg,fedprox"], "--method=fedprox: must be one of"),
+        (["--out=x", "--seeds=0"], "--seeds=0: must be at least 1"),
+        (["--out=x", "--workdir=y"], "--workdir=y: is chosen by"),
+    ):
+        result = call(*arguments, program="compare", cwd=tmp_path)
+        assert result.returncode == 1
+        assert len(result.stderr.splitlines()) == 1
+        assert message in result.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 BAD = [
@@ -112,6 +149,7 @@ BAD = [
     (["--delays=uniform", "--delay_spread=9"], "--delay_spread=9.0: must be below --delay_mean"),
     (["--partition=natural"], "--partition=natural: this data set has no natural groups"),
     (["--model=convnet"], "--model=convnet: images of 8x8 are too small"),
+    (["--warmup_versions=10000000000"], "--warmup_versions=10000000000: must be below 2147483648"),
     (["--dataset=custom"], "--dataset=custom: is given from Python"),
     (["--dataset=fashion_mnist"], "--data_dir=: must name the folder"),
     (["--dataset=fashion_mnist", "--data_dir=."], "no file train-images-idx3-ubyte"),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedrevive_jax import data, models, planning
+from fedrevive_jax import data, models
 from fedrevive_jax.config import DATASETS, METHODS, MODELS, ConfigError
 from fedrevive_jax.data import augment, digits, fashion_mnist
 from fedrevive_jax.data.dataset import Preprocessing, split_training
@@ -18,7 +18,7 @@ from fedrevive_jax.presets import BY_DATASET, BY_METHOD
 
 
 def test_names_agree_everywhere():
-    assert {*data.SOURCES, "custom"} == set(DATASETS) == set(BY_DATASET) == set(planning.SHAPES)
+    assert {*data.SOURCES, "custom"} == set(DATASETS) == set(BY_DATASET)
     assert {*models.NETWORKS, "custom"} == set(MODELS)
     assert set(METHODS) == set(BY_METHOD)
 
@@ -44,6 +44,46 @@ def test_digits_do_not_import_tfds():
         "assert not {'tensorflow_datasets', 'tensorflow', 'jax'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_specs_tell_the_truth(idx_folder):
+    for module, folder in ((digits, ""), (fashion_mnist, str(idx_folder))):
+        dataset = module.load(folder, 0)
+        assert module.SPEC.input_shape == dataset.input_shape
+        assert module.SPEC.num_classes == dataset.num_classes
+    assert digits.SPEC.training_images == 1797 - 360
+
+
+def good_arrays():
+    return {
+        "images": np.zeros((4, 4, 4, 1), np.uint8),
+        "labels": np.arange(4, dtype=np.int32),
+        "splits": dict.fromkeys(("train", "validation", "distillation", "test"), np.arange(4)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": np.zeros((4, 4, 4, 1))}, "images must be uint8"),
+        ({"images": np.zeros((4, 4, 4), np.uint8)}, "images must be uint8"),
+        ({"images": np.zeros((5, 4, 4, 1), np.uint8)}, "5 images, 4 labels"),
+        ({"labels": np.arange(4)}, "labels must be int32"),
+        ({"labels": np.arange(1, 5, dtype=np.int32)}, "labels outside"),
+        ({"splits": {"train": np.arange(4)}}, "no split 'distillation'"),
+    ],
+)
+def test_a_data_set_is_checked_when_it_is_made(change, message):
+    data.Dataset("good", 4, **good_arrays())
+    with pytest.raises(ValueError, match=message):
+        data.Dataset("bad", 4, **{**good_arrays(), **change})
+
+
+def test_positions_outside_the_data_are_refused():
+    arrays = good_arrays()
+    arrays["splits"] = {**arrays["splits"], "test": np.asarray([4])}
+    with pytest.raises(ValueError, match="positions of test"):
+        data.Dataset("bad", 4, **arrays)
 
 
 def test_split_shares():

@@ -267,7 +267,7 @@ def test_adversarial_term_is_off_before_warm_up():
     targets, z, e = synthesiser.draw(KEY, q, jnp.ones(2, bool))
     totals = {}
     for on in (False, True):
-        total, (terms, _, guard) = synthesiser.objective(
+        total, (terms, _, _, guard) = synthesiser.objective(
             synthesis.Variables(omega, z, e), targets, stacked, statistics, q, student,
             jnp.asarray(on), loss_guard.init(), KEY,
         )  # fmt: skip
@@ -288,6 +288,29 @@ def test_a_broken_teacher_leaves_the_generator_at_its_last_good_state():
     for old, new in zip(*map(jax.tree.leaves, (omega, result.generator.params)), strict=True):
         np.testing.assert_array_equal(old, new)
     assert result.guard.counts.tolist() == [0, 0, 0, 0]
+
+
+def test_images_of_a_rejected_step_are_not_the_best():
+    """A step that lacks a spiking term has a low total only because the term is missing."""
+    synthesiser, omega, (stacked, statistics, q, student) = small_synthesis(latent_lr=1.0)
+    targets, z, e = synthesiser.draw(KEY, q, jnp.ones(2, bool))
+    row = loss_guard.TERMS.index("one_hot")
+
+    def best(limit):
+        guard = loss_guard.init()
+        kept = guard._replace(
+            values=guard.values.at[row].set(limit / 3), counts=guard.counts.at[row].set(20)
+        )
+        result = jax.jit(synthesiser.inner)(
+            synthesis.Variables(omega, z, e), targets, stacked, statistics, q, student,
+            jnp.asarray(False), kept, KEY,
+        )  # fmt: skip
+        return int(result.best_step), np.asarray(result.terms.one_hot)
+
+    _, one_hot = best(1e6)
+    worse = int(one_hot.argmax())
+    step, _ = best(float(one_hot.mean()))  # rejects the worse step's term only
+    assert step == 1 - worse
 
 
 # --- distillation ---------------------------------------------------------------------------------
@@ -371,6 +394,24 @@ def test_distillation_by_hand():
     q = 1 / (1 + math.exp(-1.0))
     expected = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
     assert float(result.losses[0]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_steps_that_the_guard_rejects_move_nothing():
+    """Not even by weight decay, which alone would become full steps of Adam."""
+    model, student, stacked, inputs = small_distillation()
+    targets = distillation.teacher_logits(model, stacked, inputs)
+    guard = loss_guard.init()
+    row = loss_guard.TERMS.index("distillation")
+    strict = guard._replace(
+        values=guard.values.at[row].set(1e-9), counts=guard.counts.at[row].set(20)
+    )
+    decay = {**DISTIL, "weight_decay": 0.1}
+    for state, counted in ((strict, 0), (guard, 3)):
+        result = distillation.distil(
+            model, student, inputs, targets, jnp.ones(2, bool), state, **decay
+        )
+        assert int(result.counted) == counted
+        assert (float(optax.tree.norm(result.delta)) > 0) == (counted > 0)
 
 
 def test_absent_teachers_do_not_count():

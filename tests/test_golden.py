@@ -142,7 +142,8 @@ def test_teacher_weights(golden):
 def test_synthesis_losses_and_gradients(golden, model, convolution, start):
     synthesiser = make_synthesiser(golden, model, convolution)
     gradient = jax.jit(jax.value_and_grad(synthesiser.objective, has_aux=True))
-    (_, (terms, images, _)), grads = gradient(variables(golden), *start)
+    (_, (terms, images, whole, _)), grads = gradient(variables(golden), *start)
+    assert bool(whole)
     close(jnp.stack(terms), golden["synthesis/losses"][0])
     close(images[:4], golden["synthesis/images0_first4"])
     close(grads.z, golden["synthesis/grad0_z"])
@@ -158,7 +159,7 @@ def test_synthesis_in_single_precision(golden, model, convolution, start):
     )
     synthesiser = make_synthesiser(golden, model, convolution)
     gradient = jax.jit(jax.value_and_grad(synthesiser.objective, has_aux=True))
-    (_, (terms, _, _)), grads = gradient(*narrow, start[-1])
+    (_, (terms, _, _, _)), grads = gradient(*narrow, start[-1])
     assert grads.z.dtype == jnp.float32
     np.testing.assert_allclose(jnp.stack(terms), golden["synthesis/losses"][0], rtol=1e-4)
     for actual, name in (

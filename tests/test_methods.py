@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedrevive_jax import blending, methods
-from fedrevive_jax.config import METHODS
+from fedrevive_jax.config import METHODS, SERVER_OPTIMIZERS, ConfigError
 from fedrevive_jax.methods import method as interface
 from fedrevive_jax.methods.fedrevive import blend
 from fedrevive_jax.presets import resolve
@@ -112,7 +112,7 @@ def test_fedrevive_blend_by_hand():
     def run(reviver, staleness):
         rule = blend(reviver, blending.cosine(75))
         return drive(
-            interface.compose("x", rule, 1, optimizer), ONE,
+            interface.compose(rule, 1, optimizer), ONE,
             [(3.0, 1.0, arrival(staleness=staleness))],
         )[0][0]  # fmt: skip
 
@@ -137,6 +137,23 @@ def test_dd_fedrevive_by_hand():
     assert math.isnan(seen[0]["synthesis"])
 
 
+def test_dd_fedrevive_needs_real_images():
+    config = resolve("digits", "dd_fedrevive", **TINY)
+    nothing = (np.zeros((0, 4, 4, 1), np.uint8), np.zeros(0, np.int32))
+    for images in (None, nothing):
+        with pytest.raises(ConfigError, match="distillation split"):
+            methods.create(
+                config, methods.Ingredients(scalar_model(), lambda x, k: x, None, images)
+            )
+
+
+def test_the_generator_needs_sides_that_are_multiples_of_four():
+    model = scalar_model()._replace(input_shape=(26, 28, 1))
+    config = resolve("digits", "fedrevive", **TINY)
+    with pytest.raises(ConfigError, match="multiples of 4; these are 26x28"):
+        methods.create(config, methods.Ingredients(model, lambda x, k: x))
+
+
 def test_server_optimisers_are_optax():
     """Adam's first step is the rate in the direction of the mean update."""
     method = create("fedbuff", buffer_size=1, server_lr=0.25, server_optimizer="adam")
@@ -147,16 +164,35 @@ def test_server_optimisers_are_optax():
     assert history == pytest.approx([1.5, 1.95])  # 1.5 + 0.5 * 0.9
 
 
+def test_fedbuff_with_its_own_staleness_weight():
+    """s(3) = 1/2 and s(0) = 1, mean over B = 2: w = 1 + 0.5 * (0.5 * 2 + 1) / 2."""
+    method = create("fedbuff", buffer_size=2, server_lr=0.5, staleness_weight="sqrt")
+    history, seen = drive(
+        method,
+        ONE,
+        [(3.0, 1.0, arrival(completes=False, staleness=3)), (2.0, 1.0, arrival(staleness=0))],
+    )
+    assert history == pytest.approx([1.0, 1.5])
+    assert [s["beta"] for s in seen] == pytest.approx([0.5, 0.0])
+
+
+@pytest.mark.parametrize("optimizer", SERVER_OPTIMIZERS)
 @pytest.mark.parametrize("name", METHODS)
-def test_a_rejected_upload_leaves_no_trace(name):
-    """Whatever it holds: neither parameters nor state change, but the buffer's place is taken."""
-    method = create(name, buffer_size=1, open_slots=1)
-    params, state = ONE, method.init(ONE)
+def test_a_rejected_upload_leaves_no_trace(name, optimizer):
+    """Whatever it holds: neither parameters nor state change, but the buffer's place is taken.
+
+    An optimiser with a memory gets one good step first, so that it has somewhere to go.
+    """
+    method = create(name, buffer_size=1, open_slots=1, server_optimizer=optimizer)
+    params, state, _ = jax.jit(method.step)(
+        ONE, ONE, method.init(ONE), scalar_upload(2.0), arrival(), jnp.asarray(True), KEY
+    )
+    assert float(params["w"]) > 1.0
     kept = jax.tree.map(np.asarray, state)
     after, state, _ = jax.jit(method.step)(
-        params, ONE, state, scalar_upload(math.nan), arrival(), jnp.asarray(False), KEY
+        params, ONE, state, scalar_upload(math.nan), arrival(1), jnp.asarray(False), KEY
     )
-    assert float(after["w"]) == 1.0
+    assert float(after["w"]) == float(params["w"])
     for a, b in zip(*map(jax.tree.leaves, (kept, state)), strict=True):
         np.testing.assert_array_equal(a, b)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fedrevive_jax import models
+from fedrevive_jax.config import ConfigError
 from fedrevive_jax.models import layers
 
 CASES = {
@@ -70,6 +71,14 @@ def test_patches_convolution_is_a_convolution(size, stride, padding):
     np.testing.assert_allclose(
         layers.choose_convolution("patches")(*arguments), expected, atol=1e-4
     )
+
+
+def test_convnet_names_the_least_size():
+    shape = (12, 12, 1)
+    models.create("convnet", input_shape=shape, num_classes=3, width=2).init(jax.random.key(0))
+    small = models.create("convnet", input_shape=(11, 12, 1), num_classes=3, width=2)
+    with pytest.raises(ConfigError, match="12x12 is the least"):
+        small.init(jax.random.key(0))
 
 
 def test_start_is_uniform_within_one_over_root_fan_in():

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from fedrevive_jax import record, runner
+from fedrevive_jax import record, restore, runner
 from fedrevive_jax.checkpoint import Checkpoints
 from fedrevive_jax.config import ConfigError
 from fedrevive_jax.simulator import Simulation
@@ -60,7 +60,7 @@ def test_the_record(whole):
         "config.json", "metrics.jsonl", "arrivals.jsonl", "summary.json", "tensorboard",
         "curves.png", "synthetic.png", "checkpoints",
     }  # fmt: skip
-    assert json.loads((folder / "config.json").read_text()) == config.as_dict()
+    assert restore.read_config(folder) == runner.settle(config)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary == result.summary
     assert summary["versions"] == summary["arrivals"] == clock.num_arrivals
@@ -71,6 +71,7 @@ def test_the_record(whole):
     for row in arrivals:
         assert set(row) == {
             "index", "time", "client", "base_version", "version", "staleness", "beta", "accepted",
+            "loss",
         }  # fmt: skip
         assert row["staleness"] == row["version"] - row["base_version"]
         assert row["accepted"] is True
@@ -82,24 +83,32 @@ def test_the_record(whole):
     assert [row["version"] for row in evaluations] == sorted(planned)
     assert evaluations[-1]["accuracy"] == summary["final_accuracy"]
     assert max(row["accuracy"] for row in evaluations) == summary["best_accuracy"]
-    synthesised = [row["version"] for row in metrics if row["kind"] == "dfkd"]
-    assert synthesised == [v for v in range(4, clock.num_versions, 2)]
+    losses = [row for row in metrics if row["kind"] == "dfkd"]
+    synthesised = [row["version"] for row in losses if row["synthesis"] is not None]
+    assert synthesised == list(range(4, clock.num_versions, 2))
+    distilled = {row["version"] for row in losses if row["distillation"] is not None}
+    assert distilled == {row["version"] for row in arrivals if row["beta"] > 0}
     events = list((folder / "tensorboard").iterdir())
     assert sum(path.stat().st_size for path in events) > 0
 
 
 @pytest.mark.parametrize(
-    ("method", "arrival", "continues_from"),
-    [("fedrevive", 3, None), ("fedrevive", 16, 14), ("fedbuff", 17, 7)],
+    ("method", "arrival", "continues_from", "settings"),
+    [
+        ("fedrevive", 3, None, {}),
+        ("fedrevive", 16, 14, {}),
+        ("fedbuff", 17, 7, {"max_time": 8.0, "server_optimizer": "adam", "server_lr": 0.01}),
+        ("dd_fedrevive", 10, 7, {"server_optimizer": "momentum"}),
+    ],
 )
 def test_killed_and_continued_equals_uninterrupted(
-    whole, tmp_path, method, arrival, continues_from
+    whole, tmp_path, method, arrival, continues_from, settings
 ):
     """Killed by SIGKILL at an arrival, started again: bit for bit the same end."""
     if method == "fedrevive":
         reference = whole[0]
     else:
-        reference = config_in(tmp_path / "whole", method, max_time=8.0)
+        reference = config_in(tmp_path / "whole", method, **settings)
         finish(reference)
     config = dataclasses.replace(reference, workdir=str(tmp_path / "killed"))
     (tmp_path / "config.json").write_text(json.dumps(config.as_dict()))
@@ -111,8 +120,7 @@ def test_killed_and_continued_equals_uninterrupted(
     assert not (config.run_dir / record.SUMMARY).exists()
 
     result = finish(config)
-    # The newest save may have been under way when the process died.
-    assert result.resumed_version in {continues_from, (continues_from or 7) - 7 or None}
+    assert result.resumed_version == continues_from
     plain, state = final_state(config)
     expected_plain, expected_state = final_state(reference)
     assert plain == expected_plain
@@ -174,6 +182,57 @@ def test_a_run_without_a_record_writes_nothing(tmp_path, monkeypatch):
     result = runner.run(small("fedbuff", max_time=2.0))
     assert 0 <= result.summary["final_accuracy"] <= 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_changed_plan_is_refused(tmp_path):
+    """The trace that a run was planned from has changed since its checkpoint."""
+    trace = tmp_path / "trace.csv"
+    trace.write_text("download,train,upload\n0.1,1.0,0.2\n0.1,2.0,0.3\n")
+    config = config_in(tmp_path / "run", "fedbuff", delays="trace", delay_trace=str(trace))
+    finish(config)
+    (config.run_dir / record.SUMMARY).unlink()
+    trace.write_text("download,train,upload\n0.1,1.5,0.2\n0.1,2.0,0.3\n")
+    with pytest.raises(ConfigError, match="another plan or other data"):
+        finish(config)
+
+
+def test_rows_that_are_gone_are_noticed(tmp_path):
+    config = config_in(tmp_path / "run", "fedbuff")
+    finish(config)
+    (config.run_dir / record.SUMMARY).unlink()
+    (config.run_dir / record.METRICS).unlink()
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl is shorter"):
+        finish(config)
+
+
+def test_divergence_ends_the_run_with_a_message_and_a_good_checkpoint(tmp_path):
+    """A rate beyond all bounds: losses overflow once the first update is in."""
+    config = config_in(
+        tmp_path / "run",
+        "fedbuff",
+        buffer_size=1,
+        server_lr=1e30,
+        checkpoint_every=1,
+        max_time=20.0,
+    )
+    with pytest.raises(runner.DivergenceError, match="the last 10 training losses"):
+        finish(config)
+    assert not (config.run_dir / record.SUMMARY).exists()
+    rows = record.read_rows(config.run_dir / record.ARRIVALS)
+    assert [row["loss"] for row in rows[-10:]] == [None] * 10
+    assert not any(row["accepted"] for row in rows[-10:])
+    version, params = restore.read_params(config.run_dir, Simulation(config).model)
+    assert version > 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def test_a_digits_run_does_not_import_tfds(tmp_path):
+    code = (
+        "import sys; from fedrevive_jax import runner; from tests.test_simulator import small;"
+        "runner.run(small('fedbuff', max_time=1.5));"
+        "assert not {'tensorflow_datasets', 'tensorflow', 'torch'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_run_without_arrivals_ends_well(tmp_path):

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 
@@ -13,11 +15,11 @@ from fedrevive_jax.schedule import plan_windows, simulate
 
 
 class Fixed:
-    """Durations told by a table: train[client], with zero or constant transfer times."""
+    """Durations told by a table: train[client]; transfers of all clients or by client."""
 
     def __init__(self, train, download=0.0, upload=0.0):
         self._train = np.asarray(train, float)
-        self._other = (np.full_like(self._train, download), np.full_like(self._train, upload))
+        self._other = tuple(np.broadcast_to(x, self._train.shape) for x in (download, upload))
 
     def durations(self, visit):
         del visit
@@ -93,24 +95,16 @@ def test_hand_worked_trace():
 
 
 def test_a_client_is_free_when_its_training_ends_not_when_its_upload_does():
-    """One slot would stay with the uploading client forever if it were free only on arrival."""
-    plan = clock(Fixed([1.0, 1.0, 1.0], upload=5.0), 3, 2, max_time=30.0)
-    jobs = range(len(plan.client))
-    for first in jobs:
-        for second in jobs:
-            if first < second and plan.client[first] == plan.client[second]:
-                assert plan.start[second] >= plan.train_end[first]
-    # At time 6 both first uploads arrive; both clients were free since time 1.
-    assert plan.time[:2].tolist() == [6, 6]
-    reused = {int(plan.client[2]), int(plan.client[3])}
-    assert reused <= {0, 1, 2}
-    overlapping = [
-        (plan.start[later] < plan.arrival_time[earlier])
-        for earlier in jobs
-        for later in jobs
-        if earlier < later and plan.client[earlier] == plan.client[later]
-    ]
-    assert not all(overlapping)  # and yet never a second job before the first one's training ended
+    """Client 0 uploads for 10 after training for 1; client 1 arrives every 2 and opens a slot.
+
+    Whoever is drawn then, client 0 must be among the free ones since time 1, so with 20 draws some
+    of its jobs start while an upload of its own is under way (all would be missed with
+    probability 2^-20 if it were free). No job starts before the training before it has ended.
+    """
+    plan = clock(Fixed([1.0, 2.0], upload=[10.0, 0.0]), 2, 2, max_time=40.0)
+    own = np.flatnonzero(plan.client == 0)
+    assert (plan.start[own[1:]] >= plan.train_end[own[:-1]]).all()
+    assert (plan.start[own[1:]] < plan.arrival_time[own[:-1]]).any()
 
 
 @pytest.mark.parametrize(("buffer_size", "open_slots"), [(1, 1), (3, 1), (2, 4), (5, 5), (7, 3)])
@@ -196,6 +190,35 @@ def test_draws_do_not_depend_on_the_order_of_events():
     common = few.keys() & many.keys()
     assert len(common) > 100
     assert all(few[key] == many[key] for key in common)
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(data=st.data())
+def test_invariants_of_any_clock(data):
+    """Random sizes and durations with many ties; the contract of the module, line by line."""
+    clients = data.draw(st.integers(1, 12))
+    concurrency = data.draw(st.integers(1, clients))
+    open_slots = data.draw(st.integers(1, concurrency))
+    buffer_size = data.draw(st.integers(1, 6))
+    times = st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=clients, max_size=clients)
+    train = [t + 0.5 for t in data.draw(times)]
+    plan = clock(
+        Fixed(train, data.draw(times), data.draw(times)), clients, concurrency, buffer_size,
+        open_slots, max_time=12.0, seed=data.draw(st.integers(0, 3)),
+    )  # fmt: skip
+    order = list(zip(plan.time, plan.job, strict=True))
+    assert order == sorted(order)
+    before = np.concatenate([[0], plan.version[:-1]]) if plan.num_arrivals else plan.version
+    np.testing.assert_array_equal(plan.staleness, before - plan.base_version[plan.job])
+    assert (plan.staleness >= 0).all()
+    for client in range(clients):
+        own = np.flatnonzero(plan.client == client)
+        assert (plan.start[own[1:]] >= plan.train_end[own[:-1]]).all()
+    in_flight = plan.jobs_started - np.arange(1, plan.num_arrivals + 1)
+    assert ((in_flight > concurrency - open_slots) & (in_flight <= concurrency)).all()
+    assert plan.live_versions_max() <= concurrency + 1
+    trained = [job for window in plan_windows(plan) for job in window.jobs]
+    assert sorted(trained) == sorted(plan.job)
 
 
 def test_max_versions_stops_the_clock():

@@ -16,9 +16,9 @@ from tests.toys import scalar_upload
 def make(buffer_size=1, server_lr=0.5):
     config = resolve("digits", "fedbuff", server_lr=server_lr)
     method = interface.compose(
-        "plain", interface.as_it_is(), buffer_size, interface.server_optimizer(config)
+        interface.as_it_is(), buffer_size, interface.server_optimizer(config)
     )
-    return Server(method, {"w": jnp.asarray(1.0)}, seed=0)
+    return Server(method, {"w": jnp.asarray(1.0)}, scalar_upload(0.0).taps, seed=0)
 
 
 def test_dispatch_submit_and_versions():
@@ -63,9 +63,15 @@ def test_a_job_counts_once():
 def test_an_upload_of_another_shape_is_refused_before_it_counts():
     server = make()
     ticket = server.dispatch(0)
-    wrong = scalar_upload(2.0)._replace(params={"w": jnp.zeros(2)})
-    with pytest.raises(ValueError, match="not shaped like the model"):
-        server.submit(ticket.job, wrong)
+    good = scalar_upload(2.0)
+    for wrong in (
+        good._replace(params={"w": jnp.zeros(2)}),
+        good._replace(params={"v": jnp.zeros(())}),
+        good._replace(params={"w": jnp.zeros((), jnp.int32)}),
+        good._replace(taps=((jnp.zeros(2), jnp.ones(2)),)),
+    ):
+        with pytest.raises(ValueError, match="job 0 is not shaped like the model"):
+            server.submit(ticket.job, wrong)
     assert server.submit(ticket.job, scalar_upload(2.0)).new_version == 1
 
 

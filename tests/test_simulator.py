@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedrevive_jax.config import METHODS
+from fedrevive_jax import models
+from fedrevive_jax.config import METHODS, ConfigError
 from fedrevive_jax.local_training import train
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.simulator import Simulation
@@ -115,6 +116,26 @@ def test_fedbuff_of_a_whole_cohort_is_fedavg():
     assert rows(receipts) == rows(others)
     assert {r.staleness for r in receipts} == {0}
     assert_same_params(average, buffered, atol=0)
+
+
+def test_a_cohort_moves_the_model_by_the_mean_of_its_updates():
+    """FedAvg's first round, the mean taken in NumPy from the uploads themselves."""
+    simulation = Simulation(small("fedavg", server_lr=1.4))
+    start = jax.tree.map(np.asarray, simulation.server.params)
+    simulation._train_window(simulation.windows[0])
+    uploads = [upload.params for upload in simulation._uploads.values()]
+    assert len(uploads) == 6
+    for _ in range(6):
+        simulation.server.submit(*simulation._uploads.popitem())
+    mean = jax.tree.map(lambda s, *p: s + 1.4 * (np.mean(p, axis=0) - s), start, *uploads)
+    for x, y in zip(*map(jax.tree.leaves, (simulation.server.params, mean)), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
+
+
+def test_a_model_for_other_data_is_refused():
+    other = models.create("digitsnet", input_shape=(12, 12, 1), num_classes=10, width=4)
+    with pytest.raises(ConfigError, match=r"takes \(12, 12, 1\).*data set has \(8, 8, 1\)"):
+        Simulation(small("fedavg"), model=other)
 
 
 def test_true_histograms_and_uniform_targets_run():

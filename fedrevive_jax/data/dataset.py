@@ -1,6 +1,7 @@
 """The record of a data set, and the split of its training part."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,20 @@ class Preprocessing:
     flip: bool = False
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+
+
+class DatasetSpec(NamedTuple):
+    """What is known of a data set without reading it.
+
+    Attributes:
+      input_shape: (height, width, channels) of one image.
+      num_classes: number of classes.
+      training_images: official training images, before they are split.
+    """
+
+    input_shape: tuple[int, int, int]
+    num_classes: int
+    training_images: int
 
 
 @dataclass(frozen=True)
@@ -50,6 +65,17 @@ class Dataset:
         missing = {"train", "validation", "distillation", "test"} - set(self.splits)
         if missing:
             raise ValueError(f"data set {self.name}: no split {sorted(missing)[0]!r}")
+        if self.images.dtype != np.uint8 or self.images.ndim != 4:
+            raise ValueError(
+                f"data set {self.name}: images must be uint8 [n, height, width, channels]; are "
+                f"{self.images.dtype} {list(self.images.shape)}"
+            )
+        if self.labels.dtype != np.int32:
+            raise ValueError(f"data set {self.name}: labels must be int32, not {self.labels.dtype}")
+        for name, positions in self.splits.items():
+            # A device would clamp such positions silently.
+            if len(positions) and not 0 <= positions.min() <= positions.max() < len(self.labels):
+                raise ValueError(f"data set {self.name}: positions of {name} outside the data")
         if len(self.images) != len(self.labels):
             raise ValueError(
                 f"data set {self.name}: {len(self.images)} images, {len(self.labels)} labels"

@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from fedrevive_jax.data.dataset import Dataset, split_training
+from fedrevive_jax.data.dataset import Dataset, DatasetSpec, split_training
 
 TEST_SAMPLES = 360
+SPEC = DatasetSpec((8, 8, 1), 10, 1797 - TEST_SAMPLES)
 
 
 def load(data_dir: str, seed: int) -> Dataset:
@@ -22,4 +23,6 @@ def load(data_dir: str, seed: int) -> Dataset:
     order = np.concatenate([train, test])
     splits = split_training(len(train), seed)
     splits["test"] = np.arange(len(train), len(order), dtype=np.int32)
-    return Dataset("digits", 10, images[order], labels[order].astype(np.int32), splits)
+    return Dataset(
+        "digits", SPEC.num_classes, images[order], labels[order].astype(np.int32), splits
+    )

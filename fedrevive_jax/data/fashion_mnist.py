@@ -3,8 +3,10 @@
 import numpy as np
 
 from fedrevive_jax.config import ConfigError
-from fedrevive_jax.data.dataset import Dataset, split_training
+from fedrevive_jax.data.dataset import Dataset, DatasetSpec, split_training
 from fedrevive_jax.data.idx import read_idx
+
+SPEC = DatasetSpec((28, 28, 1), 10, 60_000)
 
 
 def load(data_dir: str, seed: int) -> Dataset:
@@ -32,7 +34,7 @@ def load(data_dir: str, seed: int) -> Dataset:
     splits["test"] = np.arange(train, train + len(labels[1]), dtype=np.int32)
     return Dataset(
         "fashion_mnist",
-        10,
+        SPEC.num_classes,
         np.concatenate(images)[..., None],
         np.concatenate(labels).astype(np.int32),
         splits,

@@ -16,15 +16,17 @@ def read_idx(folder: str, name: str, dimensions: int) -> np.ndarray:
     Raises:
       ConfigError: the file is missing, cut short, too long, or not an IDX file of bytes.
     """
-    path = next((p for p in (Path(folder, name), Path(folder, name + ".gz")) if p.is_file()), None)
-    if path is None:
-        raise ConfigError(f"--data_dir={folder}: no file {name} or {name}.gz")
+    path = Path(folder, name)
     try:
+        if not path.is_file():
+            path = Path(folder, name + ".gz")
         raw = path.read_bytes()
         if path.suffix == ".gz":
             raw = gzip.decompress(raw)
+    except FileNotFoundError:
+        raise ConfigError(f"--data_dir={folder}: no file {name} or {name}.gz") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise ConfigError(f"--data_dir={folder}: {path.name} cannot be read ({error})") from error
+        raise ConfigError(f"--data_dir={folder}: {path.name} cannot be read ({error})") from None
     header = 4 + 4 * dimensions
     if len(raw) < header or raw[:4] != bytes([0, 0, 8, dimensions]):
         raise ConfigError(

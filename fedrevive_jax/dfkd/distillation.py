@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedrevive_jax import trees
 from fedrevive_jax.dfkd import loss_guard, losses
 from fedrevive_jax.dfkd.loss_guard import LossGuard
 from fedrevive_jax.models import Model
@@ -13,10 +14,18 @@ from fedrevive_jax.models.model import Params
 
 
 class Distilled(NamedTuple):
-    """Delta^KD = student - global, the loss of every step [steps], and the guard afterwards."""
+    """Result of a distillation.
+
+    Attributes:
+      delta: Delta^KD = student - global.
+      losses: loss of every step, [steps].
+      counted: int32 [], how many of the steps the loss guard let count.
+      guard: the loss guard afterwards.
+    """
 
     delta: Params
     losses: jax.Array
+    counted: jax.Array
     guard: LossGuard
 
 
@@ -61,7 +70,8 @@ def distil(
       inputs: [steps, c, b, ...], each teacher's draw for each step.
       targets: the teachers' logits, [steps, c, b, classes].
       present: bool [c], which teachers exist; the samples of the others do not count.
-      guard: see `loss_guard`; a step whose loss does not count has a zero loss gradient.
+      guard: see `loss_guard`; a step whose loss does not count is skipped altogether, since weight
+        decay alone would become a full step of Adam.
       learning_rate: lr_kd.
       weight_decay: L2 coefficient.
       temperature: T.
@@ -76,13 +86,15 @@ def distil(
         return (per_sample * divergence).sum()
 
     def step(carry, batch):
-        student, opt_state, guard = carry
+        student, opt_state, guard, counted = carry
         loss, grads = jax.value_and_grad(loss_fn)(student, *batch)
         counts, guard = loss_guard.check(guard, "distillation", loss)
-        grads = jax.tree.map(lambda g: jnp.where(counts, g, 0), grads)
-        updates, opt_state = optimizer.update(grads, opt_state, student)
-        return (optax.apply_updates(student, updates), opt_state, guard), loss
+        updates, new_state = optimizer.update(grads, opt_state, student)
+        moved = (optax.apply_updates(student, updates), new_state)
+        student, opt_state = trees.select(counts, moved, (student, opt_state))
+        return (student, opt_state, guard, counted + counts), loss
 
-    carry = (params, optimizer.init(params), guard)
-    (student, _, guard), step_losses = jax.lax.scan(step, carry, (inputs, targets))
-    return Distilled(jax.tree.map(jnp.subtract, student, params), step_losses, guard)
+    carry = (params, optimizer.init(params), guard, jnp.zeros((), jnp.int32))
+    (student, _, guard, counted), step_losses = jax.lax.scan(step, carry, (inputs, targets))
+    delta = jax.tree.map(jnp.subtract, student, params)
+    return Distilled(delta, step_losses, counted, guard)

@@ -71,8 +71,8 @@ def kl_divergence(
     """T^2 KL(p || q) per sample, p = softmax(teacher / T), q = softmax(student / T).
 
     The derivative is written out: with respect to the student it is T (q - p), exactly zero where
-    the logits are equal. Rounding noise in its place would be blown up to full steps by Adam, and a
-    student that agrees with its teachers would walk away from them.
+    the logits are equal. Rounding noise in its place would be blown up to full steps by Adam;
+    without weight decay, a student that agrees with its teachers stays where it is.
     """
     teacher = jax.nn.log_softmax(teacher_logits / temperature)
     student = jax.nn.log_softmax(student_logits / temperature)

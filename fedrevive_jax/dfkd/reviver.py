@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fedrevive_jax import trees
-from fedrevive_jax.config import Config
+from fedrevive_jax.config import Config, ConfigError
 from fedrevive_jax.dfkd import distillation, loss_guard, pool, proxy, synthesis, teachers
 from fedrevive_jax.dfkd.generator import Generator, init_params
 from fedrevive_jax.dfkd.loss_guard import LossGuard
@@ -86,6 +86,12 @@ def create(
         Nothing is synthesised then.
     """
     synthesiser = None
+    height, width = model.input_shape[:2]
+    if real_images is None and (height % 4 or width % 4):
+        raise ConfigError(
+            f"--method={config.method}: the generator makes images whose sides are multiples of 4; "
+            f"these are {height}x{width}"
+        )
     if real_images is None:
         generator = Generator(model.input_shape, config.generator_features, config.convolution)
         synthesiser = synthesis.make_synthesiser(
@@ -167,7 +173,7 @@ def create(
             weight_decay=config.distillation_weight_decay,
             temperature=config.distillation_temperature,
         )
-        good = trees.all_finite(result.delta)
+        good = trees.all_finite(result.delta) & (result.counted > 0)
         zero = jax.tree.map(jnp.zeros_like, params)
         loss = result.losses.mean().astype(jnp.float32)
         delta = trees.select(good, result.delta, zero)

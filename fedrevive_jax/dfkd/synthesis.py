@@ -17,7 +17,8 @@ from fedrevive_jax.models.model import Params, Taps
 # Adam of the generator, its latents and the meta-step.
 B1 = 0.5
 # Second derivatives of Adam's step are infinite where a gradient is exactly zero (a class that was
-# not drawn). Only full MAML needs them, so only full MAML pays with a shift below Adam's epsilon.
+# not drawn). Only full MAML needs them, so only full MAML pays with a shift of the size of Adam's
+# epsilon (its square root is 1e-8).
 MAML_EPS_ROOT = 1e-16
 
 
@@ -147,7 +148,7 @@ def make_synthesiser(
         guard: LossGuard,
         key: jax.Array,
     ):
-        """L of one step -> (total, (Terms, raw images, guard))."""
+        """L of one step -> (total, (Terms, raw images, whether all terms count, guard))."""
         # Gradients pass through teachers and student to the images, never into them.
         teacher_params, student = jax.lax.stop_gradient((teacher_params, student))
         images = generator.apply(
@@ -176,7 +177,8 @@ def make_synthesiser(
             + jnp.where(one_hot_counts, one_hot_weight * one_hot, 0.0)
             + jnp.where(adversarial_counts & adversarial_on, adversarial_weight * adversarial, 0.0)
         )
-        return total, (Terms(feature, one_hot, adversarial, total), images, guard)
+        whole = feature_counts & one_hot_counts & (adversarial_counts | ~adversarial_on)
+        return total, (Terms(feature, one_hot, adversarial, total), images, whole, guard)
 
     def inner(
         variables: Variables,
@@ -193,7 +195,9 @@ def make_synthesiser(
 
         def step(carry, number):
             variables, fast_state, latent_state, guard, gradient_sum, best = carry
-            (total, (terms, images, guard)), grads = jax.value_and_grad(objective, has_aux=True)(
+            (total, (terms, images, whole, guard)), grads = jax.value_and_grad(
+                objective, has_aux=True
+            )(
                 variables,
                 targets,
                 teacher_params,
@@ -216,7 +220,10 @@ def make_synthesiser(
                 *optax.apply_updates(latents, latent_update),
             )
             gradient_sum = jax.tree.map(jnp.add, gradient_sum, grads.generator)
-            best = trees.select(total < best[0], (total, number, images), best)
+            # A total that lacks a rejected term is no low total; without any better step the
+            # last one is taken.
+            cost = jnp.where(whole, total, jnp.inf)
+            best = trees.select(cost <= best[0], (cost, number, images), best)
             return (new, fast_state, latent_state, guard, gradient_sum, best), terms
 
         batch_size = len(targets)

@@ -10,4 +10,4 @@ from fedrevive_jax.methods.method import Ingredients, Method, as_it_is, compose,
 
 def create(config: Config, ingredients: Ingredients) -> Method:
     del ingredients
-    return compose("fedavg", as_it_is(), config.buffer_size, server_optimizer(config))
+    return compose(as_it_is(), config.buffer_size, server_optimizer(config))

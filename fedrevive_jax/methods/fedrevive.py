@@ -20,7 +20,7 @@ def create(config: Config, ingredients: Ingredients) -> Method:
         config, ingredients.model, ingredients.augment, class_mixes=ingredients.class_mixes
     )
     rule = blend(revive, blending.create(config))
-    return compose("fedrevive", rule, config.buffer_size, server_optimizer(config))
+    return compose(rule, config.buffer_size, server_optimizer(config))
 
 
 def blend(revive: reviver.Reviver, beta_of: blending.Beta) -> UpdateRule:

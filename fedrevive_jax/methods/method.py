@@ -45,7 +45,6 @@ class Method(NamedTuple):
     """A federated method.
 
     Attributes:
-      name: for records.
       buffer_size: B, arrivals that make a new version.
       init: global params -> state, any pytree.
       step: (params, base, state, upload, arrival, accepted, key) -> (params, state, metrics).
@@ -55,7 +54,6 @@ class Method(NamedTuple):
         version; otherwise they are `params`. Metrics are float32 [] by name, `beta` among them.
     """
 
-    name: str
     buffer_size: int
     init: Callable[[Params], Any]
     step: Callable[..., tuple[Params, Any, Metrics]]
@@ -99,6 +97,18 @@ def as_it_is() -> UpdateRule:
     return UpdateRule(lambda params: (), apply)
 
 
+def weighted(weight_of: Callable[[jax.Array], jax.Array]) -> UpdateRule:
+    """Delta~ = s(tau) Delta; what is taken away, 1 - s(tau), is recorded as beta."""
+
+    def apply(state, delta, params, upload, arrival, key):
+        del params, upload, key
+        weight = jnp.asarray(weight_of(arrival.staleness), jnp.float32)
+        delta = jax.tree.map(lambda d: weight.astype(d.dtype) * d, delta)
+        return state, delta, {"beta": 1 - weight}
+
+    return UpdateRule(lambda params: (), apply)
+
+
 def server_optimizer(config: Config) -> optax.GradientTransformation:
     """The configured optimiser at rate eta_s."""
     rate = config.server_lr
@@ -112,7 +122,6 @@ def server_optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def compose(
-    name: str,
     rule: UpdateRule,
     buffer_size: int,
     optimizer: optax.GradientTransformation,
@@ -138,8 +147,7 @@ def compose(
 
         def next_version(params, state):
             # optax descends; an update is already a direction to go.
-            count = jnp.maximum(state.taken, 1)
-            descent = jax.tree.map(lambda t: -t / count, state.total)
+            descent = jax.tree.map(lambda t: -t / state.taken, state.total)
             updates, optimizer_state = optimizer.update(descent, state.optimizer, params)
             emptied = state._replace(
                 optimizer=optimizer_state,
@@ -148,9 +156,10 @@ def compose(
             )
             return optax.apply_updates(params, updates), emptied
 
+        # A buffer of rejected uploads alone gives no direction, not even to a momentum.
         params, state = jax.lax.cond(
-            arrival.completes, next_version, lambda p, s: (p, s), params, state
+            arrival.completes & (state.taken > 0), next_version, lambda p, s: (p, s), params, state
         )
         return params, state, metrics
 
-    return Method(name, buffer_size, init, step)
+    return Method(buffer_size, init, step)

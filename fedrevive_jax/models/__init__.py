@@ -2,9 +2,10 @@
 
 import importlib
 
+from fedrevive_jax.config import Config, ConfigError
 from fedrevive_jax.models.model import Model, from_flax, parameter_count
 
-__all__ = ["NETWORKS", "Model", "create", "from_flax", "parameter_count"]
+__all__ = ["NETWORKS", "Model", "create", "from_config", "from_flax", "parameter_count"]
 
 # name -> module with `build(num_classes, width, convolution) -> flax Module`.
 NETWORKS = {
@@ -12,6 +13,22 @@ NETWORKS = {
     "convnet": "fedrevive_jax.models.convnet",
     "resnet18": "fedrevive_jax.models.resnet",
 }
+
+
+def from_config(config: Config, input_shape: tuple[int, ...], num_classes: int) -> Model:
+    """The model that a configuration names, for a data set's inputs and classes."""
+    if config.model not in NETWORKS:
+        raise ConfigError(
+            f"--model={config.model}: is given from Python, run(config, model=...); by name: "
+            + ", ".join(NETWORKS)
+        )
+    return create(
+        config.model,
+        input_shape=input_shape,
+        num_classes=num_classes,
+        width=config.model_width,
+        convolution=config.convolution,
+    )
 
 
 def create(

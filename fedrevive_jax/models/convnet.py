@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 
+from fedrevive_jax.config import ConfigError
 from fedrevive_jax.models import layers
 
 
@@ -18,6 +19,11 @@ class ConvNet(nn.Module):
 
     @nn.compact
     def __call__(self, images):
+        height, width = images.shape[1:3]
+        if min(height, width) < 12:
+            raise ConfigError(
+                f"--model=convnet: images of {height}x{width} are too small; 12x12 is the least"
+            )
         taps = []
         x = images
         for i in (1, 2, 3):

@@ -71,6 +71,11 @@ def conv(
     return layer(inputs)
 
 
+def default_convolution() -> str:
+    """What `auto` stands for on the backend at hand."""
+    return "patches" if jax.default_backend() == "cpu" else "lax"
+
+
 def choose_convolution(how: str):
     """The function that computes a convolution, with the signature of `lax.conv_general_dilated`.
 
@@ -80,7 +85,7 @@ def choose_convolution(how: str):
     are best served by `lax`. `auto` chooses by the backend.
     """
     if how == "auto":
-        how = "patches" if jax.default_backend() == "cpu" else "lax"
+        how = default_convolution()
     return {"lax": jax.lax.conv_general_dilated, "patches": _patches_convolution}[how]
 
 

@@ -1,0 +1,283 @@
+"""Watches a simulation: evaluates it, keeps its record on disk, writes checkpoints."""
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedrevive_jax import plots, record
+from fedrevive_jax.checkpoint import Checkpoints
+from fedrevive_jax.config import UserError
+from fedrevive_jax.dfkd.pool import Pool
+from fedrevive_jax.models.model import Params
+from fedrevive_jax.planning import staleness_summary
+from fedrevive_jax.server import Receipt
+from fedrevive_jax.simulator import Simulation
+
+# Training losses in a row that are not finite before a run counts as diverged.
+DIVERGED_AFTER = 10
+
+
+class DivergenceError(UserError):
+    """Training has diverged."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gives.
+
+    Attributes:
+      params: the final global parameters.
+      summary: what `summary.json` holds.
+      evaluations: rows with version, time, wall_seconds, accuracy, loss.
+      resumed_version: the version of the checkpoint it continued from, or None.
+    """
+
+    params: Params
+    summary: dict[str, Any]
+    evaluations: list[dict[str, Any]]
+    resumed_version: int | None = None
+
+
+class Recorder:
+    """Watches a simulation: evaluates, keeps rows, writes files and checkpoints.
+
+    Device results of a window's arrivals are fetched once the next window has been handed to the
+    device, so that the host rarely waits and the device hardly ever.
+    """
+
+    def __init__(self, simulation: Simulation, run_dir: Path | None):
+        self._simulation = simulation
+        self._config = simulation.config
+        self._run_dir = run_dir
+        self._evaluations: list[dict[str, Any]] = []
+        self._pending: list[tuple[int, Receipt]] = []
+        self._wall_before = 0.0
+        self._began = time.monotonic()
+        self._resumed: int | None = None
+        self._broken_losses = 0
+        self._checkpoints = self._metrics = self._arrivals = self._events = None
+        if run_dir is not None:
+            self._checkpoints = Checkpoints(run_dir, self._config.checkpoint_keep)
+
+    def resume(self) -> None:
+        """Continues from the newest checkpoint, cutting the rows that came after it."""
+        if self._run_dir is None:
+            return
+        sizes = {record.METRICS: 0, record.ARRIVALS: 0}
+        steps = self._checkpoints.steps()
+        if steps:
+            simulation, step = self._simulation, steps[-1]
+            saved = self._checkpoints.record(step)
+            params, arrays = self._checkpoints.state(
+                step, simulation.server.params, simulation.shapes(saved["simulation"])
+            )
+            simulation.restore(saved["simulation"], params, arrays)
+            sizes, self._wall_before = saved["sizes"], saved["wall_seconds"]
+            self._resumed = step
+        self._metrics = record.Rows(self._run_dir / record.METRICS, sizes[record.METRICS])
+        self._arrivals = record.Rows(self._run_dir / record.ARRIVALS, sizes[record.ARRIVALS])
+        self._evaluations = read_evaluations(self._run_dir)
+        self._open_events()
+
+    def start(self) -> None:
+        """Evaluates version 0 of a new run."""
+        if not self._evaluations:
+            self._evaluate(0.0)
+
+    def observe(self, receipt: Receipt) -> None:
+        """Takes note of one processed arrival."""
+        simulation, config = self._simulation, self._config
+        index = simulation.position - 1
+        if index in simulation.window_starts:
+            self._fetch()  # all before this arrival; its window is on the device by now
+        self._pending.append((index, receipt))
+        if receipt.new_version == receipt.version or simulation.finished:
+            return
+        if receipt.new_version % config.eval_every == 0:
+            self._fetch()
+            self._evaluate(float(simulation.schedule.time[index]))
+        if receipt.new_version % config.checkpoint_every == 0:
+            self._save()
+
+    def finish(self) -> Result:
+        """The last evaluation, the last checkpoint, pictures, and the summary."""
+        simulation, clock = self._simulation, self._simulation.schedule
+        self._fetch()
+        end = float(clock.time[-1]) if clock.num_arrivals else 0.0
+        if self._evaluations[-1]["version"] != simulation.server.version:
+            self._evaluate(end)
+        accuracies = [row["accuracy"] for row in self._evaluations]
+        summary = {
+            "method": self._config.method,
+            "dataset": simulation.dataset.name,
+            "model": simulation.model.name,
+            "seed": self._config.seed,
+            "final_accuracy": accuracies[-1],
+            "best_accuracy": max(accuracies),
+            "versions": simulation.server.version,
+            "arrivals": clock.num_arrivals,
+            "windows": len(simulation.windows),
+            "simulated_time": end,
+            "wall_seconds": self._wall_seconds(),
+            **staleness_summary(clock.staleness),
+            "device": str(jax.devices()[0].device_kind),
+        }
+        if self._run_dir is not None:
+            self._save()
+            self._checkpoints.close()
+            self._pictures()
+            record.write_json(self._run_dir / record.SUMMARY, summary)
+        return Result(simulation.server.params, summary, self._evaluations, self._resumed)
+
+    def close(self) -> None:
+        for stream in (self._metrics, self._arrivals, self._events):
+            if stream is not None:
+                stream.close()
+
+    def news(self) -> str:
+        """Where the run stands, for a progress bar."""
+        simulation = self._simulation
+        seen = simulation.schedule.staleness[: simulation.position]
+        now = simulation.schedule.time[simulation.position - 1] if len(seen) else 0.0
+        return (
+            f"t={now:.1f} version={simulation.server.version} "
+            f"accuracy={self._evaluations[-1]['accuracy']:.3f} "
+            f"staleness={seen.mean() if len(seen) else 0.0:.1f}"
+        )
+
+    def _wall_seconds(self) -> float:
+        return round(self._wall_before + time.monotonic() - self._began, 3)
+
+    def _evaluate(self, now: float) -> None:
+        result = self._simulation.evaluate()
+        version = self._simulation.server.version
+        row = {
+            "version": version,
+            "time": now,
+            "wall_seconds": self._wall_seconds(),
+            "accuracy": result.accuracy,
+            "loss": result.loss,
+        }
+        self._evaluations.append(row)
+        if self._run_dir is not None:
+            self._add_metrics({"kind": "evaluation", **row})
+            self._metrics.flush()
+
+    def _fetch(self) -> None:
+        """Brings the device results of the pending arrivals to the host and writes their rows.
+
+        Raises:
+          DivergenceError: the last ten training losses are not finite.
+        """
+        if not self._pending:
+            return
+        results = jax.device_get([(r.loss, r.accepted, r.metrics) for _, r in self._pending])
+        for (index, receipt), (loss, accepted, metrics) in zip(self._pending, results, strict=True):
+            if self._run_dir is not None:
+                self._write_arrival(index, receipt, float(loss), bool(accepted), metrics)
+            self._broken_losses = 0 if np.isfinite(loss) else self._broken_losses + 1
+            if self._broken_losses == DIVERGED_AFTER:
+                raise DivergenceError(
+                    f"training has diverged: the last {DIVERGED_AFTER} training losses up to "
+                    f"version {receipt.version} are not finite; try a smaller --client_lr or "
+                    "--server_lr"
+                )
+        self._pending.clear()
+        if self._run_dir is not None:
+            self._arrivals.flush()
+            self._metrics.flush()
+
+    def _write_arrival(
+        self, index: int, receipt: Receipt, loss: float, accepted: bool, metrics
+    ) -> None:
+        now = float(self._simulation.schedule.time[index])
+        values = {name: float(value) for name, value in metrics.items()}
+        self._arrivals.append(
+            {
+                "index": index,
+                "time": now,
+                "client": receipt.client,
+                "base_version": receipt.base_version,
+                "version": receipt.version,
+                "staleness": receipt.staleness,
+                "beta": values.pop("beta"),
+                "accepted": accepted,
+                "loss": loss,
+            }
+        )
+        if any(np.isfinite(value) for value in values.values()):
+            self._add_metrics({"kind": "dfkd", "version": receipt.version, "time": now, **values})
+
+    def _add_metrics(self, row: dict[str, Any]) -> None:
+        self._metrics.append(row)
+        _add_events(self._events, row)
+
+    def _open_events(self) -> None:
+        """Starts the TensorBoard events anew from the rows that count."""
+        from tensorboardX import SummaryWriter
+
+        folder = self._run_dir / record.EVENTS
+        if folder.exists():
+            shutil.rmtree(folder)
+        self._events = SummaryWriter(str(folder), write_to_disk=True)
+        for row in record.read_rows(self._run_dir / record.METRICS):
+            _add_events(self._events, row)
+
+    def _save(self) -> None:
+        if self._run_dir is None:
+            return
+        self._fetch()
+        plain, arrays = self._simulation.snapshot()
+        saved = {
+            "version": plain["version"],
+            "simulation": plain,
+            "wall_seconds": self._wall_seconds(),
+            "sizes": {
+                record.METRICS: self._metrics.flush(),
+                record.ARRIVALS: self._arrivals.flush(),
+            },
+        }
+        self._checkpoints.save(saved, self._simulation.server.params, arrays)
+
+    def _pictures(self) -> None:
+        config, simulation = self._config, self._simulation
+        title = f"{config.method} on {simulation.dataset.name}, seed {config.seed}"
+        staleness = [row["staleness"] for row in record.read_rows(self._run_dir / record.ARRIVALS)]
+        plots.curves(self._run_dir / "curves.png", title, self._evaluations, staleness)
+        for pool in _synthetic_pools(simulation.server.method_state):
+            images, labels, added = jax.device_get(pool)
+            # Oldest first: the ring's next place is its oldest.
+            order = np.roll(np.arange(len(labels)), -int(added) % len(labels))
+            plots.synthetic(
+                self._run_dir / "synthetic.png",
+                images[order],
+                labels[order],
+                simulation.dataset.num_classes,
+            )
+
+
+def _synthetic_pools(state: Any) -> list[Pool]:
+    """The pools in a method's state that hold generated images (floats), not real ones (bytes)."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, Pool))
+    pools = [node for node in nodes if isinstance(node, Pool)]
+    return [pool for pool in pools if jnp.issubdtype(pool.images.dtype, jnp.floating)]
+
+
+def _add_events(events, row: dict[str, Any]) -> None:
+    prefix = "" if row["kind"] == "evaluation" else "dfkd/"
+    for name, value in row.items():
+        if name not in ("kind", "version") and value is not None and np.isfinite(value):
+            events.add_scalar(prefix + name, value, row["version"])
+
+
+def read_evaluations(folder: Path) -> list[dict[str, Any]]:
+    """The evaluations of a recorded run: version, time, wall_seconds, accuracy, loss."""
+    rows = record.read_rows(folder / record.METRICS)
+    evaluations = [row for row in rows if row["kind"] == "evaluation"]
+    return [{key: row[key] for key in row if key != "kind"} for row in evaluations]

@@ -1,0 +1,95 @@
+"""The global model of a recorded run, and how good it is; needs nothing else of the run."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fedrevive_jax import data, models, record
+from fedrevive_jax.checkpoint import Checkpoints
+from fedrevive_jax.config import Config, ConfigError
+from fedrevive_jax.data import augment
+from fedrevive_jax.evaluation import make_evaluator
+from fedrevive_jax.models import Model
+from fedrevive_jax.models.model import Params
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration of a recorded run.
+
+    Raises:
+      ConfigError: the file is missing, or not a configuration of this version of the package.
+    """
+    recorded = record.read_json(folder / record.CONFIG)
+    names = {field.name for field in dataclasses.fields(Config)}
+    if not isinstance(recorded, dict) or set(recorded) != names:
+        raise ConfigError(
+            f"--workdir={folder}: {record.CONFIG} is not a configuration of this version of "
+            "fedrevive_jax"
+        )
+    return Config(**recorded)
+
+
+def read_params(folder: Path, model: Model, step: int | None = None) -> tuple[int, Params]:
+    """The global model of a checkpoint: (version, parameters); the newest where no step is given.
+
+    Raises:
+      ConfigError: there is no such checkpoint.
+    """
+    checkpoints = Checkpoints(folder, read_only=True)
+    try:
+        steps = checkpoints.steps()
+        if not steps:
+            raise ConfigError(f"--workdir={folder}: holds no checkpoint")
+        step = steps[-1] if step is None else step
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        return step, checkpoints.params(step, shapes)
+    finally:
+        checkpoints.close()
+
+
+def evaluate_checkpoint(
+    folder: Path,
+    *,
+    step: int | None = None,
+    split: str | None = None,
+    data_dir: str | None = None,
+    dataset: data.Dataset | None = None,
+    model: Model | None = None,
+) -> dict[str, Any]:
+    """Evaluates a checkpoint as the run itself did.
+
+    Args:
+      folder: the run's folder.
+      step: global version; the newest checkpoint where None.
+      split: the run's own where None.
+      data_dir: where the data lie, if not where they lay.
+      dataset, model: stand in for those that the configuration names.
+
+    Returns:
+      version, split, accuracy, loss, per_class_accuracy (None for a class without samples).
+    """
+    config = read_config(folder)
+    if data_dir is not None:
+        config = dataclasses.replace(config, data_dir=data_dir)
+    dataset = dataset if dataset is not None else data.load(config)
+    split = split or config.eval_split
+    if split not in dataset.splits:
+        raise ConfigError(f"--split={split}: must be one of {', '.join(sorted(dataset.splits))}")
+    if model is None:
+        model = models.from_config(config, dataset.input_shape, dataset.num_classes)
+    version, params = read_params(folder, model, step)
+    prepare = functools.partial(augment.plain_inputs, how=dataset.preprocessing)
+    result = make_evaluator(model, prepare, config.eval_batch)(
+        params, jnp.asarray(dataset.images), jnp.asarray(dataset.labels), dataset.splits[split]
+    )
+    return {
+        "version": version,
+        "split": split,
+        "accuracy": result.accuracy,
+        "loss": result.loss,
+        "per_class_accuracy": [None if a != a else a for a in result.per_class],
+    }
