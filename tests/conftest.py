@@ -5,10 +5,12 @@ import tempfile
 
 import pytest
 
-# Programs that several tests share are compiled once, also by processes that tests start.
-_CACHE = tempfile.TemporaryDirectory(prefix="fedrevive-test-programs-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+# Programs that several tests share are compiled once, also by processes that tests start. The
+# workers of pytest-xdist inherit the folder.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="fedrevive-test-programs-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax  # noqa: E402
 

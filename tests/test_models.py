@@ -51,9 +51,9 @@ def test_both_convolutions_agree(name, taps):
             logits, statistics = model.apply(params, inputs)
             return (logits**2).sum() + sum(m.sum() + v.sum() for m, v in statistics)
 
-        logits, statistics = model.apply(params, inputs)
+        logits, statistics = jax.jit(model.apply)(params, inputs)
         assert len(statistics) == taps
-        results.append((logits, statistics, jax.grad(total)(params)))
+        results.append((logits, statistics, jax.jit(jax.grad(total))(params)))
     for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[1]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
