@@ -12,7 +12,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
-import jax  # noqa: E402
+import jax
 
 # Shapes of different rank must be matched explicitly: silent broadcasting hides mistakes.
 jax.config.update("jax_numpy_rank_promotion", "raise")

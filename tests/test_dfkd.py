@@ -484,6 +484,25 @@ def test_gates(tiny):
     assert not bool(revival.distilled)
 
 
+@pytest.mark.parametrize("meta", ["fomaml", "maml"])
+def test_other_meta_steps_run_inside_the_reviver(meta):
+    """The generator moves by at most Adam's rate and stays finite, classes not drawn included."""
+    config = resolve("digits", "fedrevive", **{**TINY, "meta": meta, "warmup_versions": 4})
+    model = create_model("digitsnet", input_shape=(8, 8, 1), num_classes=10, width=4)
+    reviver = create(config, model, lambda images, key: images)
+    params = model.init(jax.random.key(0))
+    before = reviver.init(params)
+    after, revival = jax.jit(reviver.revive)(
+        before, params, upload_of(model, params, 0), arrival(0, 0, 6, 5), jnp.asarray(0.5), KEY
+    )
+    assert bool(revival.distilled)
+    pairs = zip(
+        *map(jax.tree.leaves, (before.generator.params, after.generator.params)), strict=True
+    )
+    steps = [np.abs(np.asarray(b) - np.asarray(a)).max() for a, b in pairs]
+    assert 0.5 * config.generator_lr < max(steps) <= 1.01 * config.generator_lr
+
+
 def test_nothing_is_distilled_from_an_empty_pool(tiny):
     reviver, revive, model, params = tiny
     state, revival = revive(
