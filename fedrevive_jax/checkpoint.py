@@ -91,10 +91,14 @@ class Checkpoints:
         restored = self._restore(step, params=params_shapes, state=shapes)
         return restored["params"], restored["state"]
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Waits for the last save and raises its errors."""
         self._manager.wait_until_finished()
         self._manager.check_for_errors()
+
+    def close(self) -> None:
+        """Waits for the last save, raises its errors and frees what the manager holds."""
+        self.wait()
         self._manager.close()
 
     def _restore(self, step: int, **items: Any) -> Any:

@@ -130,13 +130,14 @@ class Recorder:
         }
         if self._run_dir is not None:
             self._save()
-            self._checkpoints.close()
+            self._checkpoints.wait()
             self._pictures()
             record.write_json(self._run_dir / record.SUMMARY, summary)
         return Result(simulation.server.params, summary, self._evaluations, self._resumed)
 
     def close(self) -> None:
-        for stream in (self._metrics, self._arrivals, self._events):
+        """Makes everything durable; errors of a save under way are raised."""
+        for stream in (self._metrics, self._arrivals, self._events, self._checkpoints):
             if stream is not None:
                 stream.close()
 

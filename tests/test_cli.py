@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from fedrevive_jax import models
-from fedrevive_jax.planning import forward_flops
+from fedrevive_jax.planning import forward_flops, plan
+from fedrevive_jax.presets import resolve
 from tests.test_simulator import SMALL
 
 
@@ -88,6 +89,25 @@ def test_flops_are_those_of_the_model():
     )  # fmt: skip
     # ReLUs, biases, pooling and taps are counted too: a few per activation.
     assert 2 * multiply_adds <= forward_flops(model) <= 2.1 * multiply_adds
+
+
+def test_flops_of_a_whole_run():
+    """With B = 1 the arrivals see versions 0, 1, 2, ...; those above the warm-up distil."""
+    config = resolve(
+        "digits", "fedrevive", max_versions=100, freeze_versions=20, warmup_versions=60
+    )
+    told = plan(config)
+    forward = told["flops_forward_per_sample"]
+    client = 3 * forward * config.local_iterations * config.batch_size
+    # A teacher's forward and a student's training step per sample; images back and forth through
+    # every teacher and the student.
+    samples = config.distillation_steps * config.distillation_batch * config.num_teachers
+    images = config.synthesis_batch * config.synthesis_steps * (config.num_teachers + 1)
+    distilled, synthesised = 100 - 61, len(range(20, 100, config.generation_interval))
+    assert told["arrivals"] == 100
+    assert told["flops_total"] == (
+        100 * client + distilled * 4 * forward * samples + synthesised * 2 * forward * images
+    )
 
 
 def test_compare_makes_a_table_and_repeats_nothing(tmp_path):

@@ -225,14 +225,15 @@ def small_synthesis(**kwargs):
         lambda m: jnp.stack([m, m + 0.5]), model.apply(params[0], jnp.ones((2, 8, 8, 1)))[1]
     )
     q = jax.nn.softmax(jax.random.normal(jax.random.key(9), (2, 10)))
-    return synthesiser, omega, (stacked, statistics, q, params[2])
+    ensemble = synthesis.Ensemble(stacked, statistics, q, params[2], jnp.asarray(True))
+    return synthesiser, omega, ensemble
 
 
 def test_reptile_step_by_hand():
     """Adam's first step has the size of the rate: omega moves by lr_g towards phi, elementwise."""
-    synthesiser, omega, (stacked, statistics, q, student) = small_synthesis()
-    targets, z, e = synthesiser.draw(KEY, q, jnp.ones(2, bool))
-    rest = (stacked, statistics, q, student, jnp.asarray(True), loss_guard.init(), KEY)
+    synthesiser, omega, ensemble = small_synthesis()
+    targets, z, e = synthesiser.draw(KEY, ensemble.proxies, jnp.ones(2, bool))
+    rest = (ensemble, loss_guard.init(), KEY)
     inner = jax.jit(synthesiser.inner)(synthesis.Variables(omega, z, e), targets, *rest)
     after = jax.jit(synthesiser.synthesise)(synthesiser.init(omega), targets, z, e, *rest)
     for old, fast, new in zip(
@@ -263,13 +264,13 @@ def test_targets_follow_the_teachers_or_are_uniform():
 
 
 def test_adversarial_term_is_off_before_warm_up():
-    synthesiser, omega, (stacked, statistics, q, student) = small_synthesis()
-    targets, z, e = synthesiser.draw(KEY, q, jnp.ones(2, bool))
+    synthesiser, omega, ensemble = small_synthesis()
+    targets, z, e = synthesiser.draw(KEY, ensemble.proxies, jnp.ones(2, bool))
     totals = {}
     for on in (False, True):
         total, (terms, _, _, guard) = synthesiser.objective(
-            synthesis.Variables(omega, z, e), targets, stacked, statistics, q, student,
-            jnp.asarray(on), loss_guard.init(), KEY,
+            synthesis.Variables(omega, z, e), targets,
+            ensemble._replace(adversarial_on=jnp.asarray(on)), loss_guard.init(), KEY,
         )  # fmt: skip
         totals[on] = float(total)
         assert int(guard.counts[loss_guard.TERMS.index("adversarial")]) == int(on)
@@ -278,12 +279,12 @@ def test_adversarial_term_is_off_before_warm_up():
 
 
 def test_a_broken_teacher_leaves_the_generator_at_its_last_good_state():
-    synthesiser, omega, (stacked, statistics, q, student) = small_synthesis()
-    broken = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), stacked)
-    targets, z, e = synthesiser.draw(KEY, q, jnp.ones(2, bool))
+    synthesiser, omega, ensemble = small_synthesis()
+    broken = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), ensemble.params)
+    targets, z, e = synthesiser.draw(KEY, ensemble.proxies, jnp.ones(2, bool))
     result = jax.jit(synthesiser.synthesise)(
-        synthesiser.init(omega), targets, z, e, broken, statistics, q, student,
-        jnp.asarray(True), loss_guard.init(), KEY,
+        synthesiser.init(omega), targets, z, e, ensemble._replace(params=broken),
+        loss_guard.init(), KEY,
     )  # fmt: skip
     for old, new in zip(*map(jax.tree.leaves, (omega, result.generator.params)), strict=True):
         np.testing.assert_array_equal(old, new)
@@ -292,8 +293,8 @@ def test_a_broken_teacher_leaves_the_generator_at_its_last_good_state():
 
 def test_images_of_a_rejected_step_are_not_the_best():
     """A step that lacks a spiking term has a low total only because the term is missing."""
-    synthesiser, omega, (stacked, statistics, q, student) = small_synthesis(latent_lr=1.0)
-    targets, z, e = synthesiser.draw(KEY, q, jnp.ones(2, bool))
+    synthesiser, omega, ensemble = small_synthesis(latent_lr=1.0)
+    targets, z, e = synthesiser.draw(KEY, ensemble.proxies, jnp.ones(2, bool))
     row = loss_guard.TERMS.index("one_hot")
 
     def best(limit):
@@ -302,8 +303,8 @@ def test_images_of_a_rejected_step_are_not_the_best():
             values=guard.values.at[row].set(limit / 3), counts=guard.counts.at[row].set(20)
         )
         result = jax.jit(synthesiser.inner)(
-            synthesis.Variables(omega, z, e), targets, stacked, statistics, q, student,
-            jnp.asarray(False), kept, KEY,
+            synthesis.Variables(omega, z, e), targets,
+            ensemble._replace(adversarial_on=jnp.asarray(False)), kept, KEY,
         )  # fmt: skip
         return int(result.best_step), np.asarray(result.terms.one_hot)
 
@@ -539,15 +540,17 @@ def test_teachers_receive_no_gradient(tiny):
 
     assert float(optax.tree.norm(jax.grad(update_norm)(stacked))) == 0.0
 
-    synthesiser, omega, (stacked, statistics, q, student) = small_synthesis()
-    targets, z, e = synthesiser.draw(KEY, q, jnp.ones(2, bool))
+    synthesiser, omega, ensemble = small_synthesis()
+    targets, z, e = synthesiser.draw(KEY, ensemble.proxies, jnp.ones(2, bool))
 
     def total(stacked, student, z):
         return synthesiser.objective(
-            synthesis.Variables(omega, z, e), targets, stacked, statistics, q, student,
-            jnp.asarray(True), loss_guard.init(), KEY,
+            synthesis.Variables(omega, z, e), targets,
+            ensemble._replace(params=stacked, student=student), loss_guard.init(), KEY,
         )[0]  # fmt: skip
 
-    into_teachers, into_student, into_z = jax.grad(total, (0, 1, 2))(stacked, student, z)
+    into_teachers, into_student, into_z = jax.grad(total, (0, 1, 2))(
+        ensemble.params, ensemble.student, z
+    )
     assert float(optax.tree.norm((into_teachers, into_student))) == 0.0
     assert float(optax.tree.norm(into_z)) > 0.0

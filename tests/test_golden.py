@@ -114,13 +114,11 @@ def make_synthesiser(golden, model, convolution, meta="reptile"):
 
 @pytest.fixture
 def start(golden, teachers):
-    """Arguments of a synthesis after the variables: targets ... adversarial_on, guard, key."""
+    """Arguments of a synthesis after the variables: targets, ensemble, guard, key."""
+    proxies, student = jnp.asarray(golden["proxies"]), tree(golden, "student")
     return (
         jnp.asarray(golden["synthesis/targets"]),
-        *teachers,
-        jnp.asarray(golden["proxies"]),
-        tree(golden, "student"),
-        jnp.asarray(True),
+        synthesis.Ensemble(*teachers, proxies, student, jnp.asarray(True)),
         loss_guard.init(),
         jax.random.key(0),
     )

@@ -134,14 +134,17 @@ def create(
 
     def synthesise(state: ReviverState, proxies, present, params, arrival: Arrival, key):
         draw_key, augment_key = jax.random.split(key)
-        result = synthesiser.synthesise(
-            state.generator,
-            *synthesiser.draw(draw_key, proxies, present),
+        ensemble = synthesis.Ensemble(
             state.teachers.params,
             state.teachers.taps,
             proxies,
             params,
             arrival.version > config.warmup_versions,
+        )
+        result = synthesiser.synthesise(
+            state.generator,
+            *synthesiser.draw(draw_key, proxies, present),
+            ensemble,
             state.guard,
             augment_key,
         )

@@ -30,6 +30,24 @@ class Variables(NamedTuple):
     embeddings: jax.Array
 
 
+class Ensemble(NamedTuple):
+    """Who judges the images.
+
+    Attributes:
+      params: the teachers' parameters, leaves [c, ...].
+      taps: their feature statistics, leaves [c, channels].
+      proxies: q, class mixes of their clients, [c, classes]; zero rows for absent teachers.
+      student: the global parameters.
+      adversarial_on: bool [], whether L_adv counts.
+    """
+
+    params: Params
+    taps: Taps
+    proxies: jax.Array
+    student: Params
+    adversarial_on: jax.Array
+
+
 class GeneratorState(NamedTuple):
     """The persistent generator: parameters omega and the state of the meta-step's Adam."""
 
@@ -138,24 +156,16 @@ def make_synthesiser(
         return targets, z, embeddings
 
     def objective(
-        variables: Variables,
-        targets: jax.Array,
-        teacher_params: Params,
-        teacher_taps: Taps,
-        proxies: jax.Array,
-        student: Params,
-        adversarial_on: jax.Array,
-        guard: LossGuard,
-        key: jax.Array,
+        variables: Variables, targets: jax.Array, ensemble: Ensemble, guard: LossGuard, key
     ):
         """L of one step -> (total, (Terms, raw images, whether all terms count, guard))."""
         # Gradients pass through teachers and student to the images, never into them.
-        teacher_params, student = jax.lax.stop_gradient((teacher_params, student))
+        teacher_params, student = jax.lax.stop_gradient((ensemble.params, ensemble.student))
         images = generator.apply(
             {"params": variables.generator}, variables.z, variables.embeddings, targets
         )
         inputs = augment(images, key)
-        weights = losses.teacher_weights(proxies, targets)
+        weights = losses.teacher_weights(ensemble.proxies, targets)
 
         def judge(teacher):
             params, reference = teacher
@@ -163,7 +173,7 @@ def make_synthesiser(
             return logits, losses.statistics_distance(taps, reference)
 
         # One plain call per teacher, see `distillation.teacher_logits`.
-        logits, distances = jax.lax.map(judge, (teacher_params, teacher_taps))
+        logits, distances = jax.lax.map(judge, (teacher_params, ensemble.taps))
         feature = losses.feature_loss(weights, distances)
         one_hot = losses.one_hot_loss(weights, logits, targets)
         adversarial = losses.adversarial_loss(weights, logits, model.apply(student, inputs)[0])
@@ -171,25 +181,18 @@ def make_synthesiser(
         feature_counts, guard = loss_guard.check(guard, "feature", feature)
         one_hot_counts, guard = loss_guard.check(guard, "one_hot", one_hot)
         adversarial_counts, checked = loss_guard.check(guard, "adversarial", adversarial)
-        guard = trees.select(adversarial_on, checked, guard)
+        guard = trees.select(ensemble.adversarial_on, checked, guard)
+        adversarial_applies = adversarial_counts & ensemble.adversarial_on
         total = (
             jnp.where(feature_counts, feature_weight * feature, 0.0)
             + jnp.where(one_hot_counts, one_hot_weight * one_hot, 0.0)
-            + jnp.where(adversarial_counts & adversarial_on, adversarial_weight * adversarial, 0.0)
+            + jnp.where(adversarial_applies, adversarial_weight * adversarial, 0.0)
         )
-        whole = feature_counts & one_hot_counts & (adversarial_counts | ~adversarial_on)
+        whole = feature_counts & one_hot_counts & (adversarial_counts | ~ensemble.adversarial_on)
         return total, (Terms(feature, one_hot, adversarial, total), images, whole, guard)
 
     def inner(
-        variables: Variables,
-        targets,
-        teacher_params,
-        teacher_taps,
-        proxies,
-        student,
-        adversarial_on,
-        guard,
-        key,
+        variables: Variables, targets: jax.Array, ensemble: Ensemble, guard: LossGuard, key
     ) -> InnerResult:
         """K_synth steps of Adam with fresh states on phi, z and e."""
 
@@ -197,17 +200,7 @@ def make_synthesiser(
             variables, fast_state, latent_state, guard, gradient_sum, best = carry
             (total, (terms, images, whole, guard)), grads = jax.value_and_grad(
                 objective, has_aux=True
-            )(
-                variables,
-                targets,
-                teacher_params,
-                teacher_taps,
-                proxies,
-                student,
-                adversarial_on,
-                guard,
-                jax.random.fold_in(key, number),
-            )
+            )(variables, targets, ensemble, guard, jax.random.fold_in(key, number))
             # A broken term has a zero weight, but 0 * inf on the way back would still be NaN.
             grads = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), grads)
             latents = (variables.z, variables.embeddings)
@@ -245,32 +238,12 @@ def make_synthesiser(
         return InnerResult(variables, gradient_sum, terms, images, best_step, guard)
 
     def synthesise(
-        state: GeneratorState,
-        targets,
-        z,
-        embeddings,
-        teacher_params,
-        teacher_taps,
-        proxies,
-        student,
-        adversarial_on,
-        guard,
-        key,
+        state: GeneratorState, targets, z, embeddings, ensemble: Ensemble, guard: LossGuard, key
     ) -> SynthesisResult:
         """Inner steps from (omega, z, e), then the meta-step on omega."""
 
         def run(omega):
-            result = inner(
-                Variables(omega, z, embeddings),
-                targets,
-                teacher_params,
-                teacher_taps,
-                proxies,
-                student,
-                adversarial_on,
-                guard,
-                key,
-            )
+            result = inner(Variables(omega, z, embeddings), targets, ensemble, guard, key)
             return result.terms.total.sum(), result
 
         if meta == "maml":
