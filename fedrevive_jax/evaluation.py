@@ -1,7 +1,7 @@
 """How good a model is on a split: accuracy, loss, accuracy by class."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,36 +27,34 @@ class Evaluation(NamedTuple):
 
 
 def make_evaluator(
-    model: Model, prepare: Callable[[jax.Array], jax.Array], batch: int
-) -> Callable[[Params, jax.Array, jax.Array, np.ndarray], Evaluation]:
+    model: Model, prepare: Callable[[Any, jax.Array], Any], batch: int
+) -> Callable[[Params, Any, jax.Array, np.ndarray], Evaluation]:
     """Compiles the evaluation on fixed-size batches; the last one is padded and masked.
 
     Args:
       model: the model.
-      prepare: byte images -> inputs, without augmentation.
+      prepare: (store, positions [b]) -> inputs without augmentation, see `feed`.
       batch: samples of one call.
 
     Returns:
-      (params, images, labels, positions) -> `Evaluation`, where images and labels are the whole
-      data set and positions name the samples of a split.
+      (params, store, labels, positions) -> `Evaluation`, where store and labels are the whole data
+      set and positions name the samples of a split.
     """
 
     @jax.jit
-    def one_batch(params, images, labels, positions, valid):
-        logits, _ = model.apply(params, prepare(images[positions]))
+    def one_batch(params, store, labels, positions, valid):
+        logits, _ = model.apply(params, prepare(store, positions))
         truth = labels[positions]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, truth)
         right = (logits.argmax(axis=-1) == truth) & valid
         by_class = jax.nn.one_hot(truth, model.num_classes) * valid[:, None]
         return jnp.where(valid, loss, 0.0).sum(), right @ by_class, by_class.sum(axis=0)
 
-    def evaluate(params, images, labels, positions) -> Evaluation:
+    def evaluate(params, store, labels, positions) -> Evaluation:
         padded = -(-len(positions) // batch) * batch
         places = np.resize(positions, padded).reshape(-1, batch)
         valid = (np.arange(padded) < len(positions)).reshape(-1, batch)
-        parts = [
-            one_batch(params, images, labels, p, v) for p, v in zip(places, valid, strict=True)
-        ]
+        parts = [one_batch(params, store, labels, p, v) for p, v in zip(places, valid, strict=True)]
         columns = zip(*jax.device_get(parts), strict=True)
         losses, right, total = (np.sum(column, axis=0, dtype=np.float64) for column in columns)
         per_class = np.divide(right, total, out=np.full_like(total, np.nan), where=total > 0)

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import optax
 
 from fedrevive_jax.messages import Upload
 from fedrevive_jax.models import Model
-from fedrevive_jax.models.model import Params, Taps
+from fedrevive_jax.models.model import Params, Taps, gaussian_inputs, tap_statistics
 
 TAP_MOMENTUM = 0.9
 
@@ -25,10 +25,12 @@ class Trained(NamedTuple):
 
 def initial_taps(model: Model) -> Taps:
     """Statistics of a version that has seen no data: mean 0, variance 1."""
-    shapes = jax.eval_shape(
-        lambda key: model.apply(model.init(key), jnp.zeros((1, *model.input_shape)))[1],
-        jax.random.key(0),
-    )
+
+    def statistics(key):
+        inputs = gaussian_inputs(model, key, 1)
+        return tap_statistics(model.apply(model.init(key), inputs)[1])
+
+    shapes = jax.eval_shape(statistics, jax.random.key(0))
     return tuple((jnp.zeros(m.shape, m.dtype), jnp.ones(v.shape, v.dtype)) for m, v in shapes)
 
 
@@ -48,19 +50,20 @@ def train(
       model: the model.
       params: theta_b, the version the job starts from.
       batches: a pytree of arrays with the steps as first axis.
-      batch_of: one step's slice of `batches` -> (inputs [b, ...], labels int [b]).
+      batch_of: one step's slice of `batches` -> (inputs [b, ...], labels int [b], key or None),
+        the key for dropout.
       learning_rate: rate of Adam.
     """
     optimizer = optax.adam(learning_rate)
 
-    def loss_fn(params, inputs, labels):
-        logits, taps = model.apply(params, inputs)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), taps
+    def loss_fn(params, inputs, labels, key):
+        logits, activations = model.apply(params, inputs, key)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return loss, tap_statistics(activations)
 
     def step(carry, batch):
         params, opt_state, running = carry
-        inputs, labels = batch_of(batch)
-        (loss, taps), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, inputs, labels)
+        (loss, taps), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, *batch_of(batch))
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
         running = jax.tree.map(
@@ -75,7 +78,7 @@ def train(
 
 def make_window_trainer(
     model: Model,
-    prepare: Callable[[jax.Array, jax.Array], jax.Array],
+    prepare: Callable[[Any, jax.Array, jax.Array], Any],
     learning_rate: float,
     seed_key: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> Callable:
@@ -83,30 +86,31 @@ def make_window_trainer(
 
     Args:
       model: the model.
-      prepare: (byte images [b, ...], key) -> inputs, the clients' augmentation.
+      prepare: (store, positions [b], key) -> inputs with the clients' augmentation, see `feed`.
       learning_rate: rate of Adam.
-      seed_key: (job, step) -> key of that step's augmentation; both traced integers.
+      seed_key: (job, step) -> key of that step's augmentation and dropout; both traced integers.
 
     Returns:
-      A jitted function (bases, images, labels, indices, jobs) -> tuple of `Upload`s, where `bases`
-      is a tuple of parameter pytrees, one for each job, `images` and `labels` are the whole data
+      A jitted function (bases, store, labels, indices, jobs) -> tuple of `Upload`s, where `bases`
+      is a tuple of parameter pytrees, one for each job, `store` and `labels` are the whole data
       set, `indices` int32 [jobs, steps, batch] are positions in it, and `jobs` int32 [jobs]. It is
       traced once for each number of jobs.
     """
 
-    def one_job(base, images, labels, indices, job):
+    def one_job(base, store, labels, indices, job):
         def batch_of(step):
             number, positions = step
-            return prepare(images[positions], seed_key(job, number)), labels[positions]
+            key = seed_key(job, number)
+            return prepare(store, positions, key), labels[positions], jax.random.fold_in(key, 1)
 
         steps = (jnp.arange(len(indices)), indices)
         trained = train(model, base, steps, batch_of, learning_rate)
         return Upload(trained.params, trained.taps, trained.losses.mean())
 
     @jax.jit
-    def train_jobs(bases, images, labels, indices, jobs):
+    def train_jobs(bases, store, labels, indices, jobs):
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *bases)
-        uploads = jax.vmap(one_job, (0, None, None, 0, 0))(stacked, images, labels, indices, jobs)
+        uploads = jax.vmap(one_job, (0, None, None, 0, 0))(stacked, store, labels, indices, jobs)
         return tuple(jax.tree.map(operator.itemgetter(i), uploads) for i in range(len(bases)))
 
     return train_jobs

@@ -4,13 +4,13 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fedrevive_jax import data, methods, models, schedule
 from fedrevive_jax.config import Config
 from fedrevive_jax.methods import Ingredients
 from fedrevive_jax.models import Model
+from fedrevive_jax.models.model import gaussian_inputs
 
 
 def staleness_summary(staleness: np.ndarray) -> dict[str, float]:
@@ -41,19 +41,20 @@ def plan(
     else:
         known = data.spec(config)
         shape, classes = known.input_shape, known.num_classes
-        kept = len(data.split_training(known.training_images, config.seed)["distillation"])
+        kept = len(data.split_training(known.training_samples, config.seed)["distillation"])
     if model is None:
         # Counting is the same whatever way a convolution is computed; lax's form is counted.
         plain = dataclasses.replace(config, convolution="lax")
         model = models.from_config(plain, shape, classes)
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    params, shared = jax.eval_shape(lambda k: (model.init(k), model.frozen(k)), jax.random.key(0))
     live = clock.live_versions_max()
     model_bytes = _bytes(params)
     ingredients = Ingredients(
         model,
-        lambda images, key: images.astype(jnp.float32),
+        lambda samples, key: samples,
+        frozen=jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shared),
         class_mixes=np.zeros((config.num_clients, classes), np.float32),
-        real_images=(np.zeros((kept, *shape), np.uint8), np.zeros(kept, np.int32)),
+        real_samples=(_blank_samples(kept, shape), np.zeros(kept, np.int32)),
     )
     method_state = jax.eval_shape(methods.create(config, ingredients).init, params)
     forward = forward_flops(model)
@@ -65,6 +66,7 @@ def plan(
         **staleness_summary(clock.staleness),
         "live_versions_max": live,
         "parameters": models.parameter_count(params),
+        "parameters_frozen": models.parameter_count(shared),
         "flops_forward_per_sample": forward,
         **_flops(config, clock, forward),
         "bytes_model": model_bytes,
@@ -74,10 +76,15 @@ def plan(
     }
 
 
+def _blank_samples(count: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Byte images or token ids, as a data set stores them."""
+    return np.zeros((count, *shape), np.int32 if len(shape) == 1 else np.uint8)
+
+
 def forward_flops(model: Model) -> int:
     """FLOPs of the forward pass of one sample, as XLA counts them."""
     params = jax.eval_shape(model.init, jax.random.key(0))
-    inputs = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
+    inputs = jax.eval_shape(lambda key: gaussian_inputs(model, key, 1), jax.random.key(0))
     analysis = jax.jit(lambda p, x: model.apply(p, x)[0]).lower(params, inputs).cost_analysis()
     return int(analysis["flops"])
 

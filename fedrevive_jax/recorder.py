@@ -267,7 +267,11 @@ def _synthetic_pools(state: Any) -> list[Pool]:
     """The pools in a method's state that hold generated images (floats), not real ones (bytes)."""
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, Pool))
     pools = [node for node in nodes if isinstance(node, Pool)]
-    return [pool for pool in pools if jnp.issubdtype(pool.images.dtype, jnp.floating)]
+    return [pool for pool in pools if _are_made_images(pool.samples)]
+
+
+def _are_made_images(samples: Any) -> bool:
+    return isinstance(samples, jax.Array) and jnp.issubdtype(samples.dtype, jnp.floating)
 
 
 def _add_events(events, row: dict[str, Any]) -> None:

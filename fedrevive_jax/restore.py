@@ -1,7 +1,6 @@
 """The global model of a recorded run, and how good it is; needs nothing else of the run."""
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from fedrevive_jax import data, models, record
+from fedrevive_jax import feed as feeds
 from fedrevive_jax.checkpoint import Checkpoints
 from fedrevive_jax.config import Config, ConfigError
-from fedrevive_jax.data import augment
 from fedrevive_jax.evaluation import make_evaluator
 from fedrevive_jax.models import Model
 from fedrevive_jax.models.model import Params
+from fedrevive_jax.streams import Stream, jax_key
 
 
 def read_config(folder: Path) -> Config:
@@ -82,9 +82,9 @@ def evaluate_checkpoint(
     if model is None:
         model = models.from_config(config, dataset.input_shape, dataset.num_classes)
     version, params = read_params(folder, model, step)
-    prepare = functools.partial(augment.plain_inputs, how=dataset.preprocessing)
-    result = make_evaluator(model, prepare, config.eval_batch)(
-        params, jnp.asarray(dataset.images), jnp.asarray(dataset.labels), dataset.splits[split]
+    feed = feeds.create(dataset, model.frozen(jax_key(config.seed, Stream.MODEL_INIT)))
+    result = make_evaluator(model, feed.evaluation, config.eval_batch)(
+        params, feed.store, jnp.asarray(dataset.labels), dataset.splits[split]
     )
     return {
         "version": version,

@@ -1,6 +1,5 @@
 """The simulation: windows -> local training -> server steps, in exactly the planned order."""
 
-import functools
 import hashlib
 from collections.abc import Iterator, Set
 from typing import Any
@@ -10,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedrevive_jax import data, methods, models, schedule
+from fedrevive_jax import feed as feeds
 from fedrevive_jax.config import Config, ConfigError
-from fedrevive_jax.data import augment
 from fedrevive_jax.evaluation import Evaluation, make_evaluator
 from fedrevive_jax.local_training import initial_taps, make_window_trainer
 from fedrevive_jax.messages import Upload
@@ -70,29 +69,30 @@ class Simulation:
         self._first_of_window = {window.first_arrival: window for window in self.windows}
         self._uploads: dict[int, Upload] = {}
 
-        how = self.dataset.preprocessing
-        self._images = jnp.asarray(self.dataset.images)
+        init_key = jax_key(config.seed, Stream.MODEL_INIT)
+        frozen = self.model.frozen(init_key)
+        feed = feeds.create(self.dataset, frozen)
+        self._store = feed.store
         self._labels = jnp.asarray(self.dataset.labels)
         kept = self.dataset.splits["distillation"]
         ingredients = methods.Ingredients(
             model=self.model,
-            augment=functools.partial(augment.synthetic_inputs, how=how),
+            augment=feed.augment,
+            frozen=frozen,
             class_mixes=self._shards.class_mixes(self.dataset.labels, self.dataset.num_classes),
-            real_images=(self.dataset.images[kept], self.dataset.labels[kept]),
+            real_samples=(self.dataset.samples[kept], self.dataset.labels[kept]),
         )
-        params = self.model.init(jax_key(config.seed, Stream.MODEL_INIT))
+        params = self.model.init(init_key)
         taps = initial_taps(self.model)
         self.server = Server(methods.create(config, ingredients), params, taps, config.seed)
         self._train = make_window_trainer(
             self.model,
-            functools.partial(augment.client_inputs, how=how),
+            feed.training,
             config.client_lr,
             lambda job, step: jax_key(config.seed, Stream.AUGMENTATION, job, step),
         )
         self._client_batch = config.client_batch or default_client_batch()
-        self._evaluate = make_evaluator(
-            self.model, functools.partial(augment.plain_inputs, how=how), config.eval_batch
-        )
+        self._evaluate = make_evaluator(self.model, feed.evaluation, config.eval_batch)
         self._hand_out(self.schedule.initial_jobs)
 
     @property
@@ -124,7 +124,7 @@ class Simulation:
         """Evaluates parameters (the newest by default) on a split (the configured by default)."""
         params = self.server.params if params is None else params
         positions = self.dataset.splits[split or self.config.eval_split]
-        return self._evaluate(params, self._images, self._labels, positions)
+        return self._evaluate(params, self._store, self._labels, positions)
 
     def fingerprint(self) -> str:
         """A digest of the plan, of who holds what, and of the labels."""
@@ -158,7 +158,7 @@ class Simulation:
         upload = jax.eval_shape(
             lambda: self._train(
                 (self.server.params,),
-                self._images,
+                self._store,
                 self._labels,
                 jnp.zeros((1, self.config.local_iterations, self.config.batch_size), jnp.int32),
                 jnp.zeros(1, jnp.int32),
@@ -213,7 +213,7 @@ class Simulation:
             )
             uploads = self._train(
                 bases,
-                self._images,
+                self._store,
                 self._labels,
                 jnp.asarray(np.stack(indices)),
                 jnp.asarray(padded, jnp.int32),

@@ -25,15 +25,15 @@ def test_names_agree_everywhere():
 
 def test_digits():
     dataset = digits.load("", 0)
-    assert dataset.images.shape == (1797, 8, 8, 1)
-    assert dataset.images.max() == 255
+    assert dataset.samples.shape == (1797, 8, 8, 1)
+    assert dataset.samples.max() == 255
     splits = dataset.splits
     assert sorted(np.concatenate(list(splits.values()))) == list(range(1797))
     assert len(splits["test"]) == 360
     assert np.bincount(dataset.labels[splits["test"]]).min() >= 34
     other = digits.load("", 1)
     np.testing.assert_array_equal(
-        dataset.images[splits["test"]], other.images[other.splits["test"]]
+        dataset.samples[splits["test"]], other.samples[other.splits["test"]]
     )
     assert (splits["train"] != other.splits["train"]).any()
 
@@ -51,12 +51,12 @@ def test_specs_tell_the_truth(idx_folder):
         dataset = module.load(folder, 0)
         assert module.SPEC.input_shape == dataset.input_shape
         assert module.SPEC.num_classes == dataset.num_classes
-    assert digits.SPEC.training_images == 1797 - 360
+    assert digits.SPEC.training_samples == 1797 - 360
 
 
 def good_arrays():
     return {
-        "images": np.zeros((4, 4, 4, 1), np.uint8),
+        "samples": np.zeros((4, 4, 4, 1), np.uint8),
         "labels": np.arange(4, dtype=np.int32),
         "splits": dict.fromkeys(("train", "validation", "distillation", "test"), np.arange(4)),
     }
@@ -65,9 +65,9 @@ def good_arrays():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"images": np.zeros((4, 4, 4, 1))}, "images must be uint8"),
-        ({"images": np.zeros((4, 4, 4), np.uint8)}, "images must be uint8"),
-        ({"images": np.zeros((5, 4, 4, 1), np.uint8)}, "5 images, 4 labels"),
+        ({"samples": np.zeros((4, 4, 4, 1))}, "samples must be uint8"),
+        ({"samples": np.zeros((4, 4, 4), np.uint8)}, "samples must be uint8"),
+        ({"samples": np.zeros((5, 4, 4, 1), np.uint8)}, "5 samples, 4 labels"),
         ({"labels": np.arange(4)}, "labels must be int32"),
         ({"labels": np.arange(1, 5, dtype=np.int32)}, "labels outside"),
         ({"splits": {"train": np.arange(4)}}, "no split 'distillation'"),
@@ -115,7 +115,7 @@ def idx_folder(tmp_path):
 
 def test_idx_files_plain_and_gzipped(idx_folder):
     dataset = fashion_mnist.load(str(idx_folder), 0)
-    assert dataset.images.shape == (50, 28, 28, 1)
+    assert dataset.samples.shape == (50, 28, 28, 1)
     assert dataset.labels[40:].tolist() == list(range(10))
     assert dataset.splits["test"].tolist() == list(range(40, 50))
 

@@ -10,9 +10,10 @@ import pytest
 import scipy.stats
 
 from fedrevive_jax.dfkd import distillation, loss_guard, losses, pool, proxy, synthesis, teachers
-from fedrevive_jax.dfkd.generator import Generator, init_params
+from fedrevive_jax.dfkd.generator import Generator, image_maker
 from fedrevive_jax.dfkd.reviver import create
 from fedrevive_jax.models import create as create_model
+from fedrevive_jax.models.model import tap_statistics
 from fedrevive_jax.presets import resolve
 from tests.toys import KEY, arrival, scalar_model, scalar_upload
 
@@ -122,18 +123,18 @@ def numbered(count, start=0):
 
 
 def test_pool_is_first_in_first_out():
-    images = pool.empty(5, (1, 1, 1))
+    images = pool.empty(5, numbered(1))
     for start in range(0, 28, 2):
         images = pool.add(images, numbered(2, start), jnp.asarray([0, 1]))
         kept = sorted(
-            float(i) for i, y in zip(images.images.ravel(), images.labels, strict=True) if y >= 0
+            float(i) for i, y in zip(images.samples.ravel(), images.labels, strict=True) if y >= 0
         )
         assert kept == [float(i) for i in range(max(0, start + 2 - 5), start + 2)]
 
 
 def draws(labels, mixes, size, count=20_000):
     images = pool.add(
-        pool.empty(size, (1, 1, 1)), numbered(len(labels)), jnp.asarray(labels, jnp.int32)
+        pool.empty(size, numbered(1)), numbered(len(labels)), jnp.asarray(labels, jnp.int32)
     )
     chosen = pool.draw(images, jnp.asarray(mixes), count, jax.random.key(3))
     return np.stack([np.bincount(row, minlength=size) for row in np.asarray(chosen)])
@@ -213,16 +214,18 @@ def small_synthesis(**kwargs):
     model = create_model("digitsnet", input_shape=(8, 8, 1), num_classes=10, width=4)
     generator = Generator((8, 8, 1), 4)
     options = {
-        "latent_size": 6, "batch": 12, "steps": 2, "generator_lr": 0.01, "latent_lr": 0.003,
+        "batch": 12, "steps": 2, "meta_lr": 0.01, "generator_lr": 0.01, "latent_lr": 0.003,
         "feature_weight": 0.3, "one_hot_weight": 1.0, "adversarial_weight": 0.1,
         "meta": "reptile", "target_sampling": "teachers", **kwargs,
     }  # fmt: skip
-    synthesiser = synthesis.make_synthesiser(model, generator, lambda x, key: x, **options)
-    omega = init_params(generator, 6, 10, jax.random.key(5))
+    maker = image_maker(generator, 6, 10)
+    synthesiser = synthesis.make_synthesiser(model, maker, lambda x, key: x, **options)
+    omega = maker.init(jax.random.key(5))
     params = [model.init(jax.random.key(i)) for i in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params[:2])
     statistics = jax.tree.map(
-        lambda m: jnp.stack([m, m + 0.5]), model.apply(params[0], jnp.ones((2, 8, 8, 1)))[1]
+        lambda m: jnp.stack([m, m + 0.5]),
+        tap_statistics(model.apply(params[0], jnp.ones((2, 8, 8, 1)))[1]),
     )
     q = jax.nn.softmax(jax.random.normal(jax.random.key(9), (2, 10)))
     ensemble = synthesis.Ensemble(stacked, statistics, q, params[2], jnp.asarray(True))
@@ -232,10 +235,10 @@ def small_synthesis(**kwargs):
 def test_reptile_step_by_hand():
     """Adam's first step has the size of the rate: omega moves by lr_g towards phi, elementwise."""
     synthesiser, omega, ensemble = small_synthesis()
-    targets, z, e = synthesiser.draw(KEY, ensemble.proxies, jnp.ones(2, bool))
+    drawn = synthesiser.draw(KEY, ensemble.proxies, jnp.ones(2, bool))
     rest = (ensemble, loss_guard.init(), KEY)
-    inner = jax.jit(synthesiser.inner)(synthesis.Variables(omega, z, e), targets, *rest)
-    after = jax.jit(synthesiser.synthesise)(synthesiser.init(omega), targets, z, e, *rest)
+    inner = jax.jit(synthesiser.inner)(synthesis.Variables(omega, drawn.latents), drawn, *rest)
+    after = jax.jit(synthesiser.synthesise)(synthesiser.init(omega), drawn, *rest)
     for old, fast, new in zip(
         *map(jax.tree.leaves, (omega, inner.variables.generator, after.generator.params)),
         strict=True,
@@ -244,8 +247,8 @@ def test_reptile_step_by_hand():
         far = np.abs(fast - old) > 1e-4
         moved = np.asarray(new - old)[far]
         np.testing.assert_allclose(moved, 0.01 * np.sign(np.asarray(fast - old)[far]), rtol=2e-3)
-    assert after.images.shape == (12, 8, 8, 1)
-    np.testing.assert_array_equal(after.labels, targets)
+    assert after.samples.shape == (12, 8, 8, 1)
+    np.testing.assert_array_equal(after.labels, drawn.targets)
 
 
 def test_targets_follow_the_teachers_or_are_uniform():
@@ -265,11 +268,11 @@ def test_targets_follow_the_teachers_or_are_uniform():
 
 def test_adversarial_term_is_off_before_warm_up():
     synthesiser, omega, ensemble = small_synthesis()
-    targets, z, e = synthesiser.draw(KEY, ensemble.proxies, jnp.ones(2, bool))
+    drawn = synthesiser.draw(KEY, ensemble.proxies, jnp.ones(2, bool))
     totals = {}
     for on in (False, True):
         total, (terms, _, _, guard) = synthesiser.objective(
-            synthesis.Variables(omega, z, e), targets,
+            synthesis.Variables(omega, drawn.latents), drawn,
             ensemble._replace(adversarial_on=jnp.asarray(on)), loss_guard.init(), KEY,
         )  # fmt: skip
         totals[on] = float(total)
@@ -281,9 +284,9 @@ def test_adversarial_term_is_off_before_warm_up():
 def test_a_broken_teacher_leaves_the_generator_at_its_last_good_state():
     synthesiser, omega, ensemble = small_synthesis()
     broken = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), ensemble.params)
-    targets, z, e = synthesiser.draw(KEY, ensemble.proxies, jnp.ones(2, bool))
+    drawn = synthesiser.draw(KEY, ensemble.proxies, jnp.ones(2, bool))
     result = jax.jit(synthesiser.synthesise)(
-        synthesiser.init(omega), targets, z, e, ensemble._replace(params=broken),
+        synthesiser.init(omega), drawn, ensemble._replace(params=broken),
         loss_guard.init(), KEY,
     )  # fmt: skip
     for old, new in zip(*map(jax.tree.leaves, (omega, result.generator.params)), strict=True):
@@ -294,7 +297,7 @@ def test_a_broken_teacher_leaves_the_generator_at_its_last_good_state():
 def test_images_of_a_rejected_step_are_not_the_best():
     """A step that lacks a spiking term has a low total only because the term is missing."""
     synthesiser, omega, ensemble = small_synthesis(latent_lr=1.0)
-    targets, z, e = synthesiser.draw(KEY, ensemble.proxies, jnp.ones(2, bool))
+    drawn = synthesiser.draw(KEY, ensemble.proxies, jnp.ones(2, bool))
     row = loss_guard.TERMS.index("one_hot")
 
     def best(limit):
@@ -303,7 +306,7 @@ def test_images_of_a_rejected_step_are_not_the_best():
             values=guard.values.at[row].set(limit / 3), counts=guard.counts.at[row].set(20)
         )
         result = jax.jit(synthesiser.inner)(
-            synthesis.Variables(omega, z, e), targets,
+            synthesis.Variables(omega, drawn.latents), drawn,
             ensemble._replace(adversarial_on=jnp.asarray(False)), kept, KEY,
         )  # fmt: skip
         return int(result.best_step), np.asarray(result.terms.one_hot)
@@ -541,16 +544,16 @@ def test_teachers_receive_no_gradient(tiny):
     assert float(optax.tree.norm(jax.grad(update_norm)(stacked))) == 0.0
 
     synthesiser, omega, ensemble = small_synthesis()
-    targets, z, e = synthesiser.draw(KEY, ensemble.proxies, jnp.ones(2, bool))
+    drawn = synthesiser.draw(KEY, ensemble.proxies, jnp.ones(2, bool))
 
     def total(stacked, student, z):
         return synthesiser.objective(
-            synthesis.Variables(omega, z, e), targets,
+            synthesis.Variables(omega, (z, drawn.latents[1])), drawn,
             ensemble._replace(params=stacked, student=student), loss_guard.init(), KEY,
         )[0]  # fmt: skip
 
     into_teachers, into_student, into_z = jax.grad(total, (0, 1, 2))(
-        ensemble.params, ensemble.student, z
+        ensemble.params, ensemble.student, drawn.latents[0]
     )
     assert float(optax.tree.norm((into_teachers, into_student))) == 0.0
     assert float(optax.tree.norm(into_z)) > 0.0

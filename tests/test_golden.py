@@ -14,7 +14,7 @@ import pytest
 
 from fedrevive_jax import blending
 from fedrevive_jax.dfkd import distillation, loss_guard, losses, proxy, synthesis
-from fedrevive_jax.dfkd.generator import Generator
+from fedrevive_jax.dfkd.generator import Generator, image_maker
 from fedrevive_jax.local_training import train
 from fedrevive_jax.models import from_flax
 from fedrevive_jax.models.convnet import ConvNet
@@ -79,9 +79,8 @@ def teachers(golden):
 
 def test_client_training(golden, model):
     batches = (jnp.asarray(golden["client/images"]) / 255.0, jnp.asarray(golden["client/labels"]))
-    trained = train(
-        model, tree(golden, "client/before"), batches, lambda b: b, setting(golden, "client_lr")
-    )
+    start, rate = tree(golden, "client/before"), setting(golden, "client_lr")
+    trained = train(model, start, batches, lambda batch: (*batch, None), rate)
     close(trained.losses, golden["client/losses"])
     close(trained.params, tree(golden, "client/after"))
     close(trained.taps, taps(golden, "client"))
@@ -97,11 +96,11 @@ def make_synthesiser(golden, model, convolution, meta="reptile"):
     generator = Generator((28, 28, 1), setting(golden, "features"), convolution)
     return synthesis.make_synthesiser(
         model,
-        generator,
+        image_maker(generator, setting(golden, "latent"), setting(golden, "classes")),
         lambda images, key: images,
-        latent_size=setting(golden, "latent"),
         batch=setting(golden, "batch"),
         steps=setting(golden, "steps"),
+        meta_lr=setting(golden, "lr_g"),
         generator_lr=setting(golden, "lr_g"),
         latent_lr=setting(golden, "lr_z"),
         feature_weight=setting(golden, "bn"),
@@ -114,22 +113,23 @@ def make_synthesiser(golden, model, convolution, meta="reptile"):
 
 @pytest.fixture
 def start(golden, teachers):
-    """Arguments of a synthesis after the variables: targets, ensemble, guard, key."""
+    """Arguments of a synthesis after the variables: draw, ensemble, guard, key."""
     proxies, student = jnp.asarray(golden["proxies"]), tree(golden, "student")
+    targets = jnp.asarray(golden["synthesis/targets"])
     return (
-        jnp.asarray(golden["synthesis/targets"]),
+        synthesis.Draw(targets, latents(golden), targets),
         synthesis.Ensemble(*teachers, proxies, student, jnp.asarray(True)),
         loss_guard.init(),
         jax.random.key(0),
     )
 
 
+def latents(golden):
+    return jnp.asarray(golden["synthesis/z"]), jnp.asarray(golden["synthesis/e"])
+
+
 def variables(golden):
-    return synthesis.Variables(
-        tree(golden, "generator/before"),
-        jnp.asarray(golden["synthesis/z"]),
-        jnp.asarray(golden["synthesis/e"]),
-    )
+    return synthesis.Variables(tree(golden, "generator/before"), latents(golden))
 
 
 def test_teacher_weights(golden):
@@ -144,8 +144,8 @@ def test_synthesis_losses_and_gradients(golden, model, convolution, start):
     assert bool(whole)
     close(jnp.stack(terms), golden["synthesis/losses"][0])
     close(images[:4], golden["synthesis/images0_first4"])
-    close(grads.z, golden["synthesis/grad0_z"])
-    close(grads.embeddings, golden["synthesis/grad0_e"])
+    close(grads.latents[0], golden["synthesis/grad0_z"])
+    close(grads.latents[1], golden["synthesis/grad0_e"])
     close(grads.generator["conv2"]["kernel"], golden["synthesis/grad0_conv2"])
 
 
@@ -158,11 +158,11 @@ def test_synthesis_in_single_precision(golden, model, convolution, start):
     synthesiser = make_synthesiser(golden, model, convolution)
     gradient = jax.jit(jax.value_and_grad(synthesiser.objective, has_aux=True))
     (_, (terms, _, _, _)), grads = gradient(*narrow, start[-1])
-    assert grads.z.dtype == jnp.float32
+    assert grads.latents[0].dtype == jnp.float32
     np.testing.assert_allclose(jnp.stack(terms), golden["synthesis/losses"][0], rtol=1e-4)
     for actual, name in (
-        (grads.z, "grad0_z"),
-        (grads.embeddings, "grad0_e"),
+        (grads.latents[0], "grad0_z"),
+        (grads.latents[1], "grad0_e"),
         (grads.generator["conv2"]["kernel"], "grad0_conv2"),
     ):
         expected = golden[f"synthesis/{name}"]
@@ -173,17 +173,14 @@ def test_inner_steps(golden, model, convolution, start):
     result = jax.jit(make_synthesiser(golden, model, convolution).inner)(variables(golden), *start)
     close(jnp.stack(result.terms, axis=1), golden["synthesis/losses"])
     assert result.best_step == golden["synthesis/best_step"]
-    close(result.images[:4], golden["synthesis/images1_first4"])
+    close(result.samples[:4], golden["synthesis/images1_first4"])
     close(result.variables.generator, tree(golden, "generator/fast_after"))
 
 
 def test_reptile_step(golden, model, convolution, start):
     synthesiser = make_synthesiser(golden, model, convolution)
     before = variables(golden)
-    targets, *rest = start
-    result = jax.jit(synthesiser.synthesise)(
-        synthesiser.init(before.generator), targets, before.z, before.embeddings, *rest
-    )
+    result = jax.jit(synthesiser.synthesise)(synthesiser.init(before.generator), *start)
     close(result.generator.params, tree(golden, "generator/after"))
     close(jnp.stack(result.terms), golden["synthesis/losses"][golden["synthesis/best_step"]])
 
@@ -196,13 +193,10 @@ def test_meta_gradients(golden, model, start):
     Full MAML is compared with central differences along a random direction.
     """
     before = variables(golden)
-    targets, *rest = start
 
     def run(meta, omega):
         synthesiser = make_synthesiser(golden, model, "patches", meta)
-        result = jax.jit(synthesiser.synthesise)(
-            synthesiser.init(omega), targets, before.z, before.embeddings, *rest
-        )
+        result = jax.jit(synthesiser.synthesise)(synthesiser.init(omega), *start)
         moment = optax.tree.get(result.generator.meta, "mu")
         return jax.tree.map(lambda m: m / (1 - synthesis.B1), moment)
 

@@ -28,7 +28,7 @@ def create(name, **kwargs):
         scalar_model(),
         lambda images, key: images.astype(jnp.float32),
         class_mixes=np.full((4, 2), 0.5, np.float32),
-        real_images=(np.ones((6, 4, 4, 1), np.uint8), np.asarray([0, 1] * 3, np.int32)),
+        real_samples=(np.ones((6, 4, 4, 1), np.uint8), np.asarray([0, 1] * 3, np.int32)),
     )
     return methods.create(config, ingredients)
 
@@ -137,7 +137,7 @@ def test_dd_fedrevive_by_hand():
     assert math.isnan(seen[0]["synthesis"])
 
 
-def test_dd_fedrevive_needs_real_images():
+def test_dd_fedrevive_needs_real_samples():
     config = resolve("digits", "dd_fedrevive", **TINY)
     nothing = (np.zeros((0, 4, 4, 1), np.uint8), np.zeros(0, np.int32))
     for images in (None, nothing):

@@ -84,11 +84,11 @@ def test_a_job_is_what_one_client_would_compute_alone():
     client = int(simulation.schedule.client[job])
     positions = simulation._shards.batches(client, 0, steps=2, batch_size=8, seed=config.seed)
     batches = (
-        jnp.asarray(simulation.dataset.images[positions] / np.float32(255)),
+        jnp.asarray(simulation.dataset.samples[positions] / np.float32(255)),
         jnp.asarray(simulation.dataset.labels[positions]),
     )
     alone = train(
-        simulation.model, simulation.server.params, batches, lambda b: b, config.client_lr
+        simulation.model, simulation.server.params, batches, lambda b: (*b, None), config.client_lr
     )
     upload = simulation._uploads[job]
     for x, y in zip(
@@ -173,10 +173,8 @@ def test_evaluation_is_of_the_whole_split_whatever_the_batch():
     simulation = Simulation(small("fedbuff"))
     whole = simulation.evaluate()
     odd = Simulation(dataclasses.replace(simulation.config, eval_batch=77)).evaluate()
-    logits, _ = simulation.model.apply(
-        simulation.server.params,
-        jnp.asarray(simulation.dataset.images[simulation.dataset.splits["test"]] / np.float32(255)),
-    )
+    images = simulation.dataset.samples[simulation.dataset.splits["test"]] / np.float32(255)
+    logits, _ = simulation.model.apply(simulation.server.params, jnp.asarray(images))
     truth = simulation.dataset.labels[simulation.dataset.splits["test"]]
     right = np.asarray(logits.argmax(1) == truth)
     assert whole.accuracy == odd.accuracy == pytest.approx(right.mean())

@@ -28,14 +28,14 @@ class DatasetSpec(NamedTuple):
     """What is known of a data set without reading it.
 
     Attributes:
-      input_shape: (height, width, channels) of one image.
+      input_shape: (height, width, channels) of one image, or (length,) of one text.
       num_classes: number of classes.
-      training_images: official training images, before they are split.
+      training_samples: official training samples, before they are split.
     """
 
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     num_classes: int
-    training_images: int
+    training_samples: int
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,18 @@ class Dataset:
     Attributes:
       name: for records and messages.
       num_classes: number of classes.
-      images: uint8 array [n, height, width, channels], all splits.
+      samples: all splits; uint8 images [n, height, width, channels], or int32 token ids
+        [n, length] with padding (id 0) at the end.
       labels: int32 array [n].
-      splits: positions of the samples of `train`, `validation`, `distillation` (real images for
+      splits: positions of the samples of `train`, `validation`, `distillation` (real samples for
         the data-dependent reference method) and `test`.
-      preprocessing: how images become inputs.
+      preprocessing: how images become inputs; unused for text.
       groups: natural owner of each sample, int array [n], or None.
     """
 
     name: str
     num_classes: int
-    images: np.ndarray
+    samples: np.ndarray
     labels: np.ndarray
     splits: dict[str, np.ndarray]
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
@@ -65,10 +66,11 @@ class Dataset:
         missing = {"train", "validation", "distillation", "test"} - set(self.splits)
         if missing:
             raise ValueError(f"data set {self.name}: no split {sorted(missing)[0]!r}")
-        if self.images.dtype != np.uint8 or self.images.ndim != 4:
+        kinds = ((np.uint8, 4), (np.int32, 2))
+        if (self.samples.dtype, self.samples.ndim) not in kinds:
             raise ValueError(
-                f"data set {self.name}: images must be uint8 [n, height, width, channels]; are "
-                f"{self.images.dtype} {list(self.images.shape)}"
+                f"data set {self.name}: samples must be uint8 [n, height, width, channels] or "
+                f"int32 [n, length]; are {self.samples.dtype} {list(self.samples.shape)}"
             )
         if self.labels.dtype != np.int32:
             raise ValueError(f"data set {self.name}: labels must be int32, not {self.labels.dtype}")
@@ -76,16 +78,20 @@ class Dataset:
             # A device would clamp such positions silently.
             if len(positions) and not 0 <= positions.min() <= positions.max() < len(self.labels):
                 raise ValueError(f"data set {self.name}: positions of {name} outside the data")
-        if len(self.images) != len(self.labels):
+        if len(self.samples) != len(self.labels):
             raise ValueError(
-                f"data set {self.name}: {len(self.images)} images, {len(self.labels)} labels"
+                f"data set {self.name}: {len(self.samples)} samples, {len(self.labels)} labels"
             )
         if not np.isin(self.labels, np.arange(self.num_classes)).all():
             raise ValueError(f"data set {self.name}: labels outside 0..{self.num_classes - 1}")
 
     @property
+    def is_text(self) -> bool:
+        return self.samples.ndim == 2
+
+    @property
     def input_shape(self) -> tuple[int, ...]:
-        return self.images.shape[1:]
+        return self.samples.shape[1:]
 
 
 def split_training(count: int, seed: int) -> dict[str, np.ndarray]:

@@ -1,6 +1,6 @@
-"""Multi-teacher distillation of pool images into the global parameters."""
+"""Multi-teacher distillation of pool samples into the global parameters."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from fedrevive_jax import trees
 from fedrevive_jax.dfkd import loss_guard, losses
 from fedrevive_jax.dfkd.loss_guard import LossGuard
 from fedrevive_jax.models import Model
-from fedrevive_jax.models.model import Params
+from fedrevive_jax.models.model import Params, as_inputs
 
 
 class Distilled(NamedTuple):
@@ -29,32 +29,46 @@ class Distilled(NamedTuple):
     guard: LossGuard
 
 
-def teacher_logits(model: Model, teacher_params: Params, inputs: jax.Array) -> jax.Array:
+def teacher_logits(
+    model: Model,
+    teacher_params: Params,
+    samples: Any,
+    frozen: Any = (),
+) -> jax.Array:
     """Every teacher judges its own draw.
 
     Args:
       model: the model.
       teacher_params: leaves [c, ...].
-      inputs: [steps, c, b, ...].
+      samples: pytree of arrays [steps, c, b, ...].
+      frozen: the model's frozen arrays.
 
     Returns:
       [steps, c, b, classes].
     """
-    steps, num_teachers, batch = inputs.shape[:3]
-    own = inputs.swapaxes(0, 1).reshape(num_teachers, steps * batch, *inputs.shape[3:])
+    steps, num_teachers, batch = jax.tree.leaves(samples)[0].shape[:3]
+
+    def of_teacher(leaf):
+        return leaf.swapaxes(0, 1).reshape(num_teachers, steps * batch, *leaf.shape[3:])
+
+    def judge(pair):
+        params, own = pair
+        return model.apply(params, as_inputs(own, frozen))[0]
+
     # One plain call per teacher: weights that differ per call would make grouped convolutions.
-    logits = jax.lax.map(lambda pair: model.apply(*pair)[0], (teacher_params, own))
+    logits = jax.lax.map(judge, (teacher_params, jax.tree.map(of_teacher, samples)))
     return logits.reshape(num_teachers, steps, batch, -1).swapaxes(0, 1)
 
 
 def distil(
     model: Model,
     params: Params,
-    inputs: jax.Array,
+    samples: Any,
     targets: jax.Array,
     present: jax.Array,
     guard: LossGuard,
     *,
+    frozen: Any = (),
     learning_rate: float,
     weight_decay: float,
     temperature: float,
@@ -67,21 +81,23 @@ def distil(
     Args:
       model: the model.
       params: the global parameters.
-      inputs: [steps, c, b, ...], each teacher's draw for each step.
+      samples: pytree of arrays [steps, c, b, ...], each teacher's draw for each step.
       targets: the teachers' logits, [steps, c, b, classes].
       present: bool [c], which teachers exist; the samples of the others do not count.
       guard: see `loss_guard`; a step whose loss does not count is skipped altogether, since weight
         decay alone would become a full step of Adam.
+      frozen: the model's frozen arrays.
       learning_rate: lr_kd.
       weight_decay: L2 coefficient.
       temperature: T.
     """
     optimizer = optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
     targets = jax.lax.stop_gradient(targets)  # teachers are data
-    per_sample = present[:, None] / (present.sum() * inputs.shape[2])
+    per_sample = present[:, None] / (present.sum() * targets.shape[2])
 
     def loss_fn(student, x, wanted):
-        logits, _ = model.apply(student, x.reshape(-1, *x.shape[2:]))
+        together = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), x)
+        logits, _ = model.apply(student, as_inputs(together, frozen))
         divergence = losses.kl_divergence(wanted, logits.reshape(wanted.shape), temperature)
         return (per_sample * divergence).sum()
 
@@ -95,6 +111,6 @@ def distil(
         return (student, opt_state, guard, counted + counts), loss
 
     carry = (params, optimizer.init(params), guard, jnp.zeros((), jnp.int32))
-    (student, _, guard, counted), step_losses = jax.lax.scan(step, carry, (inputs, targets))
+    (student, _, guard, counted), step_losses = jax.lax.scan(step, carry, (samples, targets))
     delta = jax.tree.map(jnp.subtract, student, params)
     return Distilled(delta, step_losses, counted, guard)

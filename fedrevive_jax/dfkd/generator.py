@@ -1,10 +1,13 @@
-"""The class-conditional image generator."""
+"""The class-conditional image generator, and synthesis of images with it."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fedrevive_jax.dfkd import losses
+from fedrevive_jax.dfkd.maker import Maker
 from fedrevive_jax.models import layers
+from fedrevive_jax.models.model import tap_statistics
 
 EMBEDDING_WEIGHT = 0.2
 EPSILON = 1e-5
@@ -65,8 +68,25 @@ class Generator(nn.Module):
         return jax.nn.sigmoid(conv(channels, x, "conv3", use_bias=True))
 
 
-def init_params(generator: Generator, latent_size: int, num_classes: int, key: jax.Array):
-    """Parameters of a new generator."""
-    return generator.init(
-        key, jnp.zeros((1, latent_size)), jnp.zeros((num_classes, latent_size)), jnp.zeros(1, int)
-    )["params"]
+def image_maker(generator: Generator, latent_size: int, num_classes: int) -> Maker:
+    """Images from latents (z [b, latent], class embeddings e [classes, latent]), both N(0, I).
+
+    They are judged by the statistics of the whole batch inside a teacher.
+    """
+
+    def init(key):
+        z, e = jnp.zeros((1, latent_size)), jnp.zeros((num_classes, latent_size))
+        return generator.init(key, z, e, jnp.zeros(1, int))["params"]
+
+    def draw(z_key, embedding_key, targets, frozen):
+        del frozen
+        z = jax.random.normal(z_key, (len(targets), latent_size))
+        return (z, jax.random.normal(embedding_key, (num_classes, latent_size))), targets
+
+    def make(params, latents, targets):
+        return generator.apply({"params": params}, *latents, targets)
+
+    def distance(activations, reference):
+        return losses.statistics_distance(tap_statistics(activations), reference)
+
+    return Maker(init, draw, make, distance)

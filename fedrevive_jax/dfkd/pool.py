@@ -1,43 +1,44 @@
-"""The first-in first-out pool of images, and drawing from it by class."""
+"""The first-in first-out pool of samples, and drawing from it by class."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 
 class Pool(NamedTuple):
-    """A ring of labelled images on the device.
+    """A ring of labelled samples on the device.
 
     Attributes:
-      images: [size, height, width, channels]; float32 in [0, 1] (synthetic) or uint8 (real).
+      samples: pytree of arrays [size, ...]. Synthetic: images [size, height, width, channels] in
+        [0, 1], or `Embedded` texts; real: byte images or token ids.
       labels: int32 [size]; -1 marks an empty place.
-      added: int32 [], images added so far.
+      added: int32 [], samples added so far.
     """
 
-    images: jax.Array
+    samples: Any
     labels: jax.Array
     added: jax.Array
 
 
-def empty(size: int, image_shape: tuple[int, ...]) -> Pool:
-    return Pool(
-        jnp.zeros((size, *image_shape)), jnp.full(size, -1, jnp.int32), jnp.zeros((), jnp.int32)
-    )
+def empty(size: int, batch: Any) -> Pool:
+    """A pool without samples, with room for `size` of those that a batch (or its shapes) holds."""
+    samples = jax.tree.map(lambda leaf: jnp.zeros((size, *leaf.shape[1:]), leaf.dtype), batch)
+    return Pool(samples, jnp.full(size, -1, jnp.int32), jnp.zeros((), jnp.int32))
 
 
-def filled(images: jax.Array, labels: jax.Array) -> Pool:
-    """A pool that holds exactly these images."""
+def filled(samples: Any, labels: jax.Array) -> Pool:
+    """A pool that holds exactly these samples."""
     labels = jnp.asarray(labels, jnp.int32)
-    return Pool(jnp.asarray(images), labels, jnp.asarray(len(labels), jnp.int32))
+    return Pool(jax.tree.map(jnp.asarray, samples), labels, jnp.asarray(len(labels), jnp.int32))
 
 
-def add(pool: Pool, images: jax.Array, labels: jax.Array) -> Pool:
-    """Adds a batch [b, ...] with labels [b]; the oldest images make room."""
+def add(pool: Pool, samples: Any, labels: jax.Array) -> Pool:
+    """Adds a batch [b, ...] with labels [b]; the oldest samples make room."""
     size = len(pool.labels)
     places = (pool.added + jnp.arange(len(labels))) % size
     return Pool(
-        pool.images.at[places].set(images),
+        jax.tree.map(lambda ring, new: ring.at[places].set(new), pool.samples, samples),
         pool.labels.at[places].set(labels),
         # Kept below 2 * size so that the counter never overflows; only its remainder and
         # whether it is zero matter.
@@ -46,16 +47,16 @@ def add(pool: Pool, images: jax.Array, labels: jax.Array) -> Pool:
 
 
 def draw(pool: Pool, mixes: jax.Array, count: int, key: jax.Array) -> jax.Array:
-    """Positions of images whose labels follow given class mixes.
+    """Positions of samples whose labels follow given class mixes.
 
-    A label is drawn from the mix restricted to the labels present in the pool, then an image
+    A label is drawn from the mix restricted to the labels present in the pool, then a sample
     uniformly among those with that label. Where the mix has no mass on any label present, the
-    image is uniform over the whole pool.
+    sample is uniform over the whole pool.
 
     Args:
       pool: not empty.
       mixes: [c, classes], non-negative.
-      count: images for each mix.
+      count: samples for each mix.
       key: a key.
 
     Returns:
@@ -73,7 +74,7 @@ def draw(pool: Pool, mixes: jax.Array, count: int, key: jax.Array) -> jax.Array:
     mass = allowed.sum(axis=1, keepdims=True)
     # A label drawn in proportion to its count, then uniform within it, is uniform over the pool.
     law = jnp.where(mass > 0, allowed, per_label.astype(mixes.dtype))
-    label_key, image_key = jax.random.split(key)
+    label_key, sample_key = jax.random.split(key)
     labels = jax.random.categorical(label_key, jnp.log(law)[:, None, :], shape=(num_mixes, count))
-    offsets = jax.random.randint(image_key, labels.shape, 0, jnp.maximum(per_label[labels], 1))
+    offsets = jax.random.randint(sample_key, labels.shape, 0, jnp.maximum(per_label[labels], 1))
     return by_label[jnp.minimum(first[labels] + offsets, size - 1)]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fedrevive_jax.models import Model
-from fedrevive_jax.models.model import Params
+from fedrevive_jax.models.model import Params, gaussian_inputs
 
 UPLOADS = 2
 
@@ -52,7 +52,7 @@ def observe(
     """Probes an uploaded model if it is one of its client's first two uploads."""
 
     def update(proxies):
-        inputs = jax.random.normal(key, (samples, *model.input_shape))
+        inputs = gaussian_inputs(model, key, samples)
         estimate = probe(model, params, inputs, temperature)
         return Proxies(proxies.total.at[client].add(estimate), proxies.probes.at[client].add(1))
 

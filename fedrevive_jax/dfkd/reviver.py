@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from fedrevive_jax import trees
 from fedrevive_jax.config import Config, ConfigError
 from fedrevive_jax.dfkd import distillation, loss_guard, pool, proxy, synthesis, teachers
-from fedrevive_jax.dfkd.generator import Generator, init_params
+from fedrevive_jax.dfkd.generator import Generator, image_maker
 from fedrevive_jax.dfkd.loss_guard import LossGuard
+from fedrevive_jax.dfkd.maker import Maker
 from fedrevive_jax.local_training import initial_taps
 from fedrevive_jax.messages import Arrival, Upload
 from fedrevive_jax.models import Model
@@ -26,8 +27,9 @@ class ReviverState(NamedTuple):
       proxies: class mixes of all clients.
       generator: omega and its meta-optimiser; None where nothing is synthesised.
       guard: recent loss values.
-      pool: images to distil on.
-      synthesised_version: int32 [], the last version at which images were made; -1 before.
+      pool: samples to distil on.
+      frozen: the model's frozen arrays.
+      synthesised_version: int32 [], the last version at which samples were made; -1 before.
     """
 
     teachers: teachers.Teachers
@@ -35,6 +37,7 @@ class ReviverState(NamedTuple):
     generator: synthesis.GeneratorState | None
     guard: LossGuard
     pool: pool.Pool
+    frozen: Any
     synthesised_version: jax.Array
 
 
@@ -70,37 +73,33 @@ SYNTHESIS_METRICS = ("feature", "one_hot", "adversarial", "synthesis")
 def create(
     config: Config,
     model: Model,
-    augment: Callable[[jax.Array, jax.Array], jax.Array],
+    augment: Callable[[Any, jax.Array], Any],
     *,
+    frozen: Any = (),
     class_mixes: Any = None,
-    real_images: tuple[Any, Any] | None = None,
+    real_samples: tuple[Any, Any] | None = None,
 ) -> Reviver:
     """Builds the reviver of a configuration.
 
     Args:
       config: the DFKD fields, `seed` and `num_clients` are read.
       model: teachers and student.
-      augment: (images [b, H, W, C] in [0, 1] or bytes, key) -> inputs.
+      augment: (samples, key) -> augmented samples, see `feed.Feed`.
+      frozen: the model's frozen arrays.
       class_mixes: true histograms [N, classes], for `proxy=histogram`.
-      real_images: (byte images, labels) that stand in for the pool: the data-dependent reference.
-        Nothing is synthesised then.
+      real_samples: (byte images or token ids, labels) that stand in for the pool: the
+        data-dependent reference. Nothing is synthesised then.
     """
     synthesiser = None
-    height, width = model.input_shape[:2]
-    if real_images is None and (height % 4 or width % 4):
-        raise ConfigError(
-            f"--method={config.method}: the generator makes images whose sides are multiples of 4; "
-            f"these are {height}x{width}"
-        )
-    if real_images is None:
-        generator = Generator(model.input_shape, config.generator_features, config.convolution)
+    if real_samples is None:
+        maker = _make_maker(config, model)
         synthesiser = synthesis.make_synthesiser(
             model,
-            generator,
+            maker,
             augment,
-            latent_size=config.latent_size,
             batch=config.synthesis_batch,
             steps=config.synthesis_steps,
+            meta_lr=config.generator_lr,
             generator_lr=config.generator_lr,
             latent_lr=config.latent_lr,
             feature_weight=config.feature_weight,
@@ -113,12 +112,12 @@ def create(
     def init(params: Params) -> ReviverState:
         generator_state = None
         if synthesiser is None:
-            images = pool.filled(*real_images)
+            samples = pool.filled(*real_samples)
         else:
-            key = jax_key(config.seed, Stream.GENERATOR_INIT)
-            omega = init_params(generator, config.latent_size, model.num_classes, key)
-            generator_state = synthesiser.init(omega)
-            images = pool.empty(config.pool_size, model.input_shape)
+            generator_state = synthesiser.init(
+                maker.init(jax_key(config.seed, Stream.GENERATOR_INIT))
+            )
+            samples = pool.empty(config.pool_size, _shapes_of_samples(maker, config, frozen))
         if config.proxy == "histogram":
             mixes = proxy.known(class_mixes)
         else:
@@ -128,7 +127,8 @@ def create(
             mixes,
             generator_state,
             loss_guard.init(),
-            images,
+            samples,
+            frozen,
             jnp.asarray(-1, jnp.int32),
         )
 
@@ -143,16 +143,16 @@ def create(
         )
         result = synthesiser.synthesise(
             state.generator,
-            *synthesiser.draw(draw_key, proxies, present),
+            synthesiser.draw(draw_key, proxies, present, state.frozen),
             ensemble,
             state.guard,
             augment_key,
         )
-        grown = pool.add(state.pool, result.images, result.labels.astype(jnp.int32))
+        grown = pool.add(state.pool, result.samples, result.labels.astype(jnp.int32))
         state = state._replace(
             generator=result.generator,
             guard=result.guard,
-            pool=trees.select(trees.all_finite(result.images), grown, state.pool),
+            pool=trees.select(trees.all_finite(result.samples), grown, state.pool),
             synthesised_version=arrival.version,
         )
         return state, tuple(jnp.asarray(term, jnp.float32) for term in result.terms)
@@ -162,16 +162,18 @@ def create(
         draw_key, augment_key = jax.random.split(key)
         chosen = pool.draw(state.pool, proxies, steps * batch, draw_key)
         flat = chosen.reshape(-1, steps, batch).swapaxes(0, 1).reshape(-1)
-        inputs = augment(state.pool.images[flat], augment_key)
-        inputs = inputs.reshape(steps, config.num_teachers, batch, *model.input_shape)
-        targets = distillation.teacher_logits(model, state.teachers.params, inputs)
+        samples = augment(jax.tree.map(lambda leaf: leaf[flat], state.pool.samples), augment_key)
+        shape = (steps, config.num_teachers, batch)
+        samples = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), samples)
+        targets = distillation.teacher_logits(model, state.teachers.params, samples, state.frozen)
         result = distillation.distil(
             model,
             params,
-            inputs,
+            samples,
             targets,
             present,
             state.guard,
+            frozen=state.frozen,
             learning_rate=config.distillation_lr,
             weight_decay=config.distillation_weight_decay,
             temperature=config.distillation_temperature,
@@ -226,3 +228,24 @@ def create(
         return state, Revival(delta, distilled, metrics)
 
     return Reviver(init, revive)
+
+
+def _make_maker(config: Config, model: Model) -> Maker:
+    height, width = model.input_shape[:2]
+    if height % 4 or width % 4:
+        raise ConfigError(
+            f"--method={config.method}: the generator makes images whose sides are multiples of 4; "
+            f"these are {height}x{width}"
+        )
+    generator = Generator(model.input_shape, config.generator_features, config.convolution)
+    return image_maker(generator, config.latent_size, model.num_classes)
+
+
+def _shapes_of_samples(maker: Maker, config: Config, frozen: Any) -> Any:
+    """Shapes of one synthesis's samples."""
+
+    def make():
+        key, targets = jax.random.key(0), jnp.zeros(config.synthesis_batch, jnp.int32)
+        return maker.make(maker.init(key), *maker.draw(key, key, targets, frozen))
+
+    return jax.eval_shape(make)

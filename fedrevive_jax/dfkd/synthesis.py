@@ -1,4 +1,4 @@
-"""Making images that the teachers know, and learning to make them (the meta-step)."""
+"""Making samples that the teachers know, and learning to make them (the meta-step)."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,8 +9,8 @@ import optax
 
 from fedrevive_jax import trees
 from fedrevive_jax.dfkd import loss_guard, losses
-from fedrevive_jax.dfkd.generator import Generator
 from fedrevive_jax.dfkd.loss_guard import LossGuard
+from fedrevive_jax.dfkd.maker import Maker
 from fedrevive_jax.models import Model
 from fedrevive_jax.models.model import Params, Taps
 
@@ -22,16 +22,23 @@ B1 = 0.5
 MAML_EPS_ROOT = 1e-16
 
 
+class Draw(NamedTuple):
+    """A fresh start: targets y int [b], and what the maker drew for them, see `maker.Maker`."""
+
+    targets: jax.Array
+    latents: Any
+    condition: Any
+
+
 class Variables(NamedTuple):
-    """What the inner steps optimise: phi (a fast copy of omega), z [b, latent], e [C, latent]."""
+    """What the inner steps optimise: phi (a fast copy of omega) and the latents."""
 
     generator: Params
-    z: jax.Array
-    embeddings: jax.Array
+    latents: Any
 
 
 class Ensemble(NamedTuple):
-    """Who judges the images.
+    """Who judges the samples.
 
     Attributes:
       params: the teachers' parameters, leaves [c, ...].
@@ -71,7 +78,7 @@ class InnerResult(NamedTuple):
       variables: after the last step.
       gradient_sum: sum over steps of dL/dphi.
       terms: `Terms` with leaves [steps].
-      images: raw images [b, H, W, C] of the step with the lowest total loss.
+      samples: raw samples, leaves [b, ...], of the step with the lowest total loss.
       best_step: int32 [].
       guard: the loss guard afterwards.
     """
@@ -79,17 +86,17 @@ class InnerResult(NamedTuple):
     variables: Variables
     gradient_sum: Params
     terms: Terms
-    images: jax.Array
+    samples: Any
     best_step: jax.Array
     guard: LossGuard
 
 
 class SynthesisResult(NamedTuple):
-    """The generator after the meta-step, the images that were made, and their labels."""
+    """The generator after the meta-step, the samples that were made, and their labels."""
 
     generator: GeneratorState
     guard: LossGuard
-    images: jax.Array
+    samples: Any
     labels: jax.Array
     terms: Terms
 
@@ -106,12 +113,12 @@ class Synthesiser(NamedTuple):
 
 def make_synthesiser(
     model: Model,
-    generator: Generator,
-    augment: Callable[[jax.Array, jax.Array], jax.Array],
+    maker: Maker,
+    augment: Callable[[Any, jax.Array], Any],
     *,
-    latent_size: int,
     batch: int,
     steps: int,
+    meta_lr: float,
     generator_lr: float,
     latent_lr: float,
     feature_weight: float,
@@ -124,13 +131,14 @@ def make_synthesiser(
 
     Args:
       model: teachers and student.
-      generator: the generator network.
-      augment: (raw images, key) -> model inputs; differentiable.
-      latent_size, batch: shape of z.
+      maker: what makes the samples, from what.
+      augment: (raw samples, key) -> model inputs; differentiable.
+      batch: b, samples of one synthesis.
       steps: K_synth.
-      generator_lr, latent_lr: lr_g, lr_z.
+      meta_lr: rate of the persistent Adam.
+      generator_lr, latent_lr: lr_g of the fast copy, lr_z.
       feature_weight, one_hot_weight, adversarial_weight: bn, oh, adv.
-      meta: gradient given to the persistent Adam of omega (rate lr_g): `reptile` omega - phi_K;
+      meta: gradient given to the persistent Adam of omega: `reptile` omega - phi_K;
         `fomaml` sum_s dL/dphi at phi_s; `maml` d(sum_s L(phi_s))/d omega through the inner steps.
       target_sampling: `teachers` draws targets from the mean of the teachers' proxies, `uniform`
         over the classes.
@@ -138,44 +146,38 @@ def make_synthesiser(
     eps_root = MAML_EPS_ROOT if meta == "maml" else 0.0
     fast_adam = optax.adam(generator_lr, b1=B1, eps_root=eps_root)
     latent_adam = optax.adam(latent_lr, b1=B1, eps_root=eps_root)
-    meta_adam = optax.adam(generator_lr, b1=B1)
+    meta_adam = optax.adam(meta_lr, b1=B1)
 
     def init(params: Params) -> GeneratorState:
         return GeneratorState(params, meta_adam.init(params))
 
-    def draw(key, proxies, present):
-        """Targets y, z and e of a fresh synthesis."""
-        target_key, z_key, embedding_key = jax.random.split(key, 3)
+    def draw(key, proxies, present, frozen=()) -> Draw:
+        """Targets, latents and condition of a fresh synthesis."""
+        target_key, *maker_keys = jax.random.split(key, 3)
         if target_sampling == "uniform":
             targets = jax.random.randint(target_key, (batch,), 0, model.num_classes)
         else:
             mix = proxies.sum(axis=0) / present.sum()
             targets = jax.random.categorical(target_key, jnp.log(mix), shape=(batch,))
-        z = jax.random.normal(z_key, (batch, latent_size))
-        embeddings = jax.random.normal(embedding_key, (model.num_classes, latent_size))
-        return targets, z, embeddings
+        return Draw(targets, *maker.draw(*maker_keys, targets, frozen))
 
-    def objective(
-        variables: Variables, targets: jax.Array, ensemble: Ensemble, guard: LossGuard, key
-    ):
-        """L of one step -> (total, (Terms, raw images, whether all terms count, guard))."""
-        # Gradients pass through teachers and student to the images, never into them.
+    def objective(variables: Variables, drawn: Draw, ensemble: Ensemble, guard: LossGuard, key):
+        """L of one step -> (total, (Terms, raw samples, whether all terms count, guard))."""
+        # Gradients pass through teachers and student to the samples, never into them.
         teacher_params, student = jax.lax.stop_gradient((ensemble.params, ensemble.student))
-        images = generator.apply(
-            {"params": variables.generator}, variables.z, variables.embeddings, targets
-        )
-        inputs = augment(images, key)
-        weights = losses.teacher_weights(ensemble.proxies, targets)
+        samples = maker.make(variables.generator, variables.latents, drawn.condition)
+        inputs = augment(samples, key)
+        weights = losses.teacher_weights(ensemble.proxies, drawn.targets)
 
         def judge(teacher):
             params, reference = teacher
-            logits, taps = model.apply(params, inputs)
-            return logits, losses.statistics_distance(taps, reference)
+            logits, activations = model.apply(params, inputs)
+            return logits, maker.distance(activations, reference)
 
         # One plain call per teacher, see `distillation.teacher_logits`.
         logits, distances = jax.lax.map(judge, (teacher_params, ensemble.taps))
         feature = losses.feature_loss(weights, distances)
-        one_hot = losses.one_hot_loss(weights, logits, targets)
+        one_hot = losses.one_hot_loss(weights, logits, drawn.targets)
         adversarial = losses.adversarial_loss(weights, logits, model.apply(student, inputs)[0])
 
         feature_counts, guard = loss_guard.check(guard, "feature", feature)
@@ -189,61 +191,58 @@ def make_synthesiser(
             + jnp.where(adversarial_applies, adversarial_weight * adversarial, 0.0)
         )
         whole = feature_counts & one_hot_counts & (adversarial_counts | ~ensemble.adversarial_on)
-        return total, (Terms(feature, one_hot, adversarial, total), images, whole, guard)
+        return total, (Terms(feature, one_hot, adversarial, total), samples, whole, guard)
 
     def inner(
-        variables: Variables, targets: jax.Array, ensemble: Ensemble, guard: LossGuard, key
+        variables: Variables, drawn: Draw, ensemble: Ensemble, guard: LossGuard, key
     ) -> InnerResult:
-        """K_synth steps of Adam with fresh states on phi, z and e."""
+        """K_synth steps of Adam with fresh states on phi and the latents."""
 
         def step(carry, number):
             variables, fast_state, latent_state, guard, gradient_sum, best = carry
-            (total, (terms, images, whole, guard)), grads = jax.value_and_grad(
+            (total, (terms, samples, whole, guard)), grads = jax.value_and_grad(
                 objective, has_aux=True
-            )(variables, targets, ensemble, guard, jax.random.fold_in(key, number))
+            )(variables, drawn, ensemble, guard, jax.random.fold_in(key, number))
             # A broken term has a zero weight, but 0 * inf on the way back would still be NaN.
             grads = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), grads)
-            latents = (variables.z, variables.embeddings)
             fast_update, fast_state = fast_adam.update(grads.generator, fast_state)
-            latent_update, latent_state = latent_adam.update(
-                (grads.z, grads.embeddings), latent_state
-            )
+            latent_update, latent_state = latent_adam.update(grads.latents, latent_state)
             new = Variables(
                 optax.apply_updates(variables.generator, fast_update),
-                *optax.apply_updates(latents, latent_update),
+                optax.apply_updates(variables.latents, latent_update),
             )
             gradient_sum = jax.tree.map(jnp.add, gradient_sum, grads.generator)
             # A total that lacks a rejected term is no low total; without any better step the
             # last one is taken.
             cost = jnp.where(whole, total, jnp.inf)
-            best = trees.select(cost <= best[0], (cost, number, images), best)
+            best = trees.select(cost <= best[0], (cost, number, samples), best)
             return (new, fast_state, latent_state, guard, gradient_sum, best), terms
 
-        batch_size = len(targets)
+        cost, (_, shapes, _, _) = jax.eval_shape(objective, variables, drawn, ensemble, guard, key)
         best = (
-            jnp.asarray(jnp.inf, variables.z.dtype),
+            jnp.asarray(jnp.inf, cost.dtype),
             jnp.zeros((), jnp.int32),
-            jnp.zeros((batch_size, *generator.image_shape), variables.z.dtype),
+            jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes),
         )
         carry = (
             variables,
             fast_adam.init(variables.generator),
-            latent_adam.init((variables.z, variables.embeddings)),
+            latent_adam.init(variables.latents),
             guard,
             jax.tree.map(jnp.zeros_like, variables.generator),
             best,
         )
         carry, terms = jax.lax.scan(step, carry, jnp.arange(steps, dtype=jnp.int32))
-        variables, _, _, guard, gradient_sum, (_, best_step, images) = carry
-        return InnerResult(variables, gradient_sum, terms, images, best_step, guard)
+        variables, _, _, guard, gradient_sum, (_, best_step, samples) = carry
+        return InnerResult(variables, gradient_sum, terms, samples, best_step, guard)
 
     def synthesise(
-        state: GeneratorState, targets, z, embeddings, ensemble: Ensemble, guard: LossGuard, key
+        state: GeneratorState, drawn: Draw, ensemble: Ensemble, guard: LossGuard, key
     ) -> SynthesisResult:
-        """Inner steps from (omega, z, e), then the meta-step on omega."""
+        """Inner steps from omega and fresh latents, then the meta-step on omega."""
 
         def run(omega):
-            result = inner(Variables(omega, z, embeddings), targets, ensemble, guard, key)
+            result = inner(Variables(omega, drawn.latents), drawn, ensemble, guard, key)
             return result.terms.total.sum(), result
 
         if meta == "maml":
@@ -258,6 +257,6 @@ def make_synthesiser(
         # The generator keeps its last good state.
         new = trees.select(trees.all_finite(gradient), new, state)
         best = jax.tree.map(lambda term: term[result.best_step], result.terms)
-        return SynthesisResult(new, result.guard, result.images, targets, best)
+        return SynthesisResult(new, result.guard, result.samples, drawn.targets, best)
 
     return Synthesiser(init, draw, objective, inner, synthesise)

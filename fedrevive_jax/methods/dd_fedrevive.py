@@ -1,4 +1,4 @@
-"""DD-FedRevive: FedRevive on held-out real images, the data-dependent upper reference.
+"""DD-FedRevive: FedRevive on held-out real samples, the data-dependent upper reference.
 
 Nothing is synthesised and nothing has to warm up; the comparison uses a constant beta, a higher
 distillation temperature and no weight decay (arXiv 2511.00655, appendix).
@@ -12,16 +12,17 @@ from fedrevive_jax.methods.method import Ingredients, Method, compose, server_op
 
 
 def create(config: Config, ingredients: Ingredients) -> Method:
-    if ingredients.real_images is None or not len(ingredients.real_images[1]):
+    if ingredients.real_samples is None or not len(ingredients.real_samples[1]):
         raise ConfigError(
-            f"--method={config.method}: needs images in the distillation split; there are none"
+            f"--method={config.method}: needs samples in the distillation split; there are none"
         )
     revive = reviver.create(
         config,
         ingredients.model,
         ingredients.augment,
+        frozen=ingredients.frozen,
         class_mixes=ingredients.class_mixes,
-        real_images=ingredients.real_images,
+        real_samples=ingredients.real_samples,
     )
     rule = blend(revive, blending.create(config))
     return compose(rule, config.buffer_size, server_optimizer(config))

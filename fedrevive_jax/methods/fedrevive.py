@@ -17,7 +17,11 @@ from fedrevive_jax.methods.method import (
 
 def create(config: Config, ingredients: Ingredients) -> Method:
     revive = reviver.create(
-        config, ingredients.model, ingredients.augment, class_mixes=ingredients.class_mixes
+        config,
+        ingredients.model,
+        ingredients.augment,
+        frozen=ingredients.frozen,
+        class_mixes=ingredients.class_mixes,
     )
     rule = blend(revive, blending.create(config))
     return compose(rule, config.buffer_size, server_optimizer(config))

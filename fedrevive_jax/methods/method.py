@@ -30,15 +30,17 @@ class Ingredients(NamedTuple):
 
     Attributes:
       model: the model of clients and server.
-      augment: (images, key) -> inputs for images on the server.
+      augment: (samples, key) -> augmented samples, for samples on the server, see `feed.Feed`.
+      frozen: the model's frozen arrays.
       class_mixes: true label histograms [N, classes], float32; a real federation has none.
-      real_images: held-out (byte images, labels), for the data-dependent reference method.
+      real_samples: held-out (byte images or token ids, labels), for the data-dependent reference.
     """
 
     model: Model
-    augment: Callable[[jax.Array, jax.Array], jax.Array]
+    augment: Callable[[Any, jax.Array], Any]
+    frozen: Any = ()
     class_mixes: Any = None
-    real_images: tuple[Any, Any] | None = None
+    real_samples: tuple[Any, Any] | None = None
 
 
 class Method(NamedTuple):

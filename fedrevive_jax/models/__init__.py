@@ -3,9 +3,17 @@
 import importlib
 
 from fedrevive_jax.config import Config, ConfigError
-from fedrevive_jax.models.model import Model, from_flax, parameter_count
+from fedrevive_jax.models.model import Model, from_flax, parameter_count, tap_statistics
 
-__all__ = ["NETWORKS", "Model", "create", "from_config", "from_flax", "parameter_count"]
+__all__ = [
+    "NETWORKS",
+    "Model",
+    "create",
+    "from_config",
+    "from_flax",
+    "parameter_count",
+    "tap_statistics",
+]
 
 # name -> module with `build(num_classes, width, convolution) -> flax Module`.
 NETWORKS = {

@@ -1,4 +1,4 @@
-"""Layers shared by the networks: PyTorch's default start, convolutions, statistics taps."""
+"""Layers shared by the networks: PyTorch's default start, convolutions, statistics."""
 
 import itertools
 
@@ -136,6 +136,6 @@ def max_pool_2x2(inputs: jax.Array) -> jax.Array:
 
 
 def batch_statistics(activation: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A statistics tap: mean and biased variance per channel over batch and space, [channels]."""
+    """Mean and biased variance per channel over batch and space, [channels]."""
     axes = tuple(range(activation.ndim - 1))
     return activation.mean(axes), activation.var(axes)

@@ -1,0 +1,51 @@
+"""How stored samples become model inputs on the device: where `data` and `models` meet."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedrevive_jax.data import Dataset, augment
+from fedrevive_jax.models.model import Tokens
+
+
+class Feed(NamedTuple):
+    """A data set on the device and the way from it to a model's inputs.
+
+    Attributes:
+      store: pytree of arrays that holds the samples once; given to the functions below as an
+        argument, so that no program carries it as a constant.
+      training: (store, positions int [b], key) -> inputs of local training, augmented.
+      evaluation: (store, positions int [b]) -> inputs as they are.
+      augment: (samples, key) -> augmented samples, for samples made or kept on the server.
+    """
+
+    store: Any
+    training: Callable[[Any, jax.Array, jax.Array], Any]
+    evaluation: Callable[[Any, jax.Array], Any]
+    augment: Callable[[Any, jax.Array], Any]
+
+
+def create(dataset: Dataset, frozen: Any) -> Feed:
+    """The feed of a data set for a model whose frozen arrays are `frozen`."""
+    samples = jnp.asarray(dataset.samples)
+    if dataset.is_text:
+        # Text is not augmented.
+        return Feed(
+            Tokens(samples, frozen),
+            lambda store, positions, key: _look_up(store, positions),
+            _look_up,
+            lambda samples, key: samples,
+        )
+    how = dataset.preprocessing
+    return Feed(
+        samples,
+        lambda store, positions, key: augment.client_inputs(store[positions], key, how),
+        lambda store, positions: augment.plain_inputs(store[positions], how),
+        lambda samples, key: augment.synthetic_inputs(samples, key, how),
+    )
+
+
+def _look_up(store: Tokens, positions: jax.Array) -> Tokens:
+    return Tokens(store.ids[positions], store.table)
