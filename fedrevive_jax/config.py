@@ -21,8 +21,11 @@ class ConfigError(UserError, ValueError):
 
 
 METHODS = ("fedavg", "fedbuff", "afl_dw", "fedrevive", "dd_fedrevive")
-DATASETS = ("digits", "fashion_mnist", "custom")  # custom: given from Python, see runner.run
-MODELS = ("digitsnet", "convnet", "resnet18", "custom")
+DATASETS = (
+    "digits", "fashion_mnist", "cifar10", "cifar100", "femnist", "newsgroups", "image_folder",
+    "text_folder", "custom",
+)  # fmt: skip  # custom: given from Python, see runner.run
+MODELS = ("digitsnet", "convnet", "resnet18", "t5", "custom")
 BETA_SHAPES = ("cosine", "constant", "linear", "exponential", "stepwise")
 SERVER_OPTIMIZERS = ("sgd", "momentum", "adam", "adagrad", "yogi")
 DELAYS = (
@@ -52,7 +55,22 @@ class Config:
     seed: int = _field(0, "seed of every random draw of the run", at_least=0)
     workdir: str = _field("", "folder for the record of the run; empty: runs/DATASET_METHOD_seedN")
     data_dir: str = _field("", "folder that holds the data set's files; bundled data need none")
-    model_width: int = _field(32, "channels of the model's first convolution", at_least=1)
+    model_width: int = _field(
+        32, "channels of the model's first convolution; states of the t5 encoder", at_least=1
+    )
+    model_layers: int = _field(6, "layers of the t5 encoder", at_least=2)
+    model_heads: int = _field(8, "attention heads of the t5 encoder", at_least=1)
+    vocabulary_size: int = _field(32_128, "rows of the t5 encoder's token table", at_least=8)
+    text_length: int = _field(128, "tokens that a text is cut to", at_least=8)
+    t5_weights: str = _field(
+        "",
+        "folder with a pretrained T5 (model.safetensors, config.json, tokenizer), whose sizes then "
+        "hold; empty: a random start, and a tokenizer trained on the training split",
+    )
+    pretrained: str = _field("", "folder of an earlier run whose newest model this run starts from")
+    seed_text: str = _field(
+        "", "JSONL file (label, text) that text synthesis starts from; empty: random tokens"
+    )
     convolution: str = _field(
         "auto",
         "how convolutions are computed: auto picks patches on CPU, lax elsewhere",
@@ -180,6 +198,10 @@ class Config:
             raise ConfigError(
                 f"--pool_size={self.pool_size}: must be at least --synthesis_batch="
                 f"{self.synthesis_batch}"
+            )
+        if self.model == "t5" and not self.t5_weights and self.model_width % self.model_heads:
+            raise ConfigError(
+                f"--model_heads={self.model_heads}: must divide --model_width={self.model_width}"
             )
         if self.delays == "uniform" and self.delay_spread >= self.delay_mean:
             raise ConfigError(

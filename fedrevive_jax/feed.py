@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fedrevive_jax.data import Dataset, augment
-from fedrevive_jax.models.model import Tokens
+from fedrevive_jax.models.model import Text
 
 
 class Feed(NamedTuple):
@@ -33,7 +33,7 @@ def create(dataset: Dataset, frozen: Any) -> Feed:
     if dataset.is_text:
         # Text is not augmented.
         return Feed(
-            Tokens(samples, frozen),
+            Text(samples, frozen),
             lambda store, positions, key: _look_up(store, positions),
             _look_up,
             lambda samples, key: samples,
@@ -47,5 +47,5 @@ def create(dataset: Dataset, frozen: Any) -> Feed:
     )
 
 
-def _look_up(store: Tokens, positions: jax.Array) -> Tokens:
-    return Tokens(store.ids[positions], store.table)
+def _look_up(store: Text, positions: jax.Array) -> Text:
+    return Text(store.content[positions], store.table)

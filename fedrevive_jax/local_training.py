@@ -27,7 +27,7 @@ def initial_taps(model: Model) -> Taps:
     """Statistics of a version that has seen no data: mean 0, variance 1."""
 
     def statistics(key):
-        inputs = gaussian_inputs(model, key, 1)
+        inputs = gaussian_inputs(model, key, 1, model.frozen(key))
         return tap_statistics(model.apply(model.init(key), inputs)[1])
 
     shapes = jax.eval_shape(statistics, jax.random.key(0))

@@ -84,7 +84,9 @@ def _blank_samples(count: int, shape: tuple[int, ...]) -> np.ndarray:
 def forward_flops(model: Model) -> int:
     """FLOPs of the forward pass of one sample, as XLA counts them."""
     params = jax.eval_shape(model.init, jax.random.key(0))
-    inputs = jax.eval_shape(lambda key: gaussian_inputs(model, key, 1), jax.random.key(0))
+    inputs = jax.eval_shape(
+        lambda key: gaussian_inputs(model, key, 1, model.frozen(key)), jax.random.key(0)
+    )
     analysis = jax.jit(lambda p, x: model.apply(p, x)[0]).lower(params, inputs).cost_analysis()
     return int(analysis["flops"])
 

@@ -1,6 +1,6 @@
 """An estimate of each client's class mix from its first uploads, without asking the client."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,11 +48,12 @@ def observe(
     *,
     samples: int,
     temperature: float,
+    frozen: Any = (),
 ) -> Proxies:
     """Probes an uploaded model if it is one of its client's first two uploads."""
 
     def update(proxies):
-        inputs = gaussian_inputs(model, key, samples)
+        inputs = gaussian_inputs(model, key, samples, frozen)
         estimate = probe(model, params, inputs, temperature)
         return Proxies(proxies.total.at[client].add(estimate), proxies.probes.at[client].add(1))
 

@@ -12,6 +12,7 @@ from fedrevive_jax.dfkd import distillation, loss_guard, pool, proxy, synthesis,
 from fedrevive_jax.dfkd.generator import Generator, image_maker
 from fedrevive_jax.dfkd.loss_guard import LossGuard
 from fedrevive_jax.dfkd.maker import Maker
+from fedrevive_jax.dfkd.prompts import SeedText, prompt_maker
 from fedrevive_jax.local_training import initial_taps
 from fedrevive_jax.messages import Arrival, Upload
 from fedrevive_jax.models import Model
@@ -78,6 +79,7 @@ def create(
     frozen: Any = (),
     class_mixes: Any = None,
     real_samples: tuple[Any, Any] | None = None,
+    seed_text: SeedText | None = None,
 ) -> Reviver:
     """Builds the reviver of a configuration.
 
@@ -89,17 +91,19 @@ def create(
       class_mixes: true histograms [N, classes], for `proxy=histogram`.
       real_samples: (byte images or token ids, labels) that stand in for the pool: the
         data-dependent reference. Nothing is synthesised then.
+      seed_text: labelled texts that synthesis of text starts from.
     """
     synthesiser = None
     if real_samples is None:
-        maker = _make_maker(config, model)
+        maker = _make_maker(config, model, seed_text)
         synthesiser = synthesis.make_synthesiser(
             model,
             maker,
             augment,
             batch=config.synthesis_batch,
             steps=config.synthesis_steps,
-            meta_lr=config.generator_lr,
+            # The prompts' published rate covers all inner steps at once.
+            meta_lr=config.generator_lr * (config.synthesis_steps if model.vocabulary else 1),
             generator_lr=config.generator_lr,
             latent_lr=config.latent_lr,
             feature_weight=config.feature_weight,
@@ -140,6 +144,7 @@ def create(
             proxies,
             params,
             arrival.version > config.warmup_versions,
+            state.frozen,
         )
         result = synthesiser.synthesise(
             state.generator,
@@ -197,6 +202,7 @@ def create(
                 probe_key,
                 samples=config.proxy_samples,
                 temperature=config.proxy_temperature,
+                frozen=state.frozen,
             ),
         )
         proxies = proxy.of_clients(state.proxies, state.teachers.clients)
@@ -230,7 +236,9 @@ def create(
     return Reviver(init, revive)
 
 
-def _make_maker(config: Config, model: Model) -> Maker:
+def _make_maker(config: Config, model: Model, seed_text: SeedText | None) -> Maker:
+    if model.vocabulary is not None:
+        return prompt_maker(model.vocabulary, model.input_shape[0], seed_text)
     height, width = model.input_shape[:2]
     if height % 4 or width % 4:
         raise ConfigError(

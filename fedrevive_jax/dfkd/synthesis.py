@@ -12,7 +12,7 @@ from fedrevive_jax.dfkd import loss_guard, losses
 from fedrevive_jax.dfkd.loss_guard import LossGuard
 from fedrevive_jax.dfkd.maker import Maker
 from fedrevive_jax.models import Model
-from fedrevive_jax.models.model import Params, Taps
+from fedrevive_jax.models.model import Params, Taps, as_inputs
 
 # Adam of the generator, its latents and the meta-step.
 B1 = 0.5
@@ -46,6 +46,7 @@ class Ensemble(NamedTuple):
       proxies: q, class mixes of their clients, [c, classes]; zero rows for absent teachers.
       student: the global parameters.
       adversarial_on: bool [], whether L_adv counts.
+      frozen: the model's frozen arrays.
     """
 
     params: Params
@@ -53,6 +54,7 @@ class Ensemble(NamedTuple):
     proxies: jax.Array
     student: Params
     adversarial_on: jax.Array
+    frozen: Any = ()
 
 
 class GeneratorState(NamedTuple):
@@ -166,7 +168,7 @@ def make_synthesiser(
         # Gradients pass through teachers and student to the samples, never into them.
         teacher_params, student = jax.lax.stop_gradient((ensemble.params, ensemble.student))
         samples = maker.make(variables.generator, variables.latents, drawn.condition)
-        inputs = augment(samples, key)
+        inputs = as_inputs(augment(samples, key), ensemble.frozen)
         weights = losses.teacher_weights(ensemble.proxies, drawn.targets)
 
         def judge(teacher):

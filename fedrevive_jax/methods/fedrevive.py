@@ -22,6 +22,7 @@ def create(config: Config, ingredients: Ingredients) -> Method:
         ingredients.augment,
         frozen=ingredients.frozen,
         class_mixes=ingredients.class_mixes,
+        seed_text=ingredients.seed_text,
     )
     rule = blend(revive, blending.create(config))
     return compose(rule, config.buffer_size, server_optimizer(config))

@@ -34,6 +34,7 @@ class Ingredients(NamedTuple):
       frozen: the model's frozen arrays.
       class_mixes: true label histograms [N, classes], float32; a real federation has none.
       real_samples: held-out (byte images or token ids, labels), for the data-dependent reference.
+      seed_text: labelled texts that synthesis of text starts from, see `dfkd.prompts`.
     """
 
     model: Model
@@ -41,6 +42,7 @@ class Ingredients(NamedTuple):
     frozen: Any = ()
     class_mixes: Any = None
     real_samples: tuple[Any, Any] | None = None
+    seed_text: Any = None
 
 
 class Method(NamedTuple):

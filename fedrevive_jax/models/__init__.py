@@ -3,6 +3,8 @@
 import importlib
 
 from fedrevive_jax.config import Config, ConfigError
+from fedrevive_jax.data.tokens import CLASSIFIER
+from fedrevive_jax.models import t5, t5_weights
 from fedrevive_jax.models.model import Model, from_flax, parameter_count, tap_statistics
 
 __all__ = [
@@ -15,7 +17,7 @@ __all__ = [
     "tap_statistics",
 ]
 
-# name -> module with `build(num_classes, width, convolution) -> flax Module`.
+# name -> module with `build(num_classes, width, convolution) -> flax Module`, for images.
 NETWORKS = {
     "digitsnet": "fedrevive_jax.models.digitsnet",
     "convnet": "fedrevive_jax.models.convnet",
@@ -25,11 +27,19 @@ NETWORKS = {
 
 def from_config(config: Config, input_shape: tuple[int, ...], num_classes: int) -> Model:
     """The model that a configuration names, for a data set's inputs and classes."""
-    if config.model not in NETWORKS:
+    if config.model not in (*NETWORKS, "t5"):
         raise ConfigError(
             f"--model={config.model}: is given from Python, run(config, model=...); by name: "
-            + ", ".join(NETWORKS)
+            + ", ".join((*NETWORKS, "t5"))
         )
+    is_text = len(input_shape) == 1
+    if is_text != (config.model == "t5"):
+        raise ConfigError(
+            f"--model={config.model}: does not read {'text' if is_text else 'images'}; must be "
+            + ("t5" if is_text else f"one of {', '.join(NETWORKS)}")
+        )
+    if config.model == "t5":
+        return _t5(config, input_shape[0], num_classes)
     return create(
         config.model,
         input_shape=input_shape,
@@ -37,6 +47,24 @@ def from_config(config: Config, input_shape: tuple[int, ...], num_classes: int) 
         width=config.model_width,
         convolution=config.convolution,
     )
+
+
+def _t5(config: Config, length: int, num_classes: int) -> Model:
+    if config.t5_weights:
+        shape = t5_weights.read_shape(config.t5_weights)
+        weights = t5_weights.read(config.t5_weights, shape)
+        return t5.create(shape, length, num_classes, weights)
+    # In T5-small's proportions.
+    shape = t5.T5Shape(
+        vocabulary=config.vocabulary_size,
+        width=config.model_width,
+        feed_forward=4 * config.model_width,
+        layers=config.model_layers,
+        heads=config.model_heads,
+        head_width=config.model_width // config.model_heads,
+        classifier_token=CLASSIFIER,
+    )
+    return t5.create(shape, length, num_classes)
 
 
 def create(

@@ -15,18 +15,20 @@ Params = Any  # a pytree of float arrays
 Taps = tuple[tuple[jax.Array, jax.Array], ...]
 
 
-class Tokens(NamedTuple):
-    """Text as a model's input: ids int [b, length], 0 is padding; the table [V, d] they index."""
-
-    ids: jax.Array
-    table: jax.Array
-
-
 class Embedded(NamedTuple):
-    """Text as a model's input: embeddings float [b, length, d], mask bool [b, length]."""
+    """Text that has no tokens: embeddings float [b, length, d], mask bool [b, length]."""
 
     embeddings: jax.Array
     mask: jax.Array
+
+
+class Text(NamedTuple):
+    """A text model's input: token ids int [b, length] (0 is padding) or `Embedded`, beside the
+    frozen token table [V, d] that ids index.
+    """
+
+    content: Any
+    table: jax.Array
 
 
 class Vocabulary(NamedTuple):
@@ -46,11 +48,11 @@ class Model(NamedTuple):
       num_classes: size of the logits.
       init: key -> parameters.
       apply: (parameters, inputs, key or None) -> (logits [b, classes], activations), where inputs
-        are images [b, *input_shape], `Tokens` or `Embedded`, and the activations [b, ..., channels]
-        are those at the taps: after every convolution before the ReLU, or after every layer of an
-        encoder. A key turns dropout on, where the model has any.
-      frozen: key -> arrays that the model needs and nobody trains (a token table, for `Tokens`).
-        They are shared, never sent and not part of a version.
+        are images [b, *input_shape] or a `Text`, and the activations [b, ..., channels] are those
+        at the taps: after every convolution before the ReLU, or at position 0 after every layer of
+        an encoder. A key turns dropout on, where the model has any.
+      frozen: the key of `init` -> arrays that nobody trains: the token table of a text model. They
+        are shared, never sent and not part of a version.
       vocabulary: for a text model; None for a model of images.
     """
 
@@ -79,11 +81,11 @@ def from_flax(
 
 
 def as_inputs(samples: Any, frozen: Any) -> Any:
-    """Samples as inputs of a model: token ids [b, length] are given the frozen table beside them;
-    images and embedded texts are inputs already.
+    """Samples as inputs of a model: texts, ids or embedded, get the frozen token table beside them;
+    images are inputs already.
     """
-    is_ids = isinstance(samples, jax.Array) and jnp.issubdtype(samples.dtype, jnp.signedinteger)
-    return Tokens(samples, frozen) if is_ids else samples
+    is_text = isinstance(samples, Embedded) or jnp.issubdtype(samples.dtype, jnp.signedinteger)
+    return Text(samples, frozen) if is_text else samples
 
 
 def tap_statistics(activations: tuple[jax.Array, ...]) -> Taps:
@@ -91,13 +93,13 @@ def tap_statistics(activations: tuple[jax.Array, ...]) -> Taps:
     return tuple(batch_statistics(activation) for activation in activations)
 
 
-def gaussian_inputs(model: Model, key: jax.Array, count: int) -> Any:
+def gaussian_inputs(model: Model, key: jax.Array, count: int, frozen: Any) -> Any:
     """Standard normal images [count, ...], or unmasked standard normal embeddings."""
     if model.vocabulary is None:
         return jax.random.normal(key, (count, *model.input_shape))
     shape = (count, *model.input_shape)
     embeddings = jax.random.normal(key, (*shape, model.vocabulary.width))
-    return Embedded(embeddings, jnp.ones(shape, bool))
+    return Text(Embedded(embeddings, jnp.ones(shape, bool)), frozen)
 
 
 def parameter_count(tree: Any) -> int:
