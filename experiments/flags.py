@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 
 from fedrevive_jax.config import Config, UserError
+from fedrevive_jax.presets import SCALES
 
 
 def define() -> None:
@@ -19,11 +20,15 @@ def define() -> None:
         # Texts throughout: the configuration converts and checks, so that every wrong value gets
         # the same kind of message.
         flags.DEFINE_string(field.name, None, f"{words}. Default: the preset's.")
+    flags.DEFINE_string(
+        "preset_scale", None, f"size of the preset ({', '.join(SCALES)}). Default: {SCALES[0]}."
+    )
 
 
 def given_values() -> dict[str, str | None]:
-    """What the command line says of every field; None where it says nothing."""
-    return {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Config)}
+    """What the command line says of every field and of the preset's scale; None where nothing."""
+    names = [*(field.name for field in dataclasses.fields(Config)), "preset_scale"]
+    return {name: flags.FLAGS[name].value for name in names}
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -1,0 +1,123 @@
+"""The preset tables: the published constants cell by cell, precedence, and the small scale."""
+
+import dataclasses
+
+import pytest
+
+from fedrevive_jax.config import METHODS, ConfigError
+from fedrevive_jax.presets import BY_DATASET, PAPER, SMALL, resolve
+
+# The published table, typed from the paper's experiments; a row per constant. Columns: CIFAR-10,
+# CIFAR-100, FEMNIST, 20 Newsgroups. A row of one method names it after a colon.
+PUBLISHED = """
+client_lr                               | 3e-4 | 3e-4 | 1e-3 | 1e-3
+client_lr: dd_fedrevive                 | 3e-4 | 1e-4 | 1e-3 | 1e-3
+client_lr: fedavg                       | 3e-4 | 3e-4 | 1e-3 | 3e-3
+server_lr: fedavg                       | 1.4  | 1.4  | 1.4  | 1
+server_lr: fedbuff                      | .05  | .1   | .025 | .1
+server_lr: afl_dw                       | .1   | .1   | .05  | .1
+server_lr: dd_fedrevive                 | .2   | .3   | .1   | .1
+server_lr: fedrevive                    | .1   | .1   | .05  | .1
+buffer_size                             | 1    | 1    | 1    | 1
+buffer_size: fedbuff                    | 2    | 3    | 1    | 3
+buffer_size: fedavg                     | 100  | 200  | 100  | 100
+concurrency                             | 100  | 100  | 100  | 100
+concurrency: fedavg                     | 100  | 200  | 100  | 100
+distillation_lr                         | 1e-4 | 3e-5 | 1e-4 | 3e-4
+distillation_lr: dd_fedrevive           | 3e-4 | 1e-4 | 3e-4 | 1e-4
+distillation_temperature                | 1    | 1    | 1    | 1
+distillation_temperature: dd_fedrevive  | 2    | 1    | 2    | 2
+distillation_weight_decay               | 1e-5 | 1e-5 | 1e-5 | 1e-5
+distillation_weight_decay: dd_fedrevive | 0    | 0    | 0    | 0
+generator_lr                            | .003 | .003 | .01  | .01
+latent_lr                               | .001 | .001 | .003 | .1
+feature_weight                          | .003 | .0003| .3   | .0001
+one_hot_weight                          | 1    | 1    | 1    | 1
+adversarial_weight                      | .1   | .1   | .1   | .1
+freeze_versions                         | 50   | 50   | 400  | 50
+warmup_versions                         | 100  | 100  | 500  | 100
+freeze_versions: dd_fedrevive           | 0    | 0    | 0    | 0
+warmup_versions: dd_fedrevive           | 0    | 0    | 0    | 0
+beta_shape                              | cosine | cosine | cosine | cosine
+beta_s_max                              | 75   | 75   | 75   | 75
+beta_shape: dd_fedrevive                | constant | constant | constant | constant
+beta_constant: dd_fedrevive             | .5   | .5   | .5   | .5
+proxy_temperature                       | .8   | .8   | .8   | .8
+eval_every                              | 10   | 10   | 10   | 10
+eval_every: fedavg                      | 1    | 1    | 1    | 1
+num_clients                             | 1000 | 1000 | 1000 | 1000
+samples_per_client                      | 350  | 350  | 350  | 350
+alpha                                   | .5   | .5   | .5   | .5
+local_iterations                        | 25   | 25   | 25   | 25
+batch_size                              | 32   | 32   | 32   | 32
+num_teachers                            | 8    | 8    | 8    | 8
+proxy_samples                           | 64   | 64   | 64   | 64
+generation_interval                     | 10   | 10   | 10   | 10
+synthesis_steps                         | 2    | 2    | 2    | 2
+synthesis_batch                         | 64   | 64   | 64   | 64
+latent_size                             | 256  | 256  | 256  | 256
+generator_features                      | 128  | 128  | 128  | 128
+pool_size                               | 16000 | 16000 | 16000 | 16000
+distillation_steps                      | 10   | 10   | 10   | 10
+distillation_batch                      | 32   | 32   | 32   | 32
+seed                                    | 10   | 10   | 10   | 10
+max_versions                            | 50000 | 50000 | 50000 | 50000
+max_time                                | 200  | 200  | 200  | 200
+delays                                  | default | default | default | default
+model                                   | resnet18 | resnet18 | convnet | t5
+model_width                             | 64   | 64   | 64   | 512
+partition                               | dirichlet | dirichlet | natural | dirichlet
+meta                                    | reptile | reptile | reptile | reptile
+proxy                                   | estimated | estimated | estimated | estimated
+target_sampling                         | teachers | teachers | teachers | teachers
+"""
+
+
+def published(method):
+    """(field, data set) -> the published cell for a method."""
+    cells = {}
+    for line in PUBLISHED.strip().splitlines():
+        head, *columns = (part.strip() for part in line.split("|"))
+        field, _, only = (part.strip() for part in head.partition(":"))
+        if only in ("", method):  # a method's own row comes after the common one
+            cells.update({(field, name): cell for name, cell in zip(PAPER, columns, strict=True)})
+    return cells
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_published_cells(method):
+    cells = published(method)
+    assert len(cells) >= 4 * 43
+    configs = {dataset: resolve(dataset, method).as_dict() for dataset in PAPER}
+    for (field, dataset), cell in cells.items():
+        value = configs[dataset][field]
+        assert value == type(value)(cell), (field, dataset, value, cell)
+
+
+def test_what_the_table_leaves_open_is_the_users():
+    assert resolve("cifar10", "fedbuff", buffer_size=5, server_lr="0.3").buffer_size == 5
+    cohort = resolve("cifar100", "fedavg", concurrency=7)
+    assert (cohort.buffer_size, cohort.open_slots) == (7, 7)
+
+
+@pytest.mark.parametrize("dataset", sorted(set(BY_DATASET)))
+@pytest.mark.parametrize("method", METHODS)
+def test_small_never_exceeds_full_and_keeps_what_is_no_size(dataset, method):
+    full, small = resolve(dataset, method), resolve(dataset, method, preset_scale="small")
+    sizes = {*SMALL, "model_width", "buffer_size", "open_slots"}
+    for field in dataclasses.fields(full):
+        before, after = getattr(full, field.name), getattr(small, field.name)
+        if field.name in sizes:
+            assert after <= before
+        else:
+            assert after == before, field.name
+    assert small.num_clients <= 20
+
+
+def test_a_flag_beats_the_small_scale():
+    assert resolve("cifar10", preset_scale="small", num_clients=300).num_clients == 300
+
+
+def test_an_unknown_scale_is_named():
+    with pytest.raises(ConfigError, match="--preset_scale=tiny: must be one of full, small"):
+        resolve("digits", preset_scale="tiny")
