@@ -21,11 +21,13 @@ FOLDER = "checkpoints"
 class Checkpoints:
     """The checkpoints of one run, by global version."""
 
-    def __init__(self, run_dir: Path, keep: int = 2, read_only: bool = False):
+    def __init__(
+        self, run_dir: Path, keep: int = 2, read_only: bool = False, flag: str = "workdir"
+    ):
         folder = (run_dir / FOLDER).absolute()
         if read_only:
             if not folder.is_dir():
-                raise ConfigError(f"--workdir={run_dir}: holds no folder {FOLDER}")
+                raise ConfigError(f"--{flag}={run_dir}: holds no folder {FOLDER}")
             options = ocp.CheckpointManagerOptions(read_only=True)
         else:
             options = ocp.CheckpointManagerOptions(
@@ -33,10 +35,15 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
             )
         self._run_dir = run_dir
+        self._flag = flag
         self._manager = ocp.CheckpointManager(
             folder,
             options=options,
-            item_names=("params", "state", "record"),
+            item_handlers={
+                "params": ocp.StandardCheckpointHandler(),
+                "state": ocp.StandardCheckpointHandler(),
+                "record": ocp.JsonCheckpointHandler(),
+            },
         )
 
     def steps(self) -> list[int]:
@@ -82,7 +89,30 @@ class Checkpoints:
                 f"--step={step}: no such checkpoint in {self._run_dir}; there is "
                 + (", ".join(map(str, self.steps())) or "none")
             )
+        self._check_shapes(step, shapes)
         return self._restore(step, params=shapes)["params"]
+
+    def _check_shapes(self, step: int, shapes: Params) -> None:
+        """Names the first parameter that differs; orbax tells it in many lines, in threads."""
+        stored = {
+            jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+            for path, leaf in jax.tree_util.tree_leaves_with_path(
+                self._manager.item_metadata(step)["params"].tree
+            )
+        }
+        wanted = {
+            jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+            for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
+        }
+        for name in sorted(stored.keys() | wanted.keys()):
+            found, expected = (
+                list(side[name]) if name in side else "absent" for side in (stored, wanted)
+            )
+            if found != expected:
+                raise ConfigError(
+                    f"--{self._flag}={self._run_dir}: its parameter {name} is {found}; "
+                    f"this model's is {expected}"
+                )
 
     def state(
         self, step: int, params_shapes: Params, shapes: dict[str, Any]

@@ -11,7 +11,7 @@ from typing import Any
 
 from fedrevive_jax.config import METHODS, Config, ConfigError
 
-# --- the constants of arXiv 2511.00655 and its published experiments --------------------------------
+# --- the constants of arXiv 2511.00655 and its published experiments ------------------------------
 
 PAPER = ("cifar10", "cifar100", "femnist", "newsgroups")
 
@@ -136,6 +136,25 @@ BY_DATASET: dict[str, dict[str, Any]] = {
         "max_time": 40.0,
         "server_lr": 0.1,
         "beta_s_max": 15.0,
+    },
+    "text_folder": {
+        "model": "t5",
+        "model_width": 64,
+        "model_layers": 2,
+        "model_heads": 4,
+        "vocabulary_size": 8000,
+        "text_length": 64,
+        "num_clients": 100,
+        "concurrency": 20,
+        "max_time": 40.0,
+        "client_lr": 1e-3,
+        "server_lr": 0.1,
+        "beta_s_max": 15.0,
+        "generator_lr": 0.01,
+        "latent_lr": 0.1,
+        "feature_weight": 1e-4,
+        "distillation_lr": 3e-4,
+        "pool_size": 2000,
     },
     "custom": {
         "model": "custom",

@@ -1,13 +1,15 @@
 """The record of a run: a folder of plain files that stay readable at any moment.
 
-config.json, metrics.jsonl, arrivals.jsonl, summary.json, TensorBoard events, pictures, checkpoints.
+config.json, metrics.jsonl, arrivals.jsonl, summary.json, TensorBoard events, pictures, checkpoints,
+and what `derived` keeps.
 """
 
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fedrevive_jax.config import LOCATION_FIELDS, Config, ConfigError
 
@@ -18,15 +20,20 @@ SUMMARY = "summary.json"
 EVENTS = "tensorboard"
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a whole JSON file or none: into a neighbour first, then renamed."""
+def write_whole(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
+    """Writes a whole file or none: `fill` writes into a neighbour, which is then renamed."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2)
-        stream.write("\n")
+    with partial.open("wb") as stream:
+        fill(stream)
         stream.flush()
         os.fsync(stream.fileno())
     partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a whole JSON file or none."""
+    text = json.dumps(value, indent=2) + "\n"
+    write_whole(path, lambda stream: stream.write(text.encode()))
 
 
 def read_json(path: Path) -> Any:

@@ -118,6 +118,7 @@ class Recorder:
             "dataset": simulation.dataset.name,
             "model": simulation.model.name,
             "seed": self._config.seed,
+            **simulation.origin,
             "final_accuracy": accuracies[-1],
             "best_accuracy": max(accuracies),
             "versions": simulation.server.version,

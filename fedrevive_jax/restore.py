@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedrevive_jax import data, models, record
+from fedrevive_jax import data, derived, models, record
 from fedrevive_jax import feed as feeds
 from fedrevive_jax.checkpoint import Checkpoints
 from fedrevive_jax.config import Config, ConfigError
@@ -33,17 +33,19 @@ def read_config(folder: Path) -> Config:
     return Config(**recorded)
 
 
-def read_params(folder: Path, model: Model, step: int | None = None) -> tuple[int, Params]:
+def read_params(
+    folder: Path, model: Model, step: int | None = None, flag: str = "workdir"
+) -> tuple[int, Params]:
     """The global model of a checkpoint: (version, parameters); the newest where no step is given.
 
     Raises:
-      ConfigError: there is no such checkpoint.
+      ConfigError: there is no such checkpoint, or it is of another model; `flag` is blamed.
     """
-    checkpoints = Checkpoints(folder, read_only=True)
+    checkpoints = Checkpoints(folder, read_only=True, flag=flag)
     try:
         steps = checkpoints.steps()
         if not steps:
-            raise ConfigError(f"--workdir={folder}: holds no checkpoint")
+            raise ConfigError(f"--{flag}={folder}: holds no checkpoint")
         step = steps[-1] if step is None else step
         shapes = jax.eval_shape(model.init, jax.random.key(0))
         return step, checkpoints.params(step, shapes)
@@ -75,7 +77,8 @@ def evaluate_checkpoint(
     config = read_config(folder)
     if data_dir is not None:
         config = dataclasses.replace(config, data_dir=data_dir)
-    dataset = dataset if dataset is not None else data.load(config)
+    if dataset is None:
+        dataset = data.load(config, derived.read(folder).tokenizer)
     split = split or config.eval_split
     if split not in dataset.splits:
         raise ConfigError(f"--split={split}: must be one of {', '.join(sorted(dataset.splits))}")

@@ -8,7 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from fedrevive_jax import data, record
+from fedrevive_jax import data, derived, record
 from fedrevive_jax.checkpoint import FOLDER as CHECKPOINTS
 from fedrevive_jax.config import Config, ConfigError
 from fedrevive_jax.models import Model
@@ -44,11 +44,13 @@ def run(
     """
     config = settle(config)
     finished = keep_record and is_finished(config, overwrite)
-    simulation = Simulation(config, dataset, model)
+    kept = derived.read(config.run_dir) if keep_record and not overwrite else derived.Derived()
+    simulation = Simulation(config, dataset, model, kept)
     if finished:
         return _read_finished(simulation)
     if keep_record:
         _open_run_dir(config, overwrite)
+        derived.write(config.run_dir, simulation.derived)
     recorder = Recorder(simulation, config.run_dir if keep_record else None)
     with contextlib.closing(recorder):
         recorder.resume()

@@ -1,7 +1,9 @@
 """The simulation: windows -> local training -> server steps, in exactly the planned order."""
 
+import functools
 import hashlib
 from collections.abc import Iterator, Set
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,14 +13,20 @@ import numpy as np
 from fedrevive_jax import data, methods, models, schedule
 from fedrevive_jax import feed as feeds
 from fedrevive_jax.config import Config, ConfigError
+from fedrevive_jax.data import seed_text
+from fedrevive_jax.derived import Derived
+from fedrevive_jax.dfkd.prompts import SeedText
 from fedrevive_jax.evaluation import Evaluation, make_evaluator
 from fedrevive_jax.local_training import initial_taps, make_window_trainer
 from fedrevive_jax.messages import Upload
-from fedrevive_jax.models import Model
+from fedrevive_jax.models import Model, t5_weights
 from fedrevive_jax.models.model import Params
 from fedrevive_jax.partition import partition
+from fedrevive_jax.restore import read_params
 from fedrevive_jax.server import Receipt, Server
 from fedrevive_jax.streams import Stream, jax_key
+
+NOTHING = Derived()
 
 
 def default_client_batch() -> int:
@@ -34,17 +42,28 @@ class Simulation:
 
     Attributes:
       config, dataset, model: what it was built from.
+      origin: where the first parameters, and for text the tokenizer, come from; for the record.
       schedule, windows: the plan.
       server: the server core.
       position: arrivals processed so far.
     """
 
     def __init__(
-        self, config: Config, dataset: data.Dataset | None = None, model: Model | None = None
+        self,
+        config: Config,
+        dataset: data.Dataset | None = None,
+        model: Model | None = None,
+        derived: Derived = NOTHING,
     ):
-        """Builds everything from a configuration; a data set or model given replaces the named."""
+        """Builds everything from a configuration.
+
+        Args:
+          config: what to simulate.
+          dataset, model: stand in for those that the configuration names.
+          derived: what an earlier part of the same run has derived from its data.
+        """
         self.config = config
-        self.dataset = dataset if dataset is not None else data.load(config)
+        self.dataset = dataset if dataset is not None else data.load(config, derived.tokenizer)
         shape, classes = self.dataset.input_shape, self.dataset.num_classes
         self.model = model if model is not None else models.from_config(config, shape, classes)
         if (self.model.input_shape, self.model.num_classes) != (shape, classes):
@@ -52,7 +71,7 @@ class Simulation:
                 f"--model={config.model}: takes {self.model.input_shape} and tells "
                 f"{self.model.num_classes} classes; the data set has {shape} and {classes}"
             )
-        self._shards = partition(
+        self._shards = derived.shards or partition(
             config.partition,
             self.dataset.splits["train"],
             self.dataset.labels,
@@ -70,7 +89,11 @@ class Simulation:
         self._uploads: dict[int, Upload] = {}
 
         init_key = jax_key(config.seed, Stream.MODEL_INIT)
-        frozen = self.model.frozen(init_key)
+        params, frozen = self.model.init(init_key), self.model.frozen(init_key)
+        self.origin = _origin(config, self.dataset)
+        if config.pretrained:
+            version, params = read_params(Path(config.pretrained), self.model, flag="pretrained")
+            self.origin["start"] = f"version {version} of {config.pretrained}"
         feed = feeds.create(self.dataset, frozen)
         self._store = feed.store
         self._labels = jnp.asarray(self.dataset.labels)
@@ -81,8 +104,8 @@ class Simulation:
             frozen=frozen,
             class_mixes=self._shards.class_mixes(self.dataset.labels, self.dataset.num_classes),
             real_samples=(self.dataset.samples[kept], self.dataset.labels[kept]),
+            seed_text=_read_seed_text(config, self.dataset),
         )
-        params = self.model.init(init_key)
         taps = initial_taps(self.model)
         self.server = Server(methods.create(config, ingredients), params, taps, config.seed)
         self._train = make_window_trainer(
@@ -94,6 +117,12 @@ class Simulation:
         self._client_batch = config.client_batch or default_client_batch()
         self._evaluate = make_evaluator(self.model, feed.evaluation, config.eval_batch)
         self._hand_out(self.schedule.initial_jobs)
+
+    @property
+    def derived(self) -> Derived:
+        """What was derived from the data, to be kept with the run."""
+        tokenizer = self.dataset.tokenizer
+        return Derived(tokenizer.serialised if tokenizer else "", self._shards)
 
     @property
     def finished(self) -> bool:
@@ -126,8 +155,9 @@ class Simulation:
         positions = self.dataset.splits[split or self.config.eval_split]
         return self._evaluate(params, self._store, self._labels, positions)
 
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """A digest of the plan, of who holds what, and of the labels."""
+        """A digest of the plan, of who holds what, and of the data."""
         digest = hashlib.sha256()
         plan = self.schedule
         for array in (
@@ -137,6 +167,7 @@ class Simulation:
             plan.base_version,
             self._shards.indices,
             self.dataset.labels,
+            self.dataset.samples,
         ):
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
@@ -149,7 +180,7 @@ class Simulation:
             **record,
             "position": self.position,
             "uploads": sorted(self._uploads),
-            "fingerprint": self.fingerprint(),
+            "fingerprint": self.fingerprint,
         }
         return record, {**arrays, "uploads": uploads}
 
@@ -173,7 +204,7 @@ class Simulation:
         Raises:
           ConfigError: the snapshot belongs to another plan or to other data.
         """
-        if record["fingerprint"] != self.fingerprint():
+        if record["fingerprint"] != self.fingerprint:
             raise ConfigError(
                 f"--workdir={self.config.run_dir}: the checkpoint belongs to another plan or other "
                 "data (a file that the run reads has changed); use --overwrite to start afresh"
@@ -219,3 +250,23 @@ class Simulation:
                 jnp.asarray(padded, jnp.int32),
             )
             self._uploads.update(zip(jobs.tolist(), uploads, strict=False))
+
+
+def _origin(config: Config, dataset: data.Dataset) -> dict[str, str]:
+    """Where the first parameters come from, and the tokenizer of a text data set."""
+    if config.t5_weights:
+        digest = t5_weights.digest(config.t5_weights)
+        return {"start": f"{config.t5_weights}, sha256 {digest}", "tokenizer": config.t5_weights}
+    if dataset.tokenizer is None:
+        return {"start": "random"}
+    return {
+        "start": "random",
+        "tokenizer": f"trained on the training split, {dataset.tokenizer.size} entries",
+    }
+
+
+def _read_seed_text(config: Config, dataset: data.Dataset) -> SeedText | None:
+    if not config.seed_text:
+        return None
+    ids, labels = seed_text.read(config.seed_text, dataset)
+    return SeedText(jnp.asarray(ids), jnp.asarray(labels))

@@ -19,7 +19,7 @@ from fedrevive_jax.presets import BY_DATASET, BY_METHOD
 
 def test_names_agree_everywhere():
     assert {*data.SOURCES, "custom"} == set(DATASETS) == set(BY_DATASET)
-    assert {*models.NETWORKS, "custom"} == set(MODELS)
+    assert {*models.NETWORKS, "t5", "custom"} == set(MODELS)
     assert set(METHODS) == set(BY_METHOD)
 
 

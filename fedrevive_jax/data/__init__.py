@@ -4,30 +4,73 @@ import importlib
 from types import ModuleType
 
 from fedrevive_jax.config import Config, ConfigError
+from fedrevive_jax.data import tokens
 from fedrevive_jax.data.dataset import Dataset, DatasetSpec, Preprocessing, split_training
+from fedrevive_jax.data.texts import Texts
 
-__all__ = ["SOURCES", "Dataset", "DatasetSpec", "Preprocessing", "load", "spec", "split_training"]
+__all__ = [
+    "SOURCES", "Dataset", "DatasetSpec", "Preprocessing", "Texts", "load", "spec", "split_training",
+]  # fmt: skip
 
-# name -> module with `SPEC: DatasetSpec` and `load(data_dir: str, seed: int) -> Dataset`; imported
-# only when it is asked for, so that a digits run does not import what other sources need.
+# name -> module with `load(data_dir: str, seed: int) -> Dataset | Texts` and, where it is known
+# beforehand, `SPEC: DatasetSpec | TextSpec`; imported only when it is asked for, so that a digits
+# run does not import what other sources need.
 SOURCES = {
     "digits": "fedrevive_jax.data.digits",
     "fashion_mnist": "fedrevive_jax.data.fashion_mnist",
+    "cifar10": "fedrevive_jax.data.cifar10",
+    "cifar100": "fedrevive_jax.data.cifar100",
+    "femnist": "fedrevive_jax.data.femnist",
+    "newsgroups": "fedrevive_jax.data.newsgroups",
+    "image_folder": "fedrevive_jax.data.image_folder",
+    "text_folder": "fedrevive_jax.data.text_folder",
 }
 
 
-def load(config: Config) -> Dataset:
-    """The data set that a configuration names.
+def load(config: Config, tokenizer: str = "") -> Dataset:
+    """The data set that a configuration names, texts as token ids.
+
+    Args:
+      config: names the data set and where it lies.
+      tokenizer: JSON of a tokenizer that was trained on these texts before.
 
     Raises:
       ConfigError: when files are missing, cut short or not what they should be.
     """
-    return _source(config).load(config.data_dir, config.seed)
+    loaded = _source(config).load(config.data_dir, config.seed)
+    if not isinstance(loaded, Texts):
+        return loaded
+    if config.t5_weights:
+        chosen = tokens.read(config.t5_weights)
+    elif tokenizer:
+        chosen = tokens.from_json(tokenizer)
+    else:
+        training = [loaded.texts[i] for i in loaded.splits["train"]]
+        chosen = tokens.train(training, config.vocabulary_size)
+    return Dataset(
+        loaded.name,
+        loaded.num_classes,
+        tokens.encode(chosen, loaded.texts, config.text_length),
+        loaded.labels,
+        loaded.splits,
+        class_names=loaded.class_names,
+        tokenizer=chosen,
+    )
 
 
 def spec(config: Config) -> DatasetSpec:
-    """What is known of the named data set without reading it."""
-    return _source(config).SPEC
+    """What is known of the named data set; only a user's own folders are read for it."""
+    source = _source(config)
+    known = getattr(source, "SPEC", None)
+    if isinstance(known, DatasetSpec):
+        return known
+    if known is None:
+        loaded = source.load(config.data_dir, config.seed)
+        count = sum(len(loaded.splits[name]) for name in ("train", "validation", "distillation"))
+        if isinstance(loaded, Dataset):
+            return DatasetSpec(loaded.input_shape, loaded.num_classes, count)
+        return DatasetSpec((config.text_length,), loaded.num_classes, count)
+    return DatasetSpec((config.text_length,), known.num_classes, known.training_samples)
 
 
 def _source(config: Config) -> ModuleType:

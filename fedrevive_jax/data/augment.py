@@ -1,4 +1,4 @@
-"""Images to model inputs on the device: scaling, random crop, flip, normalisation.
+"""Images to model inputs on the device: scaling, random crop, flip, rotation, normalisation.
 
 All functions are pure, take batches [b, height, width, channels] and are differentiable in float
 images, so that synthesis can optimise through them. uint8 images are divided by 255.
@@ -21,13 +21,35 @@ def plain_inputs(images: jax.Array, how: Preprocessing) -> jax.Array:
 
 
 def client_inputs(images: jax.Array, key: jax.Array, how: Preprocessing) -> jax.Array:
-    """Inputs of local training: the random crop pads with zeros, before normalisation."""
-    return plain_inputs(_augment(images, key, how, "constant"), how)
+    """Inputs of local training: crop, flip and rotation fill with zeros, before normalisation."""
+    images = _augment(images, key, how, "constant")
+    if how.rotation:
+        # `_augment` draws from split(key), the same as folding in 0 and 1; 2 is independent.
+        limits = {"minval": -how.rotation, "maxval": how.rotation}
+        angles = jax.random.uniform(jax.random.fold_in(key, 2), images.shape[:1], **limits)
+        images = jax.vmap(rotate)(images, angles)
+    return plain_inputs(images, how)
 
 
 def synthetic_inputs(images: jax.Array, key: jax.Array, how: Preprocessing) -> jax.Array:
-    """Inputs of synthesis and distillation: the random crop pads by reflection."""
+    """Inputs of synthesis and distillation: the crop pads by reflection; nothing is rotated."""
     return plain_inputs(_augment(images, key, how, "reflect"), how)
+
+
+def rotate(image: jax.Array, degrees: jax.Array) -> jax.Array:
+    """Turns one image [height, width, channels] counter-clockwise about its centre.
+
+    Each pixel takes the value of the nearest pixel that it comes from, zero outside the image.
+    """
+    height, width, _ = image.shape
+    centre_y, centre_x = (height - 1) / 2, (width - 1) / 2
+    y, x = jnp.arange(height)[:, None] - centre_y, jnp.arange(width)[None] - centre_x
+    sine, cosine = jnp.sin(jnp.deg2rad(degrees)), jnp.cos(jnp.deg2rad(degrees))
+    from_y = jnp.round(sine * x + cosine * y + centre_y).astype(jnp.int32)
+    from_x = jnp.round(cosine * x - sine * y + centre_x).astype(jnp.int32)
+    inside = (from_y >= 0) & (from_y < height) & (from_x >= 0) & (from_x < width)
+    # A gather clamps positions outside the image; those pixels are zeroed.
+    return jnp.where(inside[..., None], image[from_y, from_x], jnp.zeros((), image.dtype))
 
 
 def _augment(images, key, how: Preprocessing, padding_mode: str) -> jax.Array:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedrevive_jax.data.tokens import Tokenizer
 from fedrevive_jax.streams import Stream, numpy_generator
 
 
@@ -15,11 +16,13 @@ class Preprocessing:
     Attributes:
       crop_padding: pixels of padding before a random crop back to size; 0 is no crop.
       flip: whether images are flipped left-right at random.
+      rotation: client images are turned at random by up to so many degrees; 0 is no turn.
       mean, std: per-channel normalisation of values in [0, 1]; empty is none.
     """
 
     crop_padding: int = 0
     flip: bool = False
+    rotation: float = 0.0
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 
@@ -52,6 +55,8 @@ class Dataset:
         the data-dependent reference method) and `test`.
       preprocessing: how images become inputs; unused for text.
       groups: natural owner of each sample, int array [n], or None.
+      class_names: in the order of the labels, where they are known.
+      tokenizer: how texts became token ids; None for images.
     """
 
     name: str
@@ -61,29 +66,17 @@ class Dataset:
     splits: dict[str, np.ndarray]
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     groups: np.ndarray | None = None
+    class_names: tuple[str, ...] = ()
+    tokenizer: Tokenizer | None = None
 
     def __post_init__(self):
-        missing = {"train", "validation", "distillation", "test"} - set(self.splits)
-        if missing:
-            raise ValueError(f"data set {self.name}: no split {sorted(missing)[0]!r}")
         kinds = ((np.uint8, 4), (np.int32, 2))
         if (self.samples.dtype, self.samples.ndim) not in kinds:
             raise ValueError(
                 f"data set {self.name}: samples must be uint8 [n, height, width, channels] or "
                 f"int32 [n, length]; are {self.samples.dtype} {list(self.samples.shape)}"
             )
-        if self.labels.dtype != np.int32:
-            raise ValueError(f"data set {self.name}: labels must be int32, not {self.labels.dtype}")
-        for name, positions in self.splits.items():
-            # A device would clamp such positions silently.
-            if len(positions) and not 0 <= positions.min() <= positions.max() < len(self.labels):
-                raise ValueError(f"data set {self.name}: positions of {name} outside the data")
-        if len(self.samples) != len(self.labels):
-            raise ValueError(
-                f"data set {self.name}: {len(self.samples)} samples, {len(self.labels)} labels"
-            )
-        if not np.isin(self.labels, np.arange(self.num_classes)).all():
-            raise ValueError(f"data set {self.name}: labels outside 0..{self.num_classes - 1}")
+        check_parts(self.name, len(self.samples), self.labels, self.num_classes, self.splits)
 
     @property
     def is_text(self) -> bool:
@@ -92,6 +85,29 @@ class Dataset:
     @property
     def input_shape(self) -> tuple[int, ...]:
         return self.samples.shape[1:]
+
+
+def check_parts(
+    name: str, count: int, labels: np.ndarray, num_classes: int, splits: dict[str, np.ndarray]
+) -> None:
+    """Checks labels and splits of `count` samples, byte images, token ids or texts.
+
+    Raises:
+      ValueError: a split is missing or points outside the data, or the labels do not fit.
+    """
+    missing = {"train", "validation", "distillation", "test"} - set(splits)
+    if missing:
+        raise ValueError(f"data set {name}: no split {sorted(missing)[0]!r}")
+    if labels.dtype != np.int32:
+        raise ValueError(f"data set {name}: labels must be int32, not {labels.dtype}")
+    for split, positions in splits.items():
+        # A device would clamp such positions silently.
+        if len(positions) and not 0 <= positions.min() <= positions.max() < len(labels):
+            raise ValueError(f"data set {name}: positions of {split} outside the data")
+    if count != len(labels):
+        raise ValueError(f"data set {name}: {count} samples, {len(labels)} labels")
+    if not np.isin(labels, np.arange(num_classes)).all():
+        raise ValueError(f"data set {name}: labels outside 0..{num_classes - 1}")
 
 
 def split_training(count: int, seed: int) -> dict[str, np.ndarray]:
@@ -106,4 +122,15 @@ def split_training(count: int, seed: int) -> dict[str, np.ndarray]:
         "train": order[:train],
         "validation": order[train : train + validation],
         "distillation": order[train + validation :],
+    }
+
+
+def official_splits(train: int, test: int, seed: int) -> dict[str, np.ndarray]:
+    """Splits of data that hold `train` training samples, then `test` samples of a fixed test set.
+
+    The training samples are split by `seed` as `split_training` does, the test set is as it came.
+    """
+    return {
+        **split_training(train, seed),
+        "test": np.arange(train, train + test, dtype=np.int32),
     }

@@ -1,21 +1,39 @@
-"""Fashion-MNIST from its four IDX files, as Debian's `dataset-fashion-mnist` installs them."""
+"""Fashion-MNIST from its four IDX files, as Debian installs them, or as TFDS prepares it."""
+
+from pathlib import Path
 
 import numpy as np
 
 from fedrevive_jax.config import ConfigError
-from fedrevive_jax.data.dataset import Dataset, DatasetSpec, split_training
+from fedrevive_jax.data.dataset import Dataset, DatasetSpec, Preprocessing, official_splits
 from fedrevive_jax.data.idx import read_idx
+from fedrevive_jax.data.tfds_reader import command, image_dataset, version_folders
 
 SPEC = DatasetSpec((28, 28, 1), 10, 60_000)
 
 
 def load(data_dir: str, seed: int) -> Dataset:
-    """Reads the four files from `data_dir`; values stay in [0, 1], no augmentation."""
+    """Reads the IDX files if `data_dir` holds any, else what TFDS prepared there.
+
+    Values stay in [0, 1], no augmentation.
+    """
     if not data_dir:
         raise ConfigError(
             "--data_dir=: must name the folder with the Fashion-MNIST IDX files "
-            "(Debian: dataset-fashion-mnist, /usr/share/datasets/fashion-mnist)"
+            "(Debian: dataset-fashion-mnist, /usr/share/datasets/fashion-mnist), or that of "
+            + command("fashion_mnist", "DIR")
         )
+    if any(Path(data_dir).glob("*-idx?-ubyte*")):
+        return _from_idx(data_dir, seed)
+    if version_folders("fashion_mnist", data_dir):
+        return image_dataset("fashion_mnist", SPEC, Preprocessing(), data_dir, seed)
+    raise ConfigError(
+        f"--data_dir={data_dir}: no file train-images-idx3-ubyte or its .gz there, nor is "
+        f"fashion_mnist prepared there; to prepare it: {command('fashion_mnist', data_dir)}"
+    )
+
+
+def _from_idx(data_dir: str, seed: int) -> Dataset:
     images, labels = [], []
     for part in ("train", "t10k"):
         images.append(read_idx(data_dir, f"{part}-images-idx3-ubyte", 3))
@@ -29,13 +47,10 @@ def load(data_dir: str, seed: int) -> Dataset:
             raise ConfigError(
                 f"--data_dir={data_dir}: the {part} files must hold 28x28 images, labels 0..9"
             )
-    train = len(labels[0])
-    splits = split_training(train, seed)
-    splits["test"] = np.arange(train, train + len(labels[1]), dtype=np.int32)
     return Dataset(
         "fashion_mnist",
         SPEC.num_classes,
         np.concatenate(images)[..., None],
         np.concatenate(labels).astype(np.int32),
-        splits,
+        official_splits(*map(len, labels), seed),
     )

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedrevive_jax.data.tokens import PADDING
 from fedrevive_jax.models import layers
 from fedrevive_jax.models.model import Embedded, Model, Params, Text, Vocabulary
 
-PADDING = 0
 HEAD_DROPOUT = 0.1
 
 

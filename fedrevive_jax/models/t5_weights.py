@@ -1,5 +1,6 @@
 """Reads a pretrained T5 encoder from a local folder in the Hugging Face layout."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,12 @@ def read(folder: str, shape: T5Shape) -> tuple[Params, Any]:
             return _read_encoder(file, folder, shape)
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"--t5_weights={folder}: {WEIGHTS} cannot be read ({error})") from None
+
+
+def digest(folder: str) -> str:
+    """SHA-256 of the weights, in hexadecimal."""
+    with (Path(folder) / WEIGHTS).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_encoder(file: Any, folder: str, shape: T5Shape) -> tuple[Params, Any]:

@@ -1,0 +1,49 @@
+"""Texts with labels as a source reads them, before they are cut into tokens."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from fedrevive_jax.data.dataset import check_parts
+
+
+class TextSpec(NamedTuple):
+    """What is known of a text data set without reading it.
+
+    Attributes:
+      num_classes: number of classes.
+      training_samples: official training texts, before they are split.
+    """
+
+    num_classes: int
+    training_samples: int
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A text data set, once in memory.
+
+    Attributes:
+      name: for records and messages.
+      class_names: a name for each class, in the order of the labels.
+      texts: the texts of all splits.
+      labels: int32 array [n].
+      splits: positions in `texts`, the same splits as those of a `Dataset`.
+
+    Raises:
+      ValueError: a split is missing or points outside the data, or the labels do not fit.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    texts: list[str]
+    labels: np.ndarray
+    splits: dict[str, np.ndarray]
+
+    def __post_init__(self):
+        check_parts(self.name, len(self.texts), self.labels, self.num_classes, self.splits)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)

@@ -1,0 +1,853 @@
+"""Sources of data on disk: what is read is what was written, bad data give one clear line."""
+
+import importlib
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments.prepare import prepare
+from fedrevive_jax.config import ConfigError
+from fedrevive_jax.data import augment, image_folder, text_folder, tfds_reader
+from fedrevive_jax.data.builders import femnist as femnist_builder
+from fedrevive_jax.data.builders import newsgroups as newsgroups_builder
+from fedrevive_jax.data.dataset import Preprocessing
+from fedrevive_jax.data.femnist import CHARACTERS, split_writers
+from fedrevive_jax.data.newsgroups import CLASS_NAMES
+from fedrevive_jax.data.texts import Texts
+from fedrevive_jax.partition import partition
+from tests import prepared
+
+IMAGES = {"cifar10": (32, 32, 3), "cifar100": (32, 32, 3), "fashion_mnist": (28, 28, 1)}
+
+
+def load(name, folder, seed=0):
+    return importlib.import_module(f"fedrevive_jax.data.{name}").load(str(folder), seed)
+
+
+def spec(name):
+    return importlib.import_module(f"fedrevive_jax.data.{name}").SPEC
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A folder with all prepared data sets, 200 training and 100 test samples each."""
+    folder = tmp_path_factory.mktemp("prepared")
+    for name in prepared.NAMES:
+        prepared.write(name, folder)
+    return folder
+
+
+def nearest_pattern(dataset):
+    """The class whose mean image is nearest, for each image."""
+    pixels = dataset.samples.reshape(len(dataset.samples), -1).astype(np.float64)
+    classes = np.unique(dataset.labels)
+    means = np.stack([pixels[dataset.labels == c].mean(axis=0) for c in classes])
+    return classes[((pixels[:, None] - means) ** 2).sum(axis=-1).argmin(axis=1)]
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_official_image_data(small, name):
+    dataset = load(name, small)
+    assert dataset.samples.shape == (300, *IMAGES[name])
+    assert dataset.samples.dtype == np.uint8
+    sizes = {split: len(positions) for split, positions in dataset.splits.items()}
+    assert sizes == {"train": 150, "validation": 30, "distillation": 20, "test": 100}
+    assert sorted(np.concatenate(list(dataset.splits.values()))) == list(range(300))
+    assert spec(name).input_shape == dataset.input_shape
+    assert spec(name).num_classes == dataset.num_classes
+    # Each label stands beside its own image, in both splits.
+    assert len(np.unique(dataset.labels)) == dataset.num_classes
+    np.testing.assert_array_equal(nearest_pattern(dataset), dataset.labels)
+    other = load(name, small, seed=1)
+    np.testing.assert_array_equal(dataset.splits["test"], other.splits["test"])
+    assert (dataset.splits["train"] != other.splits["train"]).any()
+
+
+def test_preprocessing_of_cifar(small):
+    ten, hundred = load("cifar10", small).preprocessing, load("cifar100", small).preprocessing
+    assert (ten.crop_padding, ten.flip, ten.rotation) == (4, True, 0)
+    assert (hundred.crop_padding, hundred.flip, hundred.rotation) == (4, True, 15)
+    assert ten.mean == (0.4914, 0.4822, 0.4465)
+    assert hundred.std == (0.268, 0.257, 0.276)
+    assert load("femnist", small).preprocessing == Preprocessing()
+
+
+def test_reading_leaves_tensorflow_out(small):
+    code = (
+        "import importlib, sys\n"
+        f"for name in {prepared.NAMES}:\n"
+        f"    importlib.import_module(f'fedrevive_jax.data.{{name}}').load({str(small)!r}, 0)\n"
+        "assert 'tensorflow_datasets' in sys.modules\n"
+        "assert not {'tensorflow', 'jax'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_knowing_what_a_data_set_is_imports_no_tfds():
+    code = (
+        "import sys\n"
+        "from fedrevive_jax.data import cifar10, cifar100, femnist, newsgroups, fashion_mnist\n"
+        "assert not {'tensorflow_datasets', 'tensorflow', 'jax'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_blocks_and_shards_are_read_as_tfds_reads_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(tfds_reader, "_BLOCK", 4)
+    prepared.write_images("cifar10", tmp_path, {"train": 30, "test": 7}, num_shards=3)
+    dataset = load("cifar10", tmp_path)
+    builder = tfds_reader.find("cifar10", str(tmp_path)).builder
+    assert len(builder.info.splits["train"].filepaths) == 3
+    one_by_one = [*builder.as_data_source("train"), *builder.as_data_source("test")]
+    np.testing.assert_array_equal(dataset.samples, [x["image"] for x in one_by_one])
+    np.testing.assert_array_equal(dataset.labels, [x["label"] for x in one_by_one])
+
+
+def test_the_newest_version_is_read(tmp_path):
+    folder = prepared.write_images("cifar10", tmp_path, {"train": 30, "test": 7})
+    # 3.0.10 is newer than 3.0.2, although not in alphabetical order.
+    folder.rename(folder.with_name("3.0.10"))
+    prepared.write_images("cifar10", tmp_path, {"train": 40, "test": 7})
+    assert len(load("cifar10", tmp_path).labels) == 37
+
+
+def shard(folder, split="test"):
+    return next(folder.glob(f"*-{split}.array_record-*"))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def flip_bytes(path):
+    raw = bytearray(path.read_bytes())
+    middle = len(raw) // 2
+    # Every hundredth byte: somewhere among the records, not only in the padding between them.
+    for position in range(0, middle, 100):
+        raw[position + middle // 2] ^= 255
+    path.write_bytes(bytes(raw))
+
+
+def rewrite(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: cut(shard(f)), r"cifar10-test\S*-00000-of-00001: damaged, 0 of 30 records"),
+        (lambda f: shard(f).write_bytes(b""), r"cifar10-test\S*: damaged, 0 of 30"),
+        (lambda f: shard(f).unlink(), r"cifar10-test\S*: no such file"),
+        (lambda f: flip_bytes(shard(f, "train")), r"cifar10-train\S*: damaged"),
+        (
+            lambda f: shard(f).write_bytes(shard(f, "train").read_bytes()),
+            r"cifar10-test\S*: damaged, 60 of 30",
+        ),
+        (lambda f: cut(f / "dataset_info.json"), "3.0.2: dataset_info.json or features.json is"),
+        (lambda f: (f / "features.json").unlink(), "3.0.2: dataset_info.json or features.json is"),
+        (
+            lambda f: rewrite(f / "dataset_info.json", '"array_record"', '"tfrecord"'),
+            "holds tfrecord files, must be array_record",
+        ),
+        (
+            lambda f: rewrite(f / "dataset_info.json", '"name": "test"', '"name": "dev"'),
+            "3.0.2: no split 'test', has",
+        ),
+        (
+            lambda f: rewrite(f / "features.json", '"label":', '"digit":'),
+            "features.json: no feature 'label', has",
+        ),
+        (
+            lambda f: rewrite(f / "features.json", '"32"', '"28"'),
+            "features.json: images are 28x28x3, must be 32x32x3",
+        ),
+    ],
+)  # fmt: skip
+def test_damaged_prepared_data(tmp_path, damage, message):
+    folder = prepared.write_images("cifar10", tmp_path, {"train": 60, "test": 30})
+    load("cifar10", tmp_path)
+    damage(folder)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load("cifar10", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"classes": 11}, r"cifar10-train\S*: label 10, must be in 0..9"),
+        ({"encode": lambda image: b"no image"}, r"cifar10-train\S*: an image cannot be decoded"),
+        ({"encode": lambda image: prepared.png(image)[:-60]}, "an image cannot be decoded"),
+        (
+            {"encode": lambda image: prepared.png(image[1:])},
+            r"an image is 31x32x3 uint8, must be 32x32x3 uint8",
+        ),
+    ],
+)
+def test_prepared_data_of_another_kind(tmp_path, change, message):
+    import tensorflow_datasets as tfds
+
+    features = {
+        "image": tfds.features.Image(shape=(32, 32, 3)),
+        "label": tfds.features.ClassLabel(num_classes=change.get("classes", 10)),
+    }
+    encode = change.get("encode", prepared.png)
+    sizes = {"train": 60, "test": 30}
+    prepared.write_images("cifar10", tmp_path, sizes, features=features, encode=encode)
+    with pytest.raises(ConfigError, match=message):
+        load("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("name", prepared.NAMES)
+def test_data_that_are_not_prepared(tmp_path, name):
+    command = f"python -m experiments.prepare --dataset={name} --data_dir="
+    with pytest.raises(ConfigError, match=f"--data_dir=: must name the folder .*{command}DIR"):
+        load(name, "")
+    # What a preparation that was killed leaves behind.
+    unfinished = tmp_path / name / "incomplete.ABCDEF_1.0.0"
+    unfinished.mkdir(parents=True)
+    unfinished.joinpath("dataset_info.json").write_text("{}")
+    with pytest.raises(ConfigError, match=f"prepared there; to prepare it: {command}{tmp_path}$"):
+        load(name, tmp_path)
+
+
+def test_fashion_mnist_prefers_idx_files(small, tmp_path):
+    assert len(load("fashion_mnist", small).labels) == 300
+    folder = tmp_path / "fashion_mnist"
+    folder.symlink_to(small / "fashion_mnist")
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(b"cut")
+    with pytest.raises(ConfigError, match="train-images-idx3-ubyte is not an IDX file"):
+        load("fashion_mnist", tmp_path)
+
+
+# FEMNIST
+
+
+def test_femnist_writers(small):
+    dataset = load("femnist", small)
+    assert dataset.samples.shape == (300, 28, 28, 1)
+    assert dataset.num_classes == len(CHARACTERS) == 62
+    sizes = np.bincount(dataset.groups)
+    assert len(sizes) == 12
+    assert sizes.max() > 5 * sizes.min()
+    assert len(np.unique(dataset.labels)) == 62
+    np.testing.assert_array_equal(nearest_pattern(dataset), dataset.labels)
+    # Rows were written by writer with labels in turn, so a writer's labels follow one another.
+    for writer in range(12):
+        own = np.sort(dataset.labels[dataset.groups == writer])
+        steps = np.diff(np.concatenate([own, own[:1] + 62]))
+        assert np.sort(steps)[:-1].max() <= 1
+    train = dataset.splits["train"]
+    shards = partition(
+        "natural", train, dataset.labels, num_classes=62, num_clients=12, samples_per_client=1,
+        alpha=1.0, seed=0, groups=dataset.groups,
+    )  # fmt: skip
+    for client in range(12):
+        assert set(dataset.groups[shards.client(client)]) == {client}
+
+
+def test_split_of_writers():
+    writers = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 3], [1, 2, 20, 1000]))
+    splits = split_writers(writers, 0)
+    assert sorted(np.concatenate(list(splits.values()))) == list(range(1023))
+    counts = {name: np.bincount(writers[part], minlength=4) for name, part in splits.items()}
+    assert {name: count.tolist() for name, count in counts.items()} == {
+        "train": [1, 1, 12, 600], "validation": [0, 1, 3, 150],
+        "test": [0, 0, 3, 150], "distillation": [0, 0, 2, 100],
+    }  # fmt: skip
+    for size in range(1, 200):
+        assert len(split_writers(np.zeros(size, int), 0)["train"]) >= 1
+    again, other = split_writers(writers, 0), split_writers(writers, 1)
+    np.testing.assert_array_equal(splits["train"], again["train"])
+    assert set(splits["train"]) != set(other["train"])
+
+
+def test_leaf_and_parquet_give_the_same(tmp_path):
+    writers = {"f0001_02": [0, 61, 10], "f0000_14": [35] * 5}
+    rows = prepared.femnist_rows(8, 2)
+    rows["writer_id"] = ["f0001_02"] * 3 + ["f0000_14"] * 5
+    rows["character"] = [0, 61, 10, *[35] * 5]
+    images = prepared.images(np.asarray([0, 61, 10]), (28, 28, 1))
+    images = [*images, *prepared.images(np.asarray([35] * 5), (28, 28, 1))]
+    # A coloured copy and one in another format are stored as grey PNG files all the same.
+    buffer = io.BytesIO()
+    Image.fromarray(images[1].squeeze()).save(buffer, "BMP")
+    encoded = [prepared.png(images[0].repeat(3, axis=2)), buffer.getvalue()]
+    encoded += [prepared.png(image) for image in images[2:]]
+    rows["image"] = [{"bytes": raw, "path": None} for raw in encoded]
+    del rows["hsf_id"]
+    for folder in ("leaf", "parquet/data"):
+        (tmp_path / folder).mkdir(parents=True)
+    prepared.write_leaf(tmp_path / "leaf" / "all_data_0.json", writers)
+    prepared.write_parquet(tmp_path / "parquet/data/train-0.parquet", rows)
+    read = {}
+    for kind in ("leaf", "parquet"):
+        prepare("femnist", str(tmp_path / "out" / kind), str(tmp_path / kind))
+        read[kind] = load("femnist", tmp_path / "out" / kind)
+    for field in ("samples", "labels", "groups"):
+        np.testing.assert_array_equal(getattr(read["leaf"], field), getattr(read["parquet"], field))
+    # Writers are numbered in the order of their names.
+    assert set(read["leaf"].labels[read["leaf"].groups == 0]) == {35}
+    assert sorted(read["leaf"].labels[read["leaf"].groups == 1]) == [0, 10, 61]
+
+
+def change_row(column, value):
+    def damage(folder):
+        rows = prepared.femnist_rows(10, 2)
+        rows[column][7] = value
+        prepared.write_parquet(folder / "train.parquet", rows)
+
+    return damage
+
+
+def drop_column(folder):
+    rows = prepared.femnist_rows(10, 2)
+    del rows["writer_id"]
+    prepared.write_parquet(folder / "train.parquet", rows)
+
+
+def cut_parquet(folder):
+    prepared.write_parquet(folder / "train.parquet", prepared.femnist_rows(10, 2))
+    cut(folder / "train.parquet")
+
+
+def leaf(change):
+    def damage(folder):
+        path = folder / "all_data_0.json"
+        prepared.write_leaf(path, {"good": [1, 2], "other": [3]})
+        content = json.loads(path.read_text())
+        change(content["user_data"])
+        path.write_text(json.dumps(content))
+
+    return damage
+
+
+def cut_leaf(folder):
+    prepared.write_leaf(folder / "all_data_0.json", {"good": [1, 2]})
+    cut(folder / "all_data_0.json")
+
+
+SMALL_IMAGE = {"bytes": prepared.png(np.zeros((27, 28, 1), np.uint8)), "path": None}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_parquet, r"train.parquet: cannot be read as parquet"),
+        (drop_column, r"train.parquet: no column 'writer_id', has image, hsf_id, character"),
+        (change_row("character", 62), r"train.parquet row 7: label 62, must be in 0..61"),
+        (change_row("character", None), r"train.parquet row 7: label None"),
+        (change_row("writer_id", ""), r"train.parquet row 7: writer_id is '', must name"),
+        (change_row("image", SMALL_IMAGE), "row 7: image is 28x27 pixels, must be 28x28"),
+        (change_row("image", {"bytes": b"x", "path": None}), "row 7: image cannot be decoded"),
+        (change_row("image", None), "row 7: image cannot be decoded"),
+        (cut_leaf, r"all_data_0.json: cannot be read as LEAF's JSON"),
+        (leaf(lambda data: data.pop("other")), "all_data_0.json: cannot be read as LEAF's JSON"),
+        (
+            leaf(lambda data: data["other"].update(x=[], y=[])),
+            "all_data_0.json writer 'other': has no samples",
+        ),
+        (leaf(lambda data: data["other"].update(y=[62])), "writer 'other': label 62, must be in"),
+        (leaf(lambda data: data["other"].update(y=[1, 2])), "writer 'other': x must be 2 lists"),
+        (leaf(lambda data: data["other"]["x"][0].append(0.5)), "'other': x must be 1 lists of 784"),
+        (leaf(lambda data: data["other"]["x"][0].__setitem__(5, 1.01)), "numbers in 0..1"),
+        (lambda folder: (folder / "readme").touch(), r"no .parquet files of flwrlabs/femnist"),
+    ],
+)
+def test_bad_femnist_files(tmp_path, damage, message):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    raw.mkdir()
+    damage(raw)
+    with pytest.raises(ConfigError, match=message) as caught:
+        prepare("femnist", str(out), str(raw))
+    assert "\n" not in str(caught.value)
+    assert not [path for path in out.rglob("*") if path.is_file()]
+    with pytest.raises(ConfigError, match="femnist is not prepared there"):
+        load("femnist", out)
+    for path in raw.iterdir():
+        path.unlink()
+    prepared.write_parquet(raw / "train.parquet", prepared.femnist_rows(10, 2))
+    prepare("femnist", str(out), str(raw))
+    assert len(load("femnist", out).labels) == 10
+
+
+# 20 Newsgroups
+
+
+def test_newsgroups(small):
+    texts = load("newsgroups", small)
+    assert (len(texts.texts), texts.num_classes) == (300, 20)
+    assert texts.class_names == CLASS_NAMES == tuple(sorted(CLASS_NAMES))
+    sizes = {split: len(positions) for split, positions in texts.splits.items()}
+    assert sizes == {"train": 150, "validation": 30, "distillation": 20, "test": 100}
+    for text, label in zip(texts.texts, texts.labels, strict=True):
+        assert set(text.split()) <= {"the", *(f"topic{label}word{i}" for i in range(8))}
+
+
+POSTS = (
+    "",
+    "no header",
+    "A: b\n\n",
+    "A: b\n\nbody",
+    "A: b\n\nbody\n\nmore body\n--\nname\n",
+    "A: b\n\nbody\n\n\nname\n\n\n",
+    "A: b\n\nbody\n\n> quoted where a footer stands",
+    "A: b\n\n\n\nbody\n",
+    "A: b\n\n----\nbody",
+    "A: b\n\nIn article <1@x> y writes:\n> quoted\n| quoted\n : kept\nbody\n - - -\nname",
+    "A: b\n\nJohn wrote:\nkept > kept\nQuoted from elsewhere\nx Quoted from y\n--- \n",
+    "A: b\r\n\r\nbody\n\n--\nname",
+)
+
+
+@pytest.mark.parametrize("text", POSTS)
+def test_texts_are_stripped_as_by_scikit_learn(text):
+    from sklearn.datasets import _twenty_newsgroups as reference
+
+    expected = reference.strip_newsgroup_quoting(
+        reference.strip_newsgroup_footer(reference.strip_newsgroup_header(text))
+    )
+    assert newsgroups_builder.strip(text) == expected
+    for own, theirs in (
+        (newsgroups_builder.strip_header, reference.strip_newsgroup_header),
+        (newsgroups_builder.strip_footer, reference.strip_newsgroup_footer),
+        (newsgroups_builder.strip_quotes, reference.strip_newsgroup_quoting),
+    ):
+        assert own(text) == theirs(text)
+
+
+def test_newsgroups_from_an_archive_and_from_a_folder(tmp_path):
+    raw, unpacked = tmp_path / "raw", tmp_path / "unpacked"
+    raw.mkdir()
+    archive = raw / newsgroups_builder.ARCHIVE
+    train = newsgroups_builder.FOLDERS["train"]
+    more = {
+        f"{train}/sci.med/900": b"A: b\n\ncaf\xe9",  # latin-1, not UTF-8
+        f"{train}/sci.med/901": b"A: b\n\n> all quoted",
+        "20news-bydate/readme": b"not a post",
+    }
+    prepared.write_archive(archive, train=40, test=20, more=more)
+    with tarfile.open(archive) as opened:
+        opened.extractall(unpacked, filter="data")
+    read = []
+    for folder in (raw, unpacked):
+        prepare("newsgroups", str(tmp_path / "out" / folder.name), str(folder))
+        read.append(load("newsgroups", tmp_path / "out" / folder.name))
+    assert read[0].texts == read[1].texts
+    np.testing.assert_array_equal(read[0].labels, read[1].labels)
+    assert len(read[0].texts) == 62
+    by_text = dict(zip(read[0].texts, read[0].labels, strict=True))
+    assert by_text["café"] == by_text[""] == CLASS_NAMES.index("sci.med")
+
+
+def whole_archive(folder, **options):
+    path = folder / newsgroups_builder.ARCHIVE
+    prepared.write_archive(path, **{"train": 40, "test": 20, **options})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: cut(whole_archive(folder)), "20news-bydate.tar.gz: cannot be read"),
+        (
+            lambda folder: whole_archive(folder).write_bytes(b"no archive"),
+            "20news-bydate.tar.gz: cannot be read",
+        ),
+        (
+            lambda folder: whole_archive(folder, test=0),
+            "20news-bydate.tar.gz: no posts in 20news-bydate-test",
+        ),
+        (
+            lambda folder: whole_archive(folder, more={"20news-bydate-test/alt.cats/1": b""}),
+            "20news-bydate-test/alt.cats/1 is in none of the 20 groups",
+        ),
+        (lambda folder: (folder / "readme").touch(), "holds neither 20news-bydate.tar.gz nor"),
+    ],
+)  # fmt: skip
+def test_bad_newsgroups_files(tmp_path, damage, message):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    raw.mkdir()
+    damage(raw)
+    with pytest.raises(ConfigError, match=message) as caught:
+        prepare("newsgroups", str(out), str(raw))
+    assert "\n" not in str(caught.value)
+    assert not [path for path in out.rglob("*") if path.is_file()]
+    whole_archive(raw)
+    prepare("newsgroups", str(out), str(raw))
+    assert len(load("newsgroups", out).texts) == 60
+
+
+# The command
+
+
+def test_prepare_as_a_command(tmp_path):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    raw.mkdir()
+    prepared.write_parquet(raw / "train.parquet", prepared.femnist_rows(10, 2))
+    arguments = ["--dataset=femnist", f"--data_dir={out}", f"--manual_dir={raw}"]
+    command = [sys.executable, "-m", "experiments.prepare"]
+    first = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True)
+    last_line = first.stdout.splitlines()[-1]
+    assert last_line == f"femnist is prepared in {out}/femnist/1.0.0: 10 train"
+    files = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    again = prepare("femnist", str(out), str(raw))
+    assert again == f"femnist is prepared already in {out}/femnist/1.0.0: 10 train"
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == files
+    bad = subprocess.run(
+        [*command, "--dataset=digits"], capture_output=True, text=True, check=False
+    )
+    assert bad.returncode == 1
+    assert bad.stderr == (
+        "error: --dataset=digits: must be one of cifar10, cifar100, fashion_mnist, femnist, "
+        "newsgroups\n"
+    )
+
+
+def test_preparing_again_tells_damage(tmp_path):
+    folder = prepared.write_images("cifar10", tmp_path, {"train": 60, "test": 30})
+    assert prepare("cifar10", str(tmp_path)).endswith("cifar10/3.0.2: 60 train, 30 test")
+    cut(shard(folder))
+    with pytest.raises(ConfigError, match=rf"damaged, .*; remove {folder} and prepare it again"):
+        prepare("cifar10", str(tmp_path))
+
+
+def test_what_prepare_needs(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="--data_dir=: must name"):
+        prepare("femnist", "")
+    with pytest.raises(ConfigError, match=r"--manual_dir=.*nowhere: no such folder"):
+        prepare("femnist", str(tmp_path), str(tmp_path / "nowhere"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for name in IMAGES:
+        with pytest.raises(ConfigError, match=r"takes TensorFlow, pip install -e '.\[tfds\]'"):
+            prepare(name, str(tmp_path))
+
+
+def test_a_download_that_fails(tmp_path, monkeypatch):
+    from tensorflow_datasets.core.download import downloader
+
+    # Nothing listens there; without the limit TFDS would try for minutes.
+    monkeypatch.setattr(downloader, "MAX_RETRIES", 0)
+    monkeypatch.setattr(femnist_builder, "URL", "http://127.0.0.1:9/train.parquet")
+    with pytest.raises(
+        ConfigError, match=r"--dataset=femnist: cannot be prepared \(.*127"
+    ) as caught:
+        prepare("femnist", str(tmp_path))
+    assert "\n" not in str(caught.value)
+    assert "--manual_dir with The parquet files" in str(caught.value)
+    assert not [path for path in tmp_path.rglob("*") if "tmp" in path.name or path.is_file()]
+
+
+def test_a_download_with_another_content(tmp_path):
+    archive = whole_archive(tmp_path)
+    with pytest.raises(ConfigError, match="SHA-256 of the download is"):
+        newsgroups_builder._checked(archive)
+    assert not archive.exists()
+
+
+def cifar_archive(path, batches=("data_batch_1", "test_batch")):
+    """An archive laid out as cifar-10-binary.tar.gz, 20 images a file."""
+    labels = np.arange(20, dtype=np.uint8) % 10
+    pixels = prepared.images(labels, (32, 32, 3)).transpose(0, 3, 1, 2).reshape(20, -1)
+    records = np.concatenate([labels[:, None], pixels], axis=1).tobytes()
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+    files = {"batches.meta.txt": "\n".join(f"class{i}" for i in range(10)).encode()}
+    files |= dict.fromkeys(names, records)
+    with tarfile.open(path, "w:gz") as archive:
+        for name, raw in files.items():
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            member.size = len(raw)
+            archive.addfile(member, io.BytesIO(raw))
+
+
+def test_cifar10_through_tfds_own_builder(tmp_path, monkeypatch):
+    pytest.importorskip("tensorflow", reason="TFDS's own image builders encode with TensorFlow")
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.download import checksums
+
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    raw.mkdir()
+    archive = raw / "cifar-10-binary.tar.gz"
+    cifar_archive(archive)
+    # The builder checks the archive's checksum, so it is told that of the made-up one.
+    original = tfds.builder_cls("cifar10")
+    (url,) = original.url_infos
+    known = {url: checksums.compute_url_info(archive)}
+    monkeypatch.setattr(original, "url_infos", known)
+
+    whole = archive.read_bytes()
+    cut(archive)
+    with pytest.raises(ConfigError, match=r"cifar-10-binary.tar.gz, has wrong checksum") as caught:
+        prepare("cifar10", str(out), str(raw))
+    assert "\n" not in str(caught.value)
+    assert not tfds_reader.version_folders("cifar10", str(out))
+
+    archive.write_bytes(whole)
+    assert prepare("cifar10", str(out), str(raw)).endswith("100 train, 20 test")
+    dataset = load("cifar10", out)
+    np.testing.assert_array_equal(nearest_pattern(dataset), dataset.labels)
+    expected = prepared.images(np.arange(20) % 10, (32, 32, 3))
+    for image, label in zip(dataset.samples, dataset.labels, strict=True):
+        assert (image == expected[label]).all() or (image == expected[label + 10]).all()
+
+
+# A user's own images
+
+
+def write_folder(folder, counts, shape=(6, 5), mode="L"):
+    """`counts`: relative class folder -> number of images."""
+    rng = np.random.default_rng(0)
+    for name, count in counts.items():
+        path = Path(folder, name)
+        path.mkdir(parents=True)
+        for i in range(count):
+            size = (*shape, len(mode)) if len(mode) > 1 else shape
+            image = Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8))
+            image.save(path / f"{i:02}.png")
+
+
+def test_image_folder_with_a_test_part(tmp_path):
+    write_folder(tmp_path, {"train/b": 8, "train/a": 12, "test/a": 3})
+    (tmp_path / "train" / "b" / ".hidden").write_bytes(b"")
+    (tmp_path / ".git").mkdir()
+    dataset = load("image_folder", tmp_path)
+    assert dataset.samples.shape == (23, 6, 5, 1)
+    assert dataset.num_classes == 2
+    assert dataset.class_names == ("a", "b")
+    assert dataset.labels.tolist() == [0] * 12 + [1] * 8 + [0] * 3
+    assert dataset.splits["test"].tolist() == [20, 21, 22]
+    assert sorted(np.concatenate(list(dataset.splits.values()))) == list(range(23))
+    first = np.asarray(Image.open(tmp_path / "train" / "a" / "00.png"))
+    np.testing.assert_array_equal(dataset.samples[0, ..., 0], first)
+
+
+def test_image_folder_without_a_test_part(tmp_path):
+    write_folder(tmp_path, {"many": 20, "some": 5, "one": 1})
+    (tmp_path / "readme.txt").write_text("beside the classes")
+    dataset = load("image_folder", tmp_path)
+    test = dataset.splits["test"]
+    # many, one, some in alphabetical order; a fifth of each.
+    assert np.bincount(dataset.labels[test], minlength=3).tolist() == [4, 0, 1]
+    assert 1 in dataset.labels[: test[0]]
+    other = load("image_folder", tmp_path, seed=1)
+    np.testing.assert_array_equal(dataset.samples[test], other.samples[other.splits["test"]])
+    assert (dataset.splits["train"] != other.splits["train"]).any()
+
+
+def test_image_folder_colours(tmp_path):
+    write_folder(tmp_path, {"grey": 4})
+    write_folder(tmp_path, {"colour": 4}, mode="RGB")
+    dataset = load("image_folder", tmp_path)
+    assert dataset.samples.shape == (8, 6, 5, 3)
+    grey = dataset.samples[dataset.labels == 1]
+    assert (grey == grey[..., :1]).all()
+    assert (dataset.samples[dataset.labels == 0].std(axis=-1) > 0).any()
+
+
+def own_size(folder):
+    Image.new("L", (9, 9)).save(folder / "train" / "a" / "odd.png")
+
+
+def own_depth(folder):
+    Image.fromarray(np.zeros((6, 5), np.uint16)).save(folder / "train" / "a" / "deep.png")
+
+
+def truncated(folder):
+    path = folder / "train" / "a" / "00.png"
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (own_size, r"a/odd.png: is 9x9 pixels, must be 5x6 as .*train/a/00.png"),
+        (own_depth, r"a/deep.png: pixels are I;16, must be 8 bits"),
+        (truncated, r"a/00.png: cannot be read as an image"),
+        (lambda f: (f / "train/b/x.txt").write_text("no"), r"b/x.txt: cannot be read as an image"),
+        (lambda f: (f / "train/b/deeper").mkdir(), r"b/deeper: cannot be read as an image"),
+        (lambda f: (f / "train/c").mkdir(), r"train/c: holds no files"),
+        (lambda f: write_folder(f, {"test/c": 1}), r"test/c/00.png: class 'c' has no training"),
+        (lambda f: (f / "test").rename(f / "dev"), "has a folder 'train' but no folder 'test'"),
+        (lambda f: (f / "train").rename(f / "dev"), "has a folder 'test' but no folder 'train'"),
+        (
+            lambda f: (f / "train/b").rename(f / "away"),
+            r"holds the classes \['a'\], must hold two or more",
+        ),
+    ],
+)
+def test_bad_image_folders(tmp_path, damage, message):
+    write_folder(tmp_path, {"train/a": 3, "train/b": 2, "test/a": 1})
+    load("image_folder", tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        load("image_folder", tmp_path)
+
+
+@pytest.mark.parametrize("source", [image_folder, text_folder])
+def test_folders_that_are_none(tmp_path, source):
+    with pytest.raises(ConfigError, match="--data_dir=: must name the folder with"):
+        source.load("", 0)
+    with pytest.raises(ConfigError, match="nowhere: no such folder"):
+        source.load(str(tmp_path / "nowhere"), 0)
+    with pytest.raises(ConfigError, match="holds no folders, must hold one for each class"):
+        source.load(str(tmp_path), 0)
+
+
+def test_too_little_for_a_test_part(tmp_path):
+    write_folder(tmp_path, {"a": 2, "b": 1})
+    with pytest.raises(ConfigError, match="no class holds the three samples"):
+        load("image_folder", tmp_path)
+
+
+# A user's own texts
+
+
+def write_texts(folder, texts):
+    """`texts`: relative path -> text."""
+    for name, text in texts.items():
+        path = Path(folder, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+def jsonl(rows):
+    return "".join(json.dumps({"label": a, "text": b}, ensure_ascii=False) + "\n" for a, b in rows)
+
+
+def test_text_folder_with_files(tmp_path):
+    texts = {f"{name}/{i}.txt": f"{name} {i} \u2028 é" for name in "ba" for i in range(10)}
+    write_texts(tmp_path, texts)
+    read = load("text_folder", tmp_path)
+    assert read.class_names == ("a", "b")
+    assert sorted(read.texts) == sorted(texts.values())
+    assert all(text[0] == "ab"[label] for text, label in zip(read.texts, read.labels, strict=True))
+    assert len(read.splits["test"]) == 4
+    # The same texts with a test part of their own.
+    write_texts(tmp_path / "parts", {f"train/{name}": text for name, text in texts.items()})
+    write_texts(tmp_path / "parts", {"test/a/0.txt": "\ufeffa mark of byte order"})
+    parts = load("text_folder", tmp_path / "parts")
+    assert parts.texts[-1] == "a mark of byte order"
+    assert parts.splits["test"].tolist() == [20]
+
+
+def test_text_folder_with_json_lines(tmp_path):
+    rows = [("ab"[i % 2], f"text {i} \u2028 é") for i in range(20)]
+    write_texts(tmp_path, {"some.jsonl": jsonl(rows[:7]), "more.jsonl": "\n" + jsonl(rows[7:])})
+    read = load("text_folder", tmp_path)
+    assert sorted(read.texts) == sorted(text for _, text in rows)
+    assert len(read.splits["test"]) == 4
+    other = load("text_folder", tmp_path, seed=1)
+    assert read.texts == other.texts  # the test part is the same for all seeds
+    write_texts(tmp_path, {"test.jsonl": jsonl([("b", "last")])})
+    read = load("text_folder", tmp_path)
+    assert (read.texts[-1], read.labels[-1]) == ("last", 1)
+    assert read.splits["test"].tolist() == [20]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a/bad.txt", b"caf\xe9", r"a/bad.txt: is not UTF-8 text"),
+        ("a/bad.txt", b"", r"a/bad.txt: holds no text"),
+        ("a/bad.txt", b" \n\t", r"a/bad.txt: holds no text"),
+        ("a/bad.pdf", b"text", r"a/bad.pdf: must be a .txt file"),
+        ("bad.jsonl", b'{"label": "a", "text": "x"}\n{"label": "a",', r"bad.jsonl line 2: is not"),
+        ("bad.jsonl", b'\n["a", "x"]', r"bad.jsonl line 2: must hold a 'label'"),
+        ("bad.jsonl", b'{"label": "a"}', r"bad.jsonl line 1: must hold a 'text'"),
+        ("bad.jsonl", b'{"label": 1, "text": "x"}', r"line 1: must hold a 'label' that is a text"),
+        ("bad.jsonl", b'{"label": "a", "text": " "}', r"line 1: must hold a 'text' that is a text"),
+        ("bad.jsonl", b'{"label": "a", "text": "caf\xe9"}', r"line 1: is not UTF-8 text"),
+        ("bad.jsonl", b"\n\n", r"bad.jsonl: holds no texts"),
+        ("test.jsonl", b'{"label": "a", "text": "x"}', "no training texts"),
+    ],
+)  # fmt: skip
+def test_bad_texts(tmp_path, name, content, message):
+    write_texts(tmp_path, {f"{label}/{i}.txt": "text" for label in "ab" for i in range(3)})
+    load("text_folder", tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        load("text_folder", tmp_path)
+
+
+def test_a_class_that_only_the_test_part_has(tmp_path):
+    rows = jsonl([("a", "x"), ("b", "y")])
+    write_texts(tmp_path, {"train.jsonl": rows, "test.jsonl": rows + jsonl([("c", "z")])})
+    with pytest.raises(ConfigError, match=r"test.jsonl line 3: class 'c' has no training sample"):
+        load("text_folder", tmp_path)
+
+
+def test_texts_are_checked_when_they_are_made():
+    splits = dict.fromkeys(("train", "validation", "distillation", "test"), np.arange(2))
+    good = {"labels": np.arange(2, dtype=np.int32), "splits": splits}
+    assert Texts("good", ("a", "b"), ["x", ""], **good).num_classes == 2
+    with pytest.raises(ValueError, match="3 samples, 2 labels"):
+        Texts("bad", ("a", "b"), ["x", "y", "z"], **good)
+    with pytest.raises(ValueError, match=r"labels outside 0..0"):
+        Texts("bad", ("a",), ["x", "y"], **good)
+    del splits["test"]
+    with pytest.raises(ValueError, match="no split 'test'"):
+        Texts("bad", ("a", "b"), ["x", "y"], **good)
+
+
+# Rotation
+
+
+def test_quarter_turns_are_exact():
+    image = jnp.arange(5 * 5 * 2, dtype=jnp.uint8).reshape(5, 5, 2)
+    for size in (5, 4):
+        square = image[:size, :size]
+        for turns in range(4):
+            np.testing.assert_array_equal(
+                augment.rotate(square, jnp.float32(90 * turns)), np.rot90(square, turns)
+            )
+
+
+@pytest.mark.parametrize("degrees", [-15.0, -4.0, 7.5, 15.0])
+def test_rotation_as_pillow_does_it(degrees):
+    image = np.random.default_rng(0).integers(1, 256, (32, 32), dtype=np.uint8)
+    expected = np.asarray(Image.fromarray(image).rotate(degrees, Image.Resampling.NEAREST))
+    ours = np.asarray(augment.rotate(jnp.asarray(image[..., None]), jnp.float32(degrees)))[..., 0]
+    # Pixels that come from halfway between two may fall to either side.
+    assert (ours == expected).mean() > 0.99
+    assert (np.asarray(Image.fromarray(image).rotate(-degrees)) == ours).mean() < 0.5
+
+
+def test_clients_rotate_after_crop_and_flip_and_synthesis_does_not():
+    images = jnp.asarray(prepared.images(np.arange(8) % 4, (32, 32, 3)))
+    plain = Preprocessing(crop_padding=4, flip=True, mean=(0.5,) * 3, std=(0.25,) * 3)
+    turned = Preprocessing(
+        crop_padding=4, flip=True, rotation=15.0, mean=(0.5,) * 3, std=(0.25,) * 3
+    )
+    key = jax.random.key(0)
+    np.testing.assert_array_equal(
+        augment.synthetic_inputs(images, key, plain), augment.synthetic_inputs(images, key, turned)
+    )
+    before, after = (augment.client_inputs(images, key, how) for how in (plain, turned))
+    assert (before != after).mean() > 0.1
+    assert after.min() == -2.0  # zero, normalised: filled before normalisation
+    # The draws of crop and flip are those without rotation: the middle hardly moves.
+    centre = (slice(None), slice(15, 17), slice(15, 17))
+    np.testing.assert_array_equal(before[centre], after[centre])
+
+
+def test_angles_are_drawn_per_sample_within_the_limit():
+    # One bright pixel 10 above the centre of 21 x 21 tells the angle by where it goes.
+    image = np.zeros((21, 21, 1), np.uint8)
+    image[0, 10] = 255
+    images = jnp.asarray(image)[None].repeat(2000, axis=0)
+    turned = augment.client_inputs(images, jax.random.key(0), Preprocessing(rotation=15.0))
+    _, _, columns, _ = np.nonzero(np.asarray(turned))
+    # 10 sin(15 degrees) = 2.6, to the nearest pixel: no further than 3, and all in between.
+    assert set(columns - 10) == {-3, -2, -1, 0, 1, 2, 3}
+    assert abs((columns - 10).mean()) < 0.15  # 4 standard deviations of 1.6 / sqrt(2000)
