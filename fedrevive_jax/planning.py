@@ -30,17 +30,19 @@ def plan(
     """The plan as plain numbers: the schedule, sizes in bytes, arithmetic in FLOPs.
 
     FLOPs are those that XLA counts for one sample's forward pass, a training step taken as three
-    of them; bytes are those of the arrays that live on the device between calls. A data set or a
-    model stands in for the one that the configuration names.
+    of them. Bytes are those of the arrays that live between calls, at their most: on the device the
+    versions, the uploads under way, the method's state, frozen arrays and the data set; on the host
+    the data set and the schedule. Of a data set that is not read, the training samples are counted.
+    A data set or a model stands in for the one that the configuration names.
     """
     clock = schedule.from_config(config)
     windows = schedule.plan_windows(clock, config.window_limit)
     if dataset is not None:
-        shape, classes = dataset.input_shape, dataset.num_classes
+        shape, classes, stored = dataset.input_shape, dataset.num_classes, len(dataset.labels)
         kept = len(dataset.splits["distillation"])
     else:
         known = data.spec(config)
-        shape, classes = known.input_shape, known.num_classes
+        shape, classes, stored = known.input_shape, known.num_classes, known.training_samples
         kept = len(data.split_training(known.training_samples, config.seed)["distillation"])
     if model is None:
         # Counting is the same whatever way a convolution is computed; lax's form is counted.
@@ -49,15 +51,24 @@ def plan(
     params, shared = jax.eval_shape(lambda k: (model.init(k), model.frozen(k)), jax.random.key(0))
     live = clock.live_versions_max()
     model_bytes = _bytes(params)
-    ingredients = Ingredients(
-        model,
-        lambda samples, key: samples,
-        frozen=jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shared),
-        class_mixes=np.zeros((config.num_clients, classes), np.float32),
-        real_samples=(_blank_samples(kept, shape), np.zeros(kept, np.int32)),
-    )
-    method_state = jax.eval_shape(methods.create(config, ingredients).init, params)
+
+    def method_state_of(params, frozen):
+        ingredients = Ingredients(
+            model,
+            lambda samples, key: samples,
+            frozen=frozen,
+            class_mixes=np.zeros((config.num_clients, classes), np.float32),
+            real_samples=(_blank_samples(kept, shape), np.zeros(kept, np.int32)),
+        )
+        return methods.create(config, ingredients).init(params)
+
+    method_state = jax.eval_shape(method_state_of, params, shared)
     forward = forward_flops(model)
+    data_bytes = _blank_samples(stored, shape).nbytes
+    state_bytes = _bytes(method_state)
+    device_bytes = (
+        data_bytes + _bytes(shared) + state_bytes + (live + config.concurrency) * model_bytes
+    )
     return {
         "versions": clock.num_versions,
         "arrivals": clock.num_arrivals,
@@ -72,7 +83,9 @@ def plan(
         "bytes_model": model_bytes,
         "bytes_live_versions": live * model_bytes,
         "bytes_uploads_max": config.concurrency * model_bytes,
-        "bytes_method_state": _bytes(method_state),
+        "bytes_method_state": state_bytes,
+        "bytes_device": device_bytes,
+        "bytes_host": data_bytes + clock.nbytes,
     }
 
 

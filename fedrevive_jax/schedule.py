@@ -18,6 +18,7 @@ The contract:
   made included.
 """
 
+import dataclasses
 import heapq
 from dataclasses import dataclass
 
@@ -57,6 +58,12 @@ class Schedule:
     version: np.ndarray
     jobs_started: np.ndarray
     initial_jobs: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all its arrays."""
+        arrays = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
 
     @property
     def num_arrivals(self) -> int:
