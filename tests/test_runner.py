@@ -10,9 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from fedrevive_jax import record, restore, runner
+from fedrevive_jax import derived, record, restore, runner
 from fedrevive_jax.checkpoint import Checkpoints
 from fedrevive_jax.config import ConfigError
+from fedrevive_jax.presets import resolve
 from fedrevive_jax.simulator import Simulation
 from tests.test_simulator import small
 
@@ -58,7 +59,7 @@ def test_the_record(whole):
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "config.json", "metrics.jsonl", "arrivals.jsonl", "summary.json", "tensorboard",
-        "curves.png", "synthetic.png", "checkpoints",
+        "clients.npz", "curves.png", "synthetic.png", "checkpoints",
     }  # fmt: skip
     assert restore.read_config(folder) == runner.settle(config)
     summary = json.loads((folder / "summary.json").read_text())
@@ -254,3 +255,90 @@ def test_rows_are_cut_to_what_counts(tmp_path):
     assert record.read_rows(path) == [{"a": 1, "b": None}, {"a": 2, "b": 0.5}]
     record.Rows(path, size).close()
     assert record.read_rows(path) == [{"a": 1, "b": None}]
+
+
+# --- what a run starts from and keeps -------------------------------------------------------------
+
+
+def test_client_tables_are_kept_and_made_again_when_damaged(whole):
+    config, _ = whole
+    table = config.run_dir / derived.CLIENTS
+    simulation = Simulation(config)
+    kept = derived.read(config.run_dir).shards
+    np.testing.assert_array_equal(kept.indices, simulation.derived.shards.indices)
+    np.testing.assert_array_equal(kept.offsets, simulation.derived.shards.offsets)
+    # What is kept is what is used: other tables make another plan.
+    swapped = dataclasses.replace(kept, indices=kept.indices[::-1].copy())
+    other = Simulation(config, derived=derived.Derived(shards=swapped))
+    assert other.fingerprint != simulation.fingerprint
+    raw = table.read_bytes()
+    for damaged in (raw[:-30], raw[:200] + b"x" + raw[201:], b"no archive"):
+        table.write_bytes(damaged)
+        assert derived.read(config.run_dir).shards is None
+    table.write_bytes(raw)
+
+
+def test_a_run_starts_from_an_earlier_model(whole, tmp_path):
+    config, result = whole
+    started = config_in(tmp_path / "run", "fedbuff", pretrained=str(config.run_dir), max_time=1.0)
+    first = finish(started)
+    assert first.evaluations[0]["loss"] == result.evaluations[-1]["loss"]
+    version = result.summary["versions"]
+    assert first.summary["start"] == f"version {version} of {config.run_dir}"
+    assert result.summary["start"] == "random"
+
+
+def test_an_earlier_model_that_does_not_fit_is_named(whole, tmp_path):
+    config, _ = whole
+    for changes, message in (
+        ({"model_width": 5}, rf"--pretrained={config.run_dir}: its parameter conv1/bias is \["),
+        ({"model": "resnet18", "model_width": 2}, "this model's is absent"),
+        ({"pretrained": str(tmp_path)}, f"--pretrained={tmp_path}: holds no folder checkpoints"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Simulation(small("fedbuff", **{"pretrained": str(config.run_dir), **changes}))
+
+
+def test_a_text_run_continues_exactly_and_keeps_its_tokenizer(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 120), ("test", 30)):
+        words = [rng.choice([f"w{i % 3}{j}" for j in range(6)], 9) for i in range(count)]
+        rows = [{"label": f"c{i % 3}", "text": " ".join(own)} for i, own in enumerate(words)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def text_config(name):
+        return resolve(
+            "text_folder", "fedrevive", preset_scale="small", data_dir=str(tmp_path),
+            workdir=str(tmp_path / name), max_time=3, text_length=8, checkpoint_every=8,
+            model_width=8, vocabulary_size=64,
+        )  # fmt: skip
+
+    whole_run = finish(text_config("whole"))
+    assert whole_run.summary["tokenizer"].startswith("trained on the training split, ")
+    interrupted = text_config("interrupted")
+    monkeypatch.setattr(Simulation, "advance", _interrupt_at(10))
+    with pytest.raises(KeyboardInterrupt):
+        finish(interrupted)
+    monkeypatch.undo()
+    finish(interrupted)
+    for mine, theirs in zip(
+        *(jax.tree.leaves(final_state(text_config(n))) for n in ("whole", "interrupted")),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(mine, theirs)
+    # Evaluation reads the kept tokenizer: another one would tell other tokens.
+    figures = restore.evaluate_checkpoint(interrupted.run_dir)
+    assert figures["accuracy"] == whole_run.summary["final_accuracy"]
+    kept = derived.read(interrupted.run_dir).tokenizer
+    assert kept == derived.read(text_config("whole").run_dir).tokenizer != ""
+
+
+def _interrupt_at(arrival):
+    advance = Simulation.advance
+
+    def stop(self):
+        if self.position == arrival:
+            raise KeyboardInterrupt
+        return advance(self)
+
+    return stop
