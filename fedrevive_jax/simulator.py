@@ -66,11 +66,7 @@ class Simulation:
         self.dataset = dataset if dataset is not None else data.load(config, derived.tokenizer)
         shape, classes = self.dataset.input_shape, self.dataset.num_classes
         self.model = model if model is not None else models.from_config(config, shape, classes)
-        if (self.model.input_shape, self.model.num_classes) != (shape, classes):
-            raise ConfigError(
-                f"--model={config.model}: takes {self.model.input_shape} and tells "
-                f"{self.model.num_classes} classes; the data set has {shape} and {classes}"
-            )
+        _check_fit(config, self.model, self.dataset)
         self._shards = derived.shards or partition(
             config.partition,
             self.dataset.splits["train"],
@@ -250,6 +246,30 @@ class Simulation:
                 jnp.asarray(padded, jnp.int32),
             )
             self._uploads.update(zip(jobs.tolist(), uploads, strict=False))
+
+
+def _check_fit(config: Config, model: Model, dataset: data.Dataset) -> None:
+    """Whether a model reads what a data set holds.
+
+    Raises:
+      ConfigError: it does not.
+    """
+    shape, classes = dataset.input_shape, dataset.num_classes
+    if (model.input_shape, model.num_classes) != (shape, classes):
+        raise ConfigError(
+            f"--model={config.model}: takes {model.input_shape} and tells {model.num_classes} "
+            f"classes; the data set has {shape} and {classes}"
+        )
+    if dataset.is_text != (model.vocabulary is not None):
+        raise ConfigError(
+            f"--model={config.model}: does not read {'text' if dataset.is_text else 'images'}"
+        )
+    # A device would clamp such ids silently.
+    if dataset.is_text and dataset.samples.max() >= model.vocabulary.size:
+        raise ConfigError(
+            f"--model={config.model}: its token table has {model.vocabulary.size} rows; the data "
+            f"set has token ids up to {dataset.samples.max()}"
+        )
 
 
 def _origin(config: Config, dataset: data.Dataset) -> dict[str, str]:

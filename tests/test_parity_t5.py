@@ -10,9 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fedrevive_jax import runner
 from fedrevive_jax.config import ConfigError
+from fedrevive_jax.data import tokens
 from fedrevive_jax.models import t5, t5_weights
 from fedrevive_jax.models.model import Embedded, Text
+from fedrevive_jax.presets import resolve
+from fedrevive_jax.restore import evaluate_checkpoint
+from fedrevive_jax.simulator import Simulation
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[parity]'")
 transformers = pytest.importorskip(
@@ -133,6 +138,28 @@ def test_a_start_has_the_law_of_transformers():
     ]
     for mine, their in pairs:
         assert float(np.std(mine)) == pytest.approx(float(their.detach().std()), rel=0.05)
+
+
+def test_a_run_from_pretrained_weights(encoder, tmp_path):
+    weights, texts = tmp_path / "weights", tmp_path / "texts"
+    encoder.save_pretrained(weights, safe_serialization=True)
+    texts.mkdir()
+    rows = [{"label": f"c{i % 2}", "text": f"word{i % 2} number{i}"} for i in range(80)]
+    (texts / "all.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tokenizer = tokens.train([row["text"] for row in rows], 100)
+    (weights / "tokenizer.json").write_text(tokenizer.serialised)
+    config = resolve(
+        "text_folder", "fedrevive", preset_scale="small", data_dir=str(texts), max_time=3,
+        text_length=8, t5_weights=str(weights), workdir=str(tmp_path / "run"),
+    )  # fmt: skip
+    summary = runner.run(config, keep_record=True).summary
+    assert summary["tokenizer"] == str(weights)
+    assert summary["start"].startswith(f"{weights}, sha256 ")
+    assert evaluate_checkpoint(config.run_dir)["accuracy"] == summary["final_accuracy"]
+    np.testing.assert_array_equal(
+        Simulation(config).server.params["layer1"]["key"]["kernel"],
+        encoder.encoder.block[1].layer[0].SelfAttention.k.weight.detach().numpy().T,
+    )
 
 
 def rewrite(folder, **changes):

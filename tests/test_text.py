@@ -348,6 +348,11 @@ def test_bad_seed_text(corpus, tmp_path, content, message):
         seed_text.read(str(path), corpus)
 
 
+def test_token_ids_beyond_the_table_are_refused(corpus):
+    with pytest.raises(ConfigError, match="its token table has 16 rows; the data set has token"):
+        Simulation(small_config(vocabulary_size=16), corpus)
+
+
 def test_seed_text_that_is_not_there_or_not_for_text(corpus, tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         seed_text.read(str(tmp_path / "none"), corpus)

@@ -1,0 +1,51 @@
+"""What a run will be, told without data: all published presets, against numbers counted by hand."""
+
+import pytest
+
+from fedrevive_jax.config import METHODS
+from fedrevive_jax.planning import plan
+from fedrevive_jax.presets import PAPER, resolve
+
+# 3x3 stem; four stages of two blocks; three 1x1 shortcuts; head. No biases.
+RESNET = 27 * 64 + sum(
+    9 * (a * b + 3 * b * b) + (a * b if a != b else 0)
+    for a, b in ((64, 64), (64, 128), (128, 256), (256, 512))
+)
+PARAMETERS = {
+    "cifar10": RESNET + 512 * 10,
+    "cifar100": RESNET + 512 * 100,
+    "femnist": 10 * 64 + 2 * (576 + 1) * 64 + 1601 * 200 + 201 * 100 + 101 * 62,
+    # Per layer: four projections, two of the feed-forward block, two norms. Position biases, final
+    # norm, head.
+    "newsgroups": 6 * (4 * 512**2 + 2 * 512 * 2048 + 2 * 512) + 32 * 8 + 512 + 513 * (512 + 20),
+}
+
+
+def test_the_published_size_of_the_resnet():
+    assert PARAMETERS["cifar10"] == 11_164_352
+
+
+@pytest.mark.parametrize("dataset", PAPER)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_twenty_presets(dataset, method):
+    told = plan(resolve(dataset, method))
+    config = resolve(dataset, method)
+    assert told["parameters"] == PARAMETERS[dataset]
+    assert told["parameters_frozen"] == (32_128 * 512 if dataset == "newsgroups" else 0)
+    assert told["bytes_model"] == 4 * told["parameters"]
+    assert told["live_versions_max"] <= config.concurrency + 1
+    # The schedule's published law, see ALGORITHM section 1; cohorts wait for their slowest.
+    if method == "fedavg":
+        assert 20 <= told["versions"] <= 30
+    else:
+        assert told["arrivals"] == pytest.approx(12_630, rel=0.02)
+        assert told["versions"] == told["arrivals"] // config.buffer_size
+    kept = told["bytes_live_versions"] + told["bytes_uploads_max"] + told["bytes_method_state"]
+    assert told["bytes_device"] >= kept
+    assert told["bytes_host"] > 0
+    pool = {"cifar10": 16_000 * 32 * 32 * 3 * 4, "newsgroups": 16_000 * 128 * (512 * 4 + 1)}
+    if method == "fedrevive":
+        assert told["bytes_method_state"] > pool.get(dataset, 0) + 8 * told["bytes_model"]
+        assert told["flops_synthesis"] > 0
+    assert ("flops_distillation" in told) == (method in ("fedrevive", "dd_fedrevive"))
+    assert told["flops_total"] >= told["arrivals"] * told["flops_client_job"]
