@@ -12,8 +12,3 @@ def data_dir(tmp_path_factory):
 @pytest.mark.parametrize("method", METHODS)
 def test_small_run(method, data_dir, tmp_path):
     workloads.check_small_run("cifar10", method, data_dir, tmp_path / "run")
-
-
-def test_commands(tmp_path):
-    data_dir = workloads.prepare("cifar10", tmp_path / "data")
-    workloads.check_commands("cifar10", data_dir, tmp_path / "run")
