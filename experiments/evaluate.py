@@ -15,6 +15,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run")
 STEP = flags.DEFINE_integer("step", None, "global version; default: the newest checkpoint")
 SPLIT = flags.DEFINE_string("split", None, "split of the data set; default: the run's own")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "where the data lie, if not where they lay")
+T5_WEIGHTS = flags.DEFINE_string(
+    "t5_weights", None, "where the pretrained weights lie, if not where they lay"
+)
 
 
 def main() -> None:
@@ -23,7 +26,11 @@ def main() -> None:
     from fedrevive_jax.restore import evaluate_checkpoint
 
     figures = evaluate_checkpoint(
-        Path(WORKDIR.value), step=STEP.value, split=SPLIT.value, data_dir=DATA_DIR.value
+        Path(WORKDIR.value),
+        step=STEP.value,
+        split=SPLIT.value,
+        data_dir=DATA_DIR.value,
+        t5_weights=T5_WEIGHTS.value,
     )
     print(json.dumps({"workdir": WORKDIR.value, **figures}, indent=2))
 

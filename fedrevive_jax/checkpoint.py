@@ -18,6 +18,12 @@ from fedrevive_jax.models.model import Params
 FOLDER = "checkpoints"
 
 
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether a run's folder holds any checkpoint, told from the names alone."""
+    folder = run_dir / FOLDER
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+
+
 class Checkpoints:
     """The checkpoints of one run, by global version."""
 
@@ -94,16 +100,13 @@ class Checkpoints:
 
     def _check_shapes(self, step: int, shapes: Params) -> None:
         """Names the first parameter that differs; orbax tells it in many lines, in threads."""
-        stored = {
-            jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
-            for path, leaf in jax.tree_util.tree_leaves_with_path(
-                self._manager.item_metadata(step)["params"].tree
-            )
-        }
-        wanted = {
-            jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
-            for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
-        }
+        try:
+            stored = _shapes_by_name(self._manager.item_metadata(step)["params"].tree)
+        except (KeyError, AttributeError, ValueError, OSError):
+            raise ConfigError(
+                f"--{self._flag}={self._run_dir}: its checkpoint {step} is no model of this package"
+            ) from None
+        wanted = _shapes_by_name(shapes)
         for name in sorted(stored.keys() | wanted.keys()):
             found, expected = (
                 list(side[name]) if name in side else "absent" for side in (stored, wanted)
@@ -143,3 +146,11 @@ class Checkpoints:
             for name, shapes in items.items()
         }
         return self._manager.restore(step, args=ocp.args.Composite(**arguments))
+
+
+def _shapes_by_name(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the leaves by their path, like conv1/kernel."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }

@@ -180,6 +180,18 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+        for name in (*LOCATION_FIELDS, *INPUT_FIELDS):
+            if getattr(self, name):
+                object.__setattr__(self, name, str(Path(getattr(self, name)).expanduser()))
+        if self.t5_weights and self.model != "t5":
+            raise ConfigError(
+                f"--t5_weights={self.t5_weights}: needs --model=t5, not --model={self.model}"
+            )
+        if self.pretrained and self.model == "t5":
+            raise ConfigError(
+                f"--pretrained={self.pretrained}: starts models of images; a model of text can "
+                "start from --t5_weights"
+            )
         if self.concurrency > self.num_clients:
             raise ConfigError(
                 f"--concurrency={self.concurrency}: must be at most --num_clients="
@@ -222,6 +234,8 @@ class Config:
 
 # Where a run is written and where its data lie do not change what it computes.
 LOCATION_FIELDS = ("workdir", "data_dir")
+# Files and folders that a run reads: what they hold counts, not where they lie.
+INPUT_FIELDS = ("t5_weights", "pretrained", "seed_text", "delay_trace")
 
 
 def _checked(field: dataclasses.Field, value: Any) -> Any:

@@ -1,10 +1,12 @@
-"""What a run derives from its data once and keeps in its folder.
+"""What a run derives from its data and inputs when it starts, kept in its folder.
 
-Both can be derived again from the same configuration and data; keeping them saves the time, and
-lets a checkpoint of a text model be evaluated with the very tokenizer it was trained with.
+Who holds what and the tokenizer could be derived again from the same data; keeping them saves the
+time, and lets a text model be evaluated with the very tokenizer it was trained with. The origin
+tells what the run started from, also while it is under way and when that is gone.
 """
 
 import dataclasses
+import json
 import zipfile
 import zlib
 from pathlib import Path
@@ -12,43 +14,60 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedrevive_jax.config import ConfigError
 from fedrevive_jax.partition import Shards
-from fedrevive_jax.record import write_whole
+from fedrevive_jax.record import write_json, write_whole
 
 TOKENIZER = "tokenizer.json"
 CLIENTS = "clients.npz"
+ORIGIN = "origin.json"
 
 
 class Derived(NamedTuple):
-    """Derived from the data of a run; empty where it has to be made.
+    """What a run has derived; empty where it has to be made.
 
     Attributes:
-      tokenizer: JSON of a tokenizer trained on the training split.
+      tokenizer: JSON of a tokenizer that was trained on the training split.
       shards: who holds what.
+      origin: `start`, where the first parameters come from; for a pretrained T5 `weights_sha256`;
+        for text `tokenizer`, where that comes from.
     """
 
     tokenizer: str = ""
     shards: Shards | None = None
+    origin: dict[str, str] | None = None
 
 
 def read(folder: Path) -> Derived:
     """What a run's folder holds; a file that is missing or damaged counts as not there."""
     try:
         tokenizer = (folder / TOKENIZER).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        json.loads(tokenizer)
+    except (OSError, ValueError):
         tokenizer = ""
     try:
         with np.load(folder / CLIENTS, allow_pickle=False) as arrays:
             shards = Shards(arrays["indices"], arrays["offsets"])
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
         shards = None
-    return Derived(tokenizer, shards)
+    try:
+        origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        origin = None
+    return Derived(tokenizer, shards, origin)
 
 
 def write(folder: Path, derived: Derived) -> None:
-    """Keeps what there is; each file appears whole or not at all."""
-    if derived.tokenizer:
-        write_whole(folder / TOKENIZER, lambda stream: stream.write(derived.tokenizer.encode()))
-    if derived.shards is not None:
+    """Keeps what there is; each file appears whole or not at all.
+
+    Raises:
+      ConfigError: the folder cannot be written.
+    """
+    try:
+        if derived.tokenizer:
+            write_whole(folder / TOKENIZER, lambda stream: stream.write(derived.tokenizer.encode()))
         tables = dataclasses.asdict(derived.shards)
         write_whole(folder / CLIENTS, lambda stream: np.savez(stream, **tables))
+        write_json(folder / ORIGIN, derived.origin)
+    except OSError as error:
+        raise ConfigError(f"--workdir={folder}: cannot be written ({error.strerror})") from None

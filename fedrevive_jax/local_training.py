@@ -13,6 +13,8 @@ from fedrevive_jax.models import Model
 from fedrevive_jax.models.model import Params, Taps, gaussian_inputs, tap_statistics
 
 TAP_MOMENTUM = 0.9
+# Folded into a step's key; apart from the tags of `data.augment`.
+DROPOUT = 3
 
 
 class Trained(NamedTuple):
@@ -101,7 +103,11 @@ def make_window_trainer(
         def batch_of(step):
             number, positions = step
             key = seed_key(job, number)
-            return prepare(store, positions, key), labels[positions], jax.random.fold_in(key, 1)
+            return (
+                prepare(store, positions, key),
+                labels[positions],
+                jax.random.fold_in(key, DROPOUT),
+            )
 
         steps = (jnp.arange(len(indices)), indices)
         trained = train(model, base, steps, batch_of, learning_rate)

@@ -43,7 +43,7 @@ def plan(
     else:
         known = data.spec(config)
         shape, classes, stored = known.input_shape, known.num_classes, known.training_samples
-        kept = len(data.split_training(known.training_samples, config.seed)["distillation"])
+        kept = data.split_sizes(known.training_samples)["distillation"]
     if model is None:
         # Counting is the same whatever way a convolution is computed; lax's form is counted.
         plain = dataclasses.replace(config, convolution="lax")

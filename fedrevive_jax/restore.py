@@ -14,6 +14,7 @@ from fedrevive_jax.config import Config, ConfigError
 from fedrevive_jax.evaluation import make_evaluator
 from fedrevive_jax.models import Model
 from fedrevive_jax.models.model import Params
+from fedrevive_jax.models.t5_weights import digest, read_shape
 from fedrevive_jax.streams import Stream, jax_key
 
 
@@ -59,6 +60,7 @@ def evaluate_checkpoint(
     step: int | None = None,
     split: str | None = None,
     data_dir: str | None = None,
+    t5_weights: str | None = None,
     dataset: data.Dataset | None = None,
     model: Model | None = None,
 ) -> dict[str, Any]:
@@ -68,26 +70,27 @@ def evaluate_checkpoint(
       folder: the run's folder.
       step: global version; the newest checkpoint where None.
       split: the run's own where None.
-      data_dir: where the data lie, if not where they lay.
+      data_dir, t5_weights: where the data and the pretrained weights lie, if not where they lay.
       dataset, model: stand in for those that the configuration names.
 
     Returns:
       version, split, accuracy, loss, per_class_accuracy (None for a class without samples).
     """
-    config = read_config(folder)
-    if data_dir is not None:
-        config = dataclasses.replace(config, data_dir=data_dir)
+    config, kept = read_config(folder), derived.read(folder)
+    moved = {"data_dir": data_dir, "t5_weights": t5_weights}
+    moved = {name: value for name, value in moved.items() if value is not None}
+    config = dataclasses.replace(config, **moved)
+    if config.t5_weights and kept.origin:
+        _check_weights(config.t5_weights, kept.origin.get("weights_sha256"))
     if dataset is None:
-        dataset = data.load(config, derived.read(folder).tokenizer)
+        dataset = data.load(config, kept.tokenizer)
     split = split or config.eval_split
-    if split not in dataset.splits:
-        raise ConfigError(f"--split={split}: must be one of {', '.join(sorted(dataset.splits))}")
     if model is None:
         model = models.from_config(config, dataset.input_shape, dataset.num_classes)
     version, params = read_params(folder, model, step)
     feed = feeds.create(dataset, model.frozen(jax_key(config.seed, Stream.MODEL_INIT)))
     result = make_evaluator(model, feed.evaluation, config.eval_batch)(
-        params, feed.store, jnp.asarray(dataset.labels), dataset.splits[split]
+        params, feed.store, jnp.asarray(dataset.labels), dataset.positions(split)
     )
     return {
         "version": version,
@@ -96,3 +99,13 @@ def evaluate_checkpoint(
         "loss": result.loss,
         "per_class_accuracy": [None if a != a else a for a in result.per_class],
     }
+
+
+def _check_weights(folder: str, expected: str | None) -> None:
+    """The frozen token table comes from these weights, so they must be those of the run."""
+    read_shape(folder)  # tells what is wrong with the folder
+    if digest(folder) != expected:
+        raise ConfigError(
+            f"--t5_weights={folder}: are not the weights that the run started from (SHA-256 "
+            f"{expected})"
+        )

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from fedrevive_jax import data, derived, record
 from fedrevive_jax.checkpoint import FOLDER as CHECKPOINTS
-from fedrevive_jax.config import Config, ConfigError
+from fedrevive_jax.checkpoint import has_checkpoint
+from fedrevive_jax.config import INPUT_FIELDS, Config, ConfigError
 from fedrevive_jax.models import Model
 from fedrevive_jax.models.layers import default_convolution
 from fedrevive_jax.recorder import DivergenceError, Recorder, Result, read_evaluations
@@ -44,7 +45,9 @@ def run(
     """
     config = settle(config)
     finished = keep_record and is_finished(config, overwrite)
-    kept = derived.read(config.run_dir) if keep_record and not overwrite else derived.Derived()
+    # Without a checkpoint a run starts afresh, from the data as they are now.
+    begun = keep_record and not overwrite and (finished or has_checkpoint(config.run_dir))
+    kept = derived.read(config.run_dir) if begun else derived.Derived()
     simulation = Simulation(config, dataset, model, kept)
     if finished:
         return _read_finished(simulation)
@@ -65,14 +68,17 @@ def run(
 
 
 def settle(config: Config) -> Config:
-    """The configuration with what depends on the device at hand and on defaults made explicit.
+    """The configuration with what depends on the device at hand, on defaults and on the current
+    folder made explicit.
 
     A run that was begun on one kind of device is not continued on another unless the flags say
     how to compute.
     """
     how = config.convolution
+    inputs = {name: getattr(config, name) for name in INPUT_FIELDS if getattr(config, name)}
     return dataclasses.replace(
         config,
+        **{name: str(Path(value).absolute()) for name, value in inputs.items()},
         convolution=default_convolution() if how == "auto" else how,
         client_batch=config.client_batch or default_client_batch(),
         workdir=str(config.run_dir),

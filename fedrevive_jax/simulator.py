@@ -21,7 +21,7 @@ from fedrevive_jax.local_training import initial_taps, make_window_trainer
 from fedrevive_jax.messages import Upload
 from fedrevive_jax.models import Model, t5_weights
 from fedrevive_jax.models.model import Params
-from fedrevive_jax.partition import partition
+from fedrevive_jax.partition import Shards, partition
 from fedrevive_jax.restore import read_params
 from fedrevive_jax.server import Receipt, Server
 from fedrevive_jax.streams import Stream, jax_key
@@ -67,7 +67,9 @@ class Simulation:
         shape, classes = self.dataset.input_shape, self.dataset.num_classes
         self.model = model if model is not None else models.from_config(config, shape, classes)
         _check_fit(config, self.model, self.dataset)
-        self._shards = derived.shards or partition(
+        for split in ("train", config.eval_split):
+            self.dataset.positions(split)
+        self._shards = _usable(derived.shards, self.dataset) or partition(
             config.partition,
             self.dataset.splits["train"],
             self.dataset.labels,
@@ -86,10 +88,15 @@ class Simulation:
 
         init_key = jax_key(config.seed, Stream.MODEL_INIT)
         params, frozen = self.model.init(init_key), self.model.frozen(init_key)
-        self.origin = _origin(config, self.dataset)
-        if config.pretrained:
-            version, params = read_params(Path(config.pretrained), self.model, flag="pretrained")
-            self.origin["start"] = f"version {version} of {config.pretrained}"
+        self.origin = derived.origin
+        if self.origin is None:
+            self.origin = _origin(config, self.dataset)
+            if config.pretrained:
+                folder = Path(config.pretrained)
+                version, params = read_params(folder, self.model, flag="pretrained")
+                self.origin["start"] = f"version {version} of {config.pretrained}"
+        seed = _read_seed_text(config, self.dataset)
+        self._inputs = (frozen, seed)
         feed = feeds.create(self.dataset, frozen)
         self._store = feed.store
         self._labels = jnp.asarray(self.dataset.labels)
@@ -100,7 +107,7 @@ class Simulation:
             frozen=frozen,
             class_mixes=self._shards.class_mixes(self.dataset.labels, self.dataset.num_classes),
             real_samples=(self.dataset.samples[kept], self.dataset.labels[kept]),
-            seed_text=_read_seed_text(config, self.dataset),
+            seed_text=seed,
         )
         taps = initial_taps(self.model)
         self.server = Server(methods.create(config, ingredients), params, taps, config.seed)
@@ -118,7 +125,7 @@ class Simulation:
     def derived(self) -> Derived:
         """What was derived from the data, to be kept with the run."""
         tokenizer = self.dataset.tokenizer
-        return Derived(tokenizer.serialised if tokenizer else "", self._shards)
+        return Derived(tokenizer.serialised if tokenizer else "", self._shards, self.origin)
 
     @property
     def finished(self) -> bool:
@@ -148,12 +155,12 @@ class Simulation:
     def evaluate(self, params: Params | None = None, split: str | None = None) -> Evaluation:
         """Evaluates parameters (the newest by default) on a split (the configured by default)."""
         params = self.server.params if params is None else params
-        positions = self.dataset.splits[split or self.config.eval_split]
+        positions = self.dataset.positions(split or self.config.eval_split)
         return self._evaluate(params, self._store, self._labels, positions)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A digest of the plan, of who holds what, and of the data."""
+        """A digest of the plan, of who holds what, of the data, and of the files that are read."""
         digest = hashlib.sha256()
         plan = self.schedule
         for array in (
@@ -164,6 +171,7 @@ class Simulation:
             self._shards.indices,
             self.dataset.labels,
             self.dataset.samples,
+            *map(np.asarray, jax.tree.leaves(self._inputs)),
         ):
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
@@ -264,25 +272,36 @@ def _check_fit(config: Config, model: Model, dataset: data.Dataset) -> None:
         raise ConfigError(
             f"--model={config.model}: does not read {'text' if dataset.is_text else 'images'}"
         )
-    # A device would clamp such ids silently.
-    if dataset.is_text and dataset.samples.max() >= model.vocabulary.size:
-        raise ConfigError(
-            f"--model={config.model}: its token table has {model.vocabulary.size} rows; the data "
-            f"set has token ids up to {dataset.samples.max()}"
-        )
+    if dataset.is_text:
+        known = dataset.tokenizer.size if dataset.tokenizer else dataset.samples.max() + 1
+        # A device would clamp ids beyond the table silently.
+        if known > model.vocabulary.size:
+            where = f"--t5_weights={config.t5_weights}" if config.t5_weights else "the model"
+            raise ConfigError(
+                f"{where}: the token table has {model.vocabulary.size} rows; the tokenizer of "
+                f"{dataset.name} has {known} entries"
+            )
 
 
 def _origin(config: Config, dataset: data.Dataset) -> dict[str, str]:
     """Where the first parameters come from, and the tokenizer of a text data set."""
     if config.t5_weights:
-        digest = t5_weights.digest(config.t5_weights)
-        return {"start": f"{config.t5_weights}, sha256 {digest}", "tokenizer": config.t5_weights}
-    if dataset.tokenizer is None:
+        return {
+            "start": config.t5_weights,
+            "weights_sha256": t5_weights.digest(config.t5_weights),
+            "tokenizer": config.t5_weights,
+        }
+    tokenizer = dataset.tokenizer
+    if tokenizer is None:
         return {"start": "random"}
-    return {
-        "start": "random",
-        "tokenizer": f"trained on the training split, {dataset.tokenizer.size} entries",
-    }
+    where = "trained on the training split" if tokenizer.serialised else "given with the data set"
+    return {"start": "random", "tokenizer": f"{where}, {tokenizer.size} entries"}
+
+
+def _usable(shards: Shards | None, dataset: data.Dataset) -> Shards | None:
+    """Kept tables, unless they point outside the data, which must have changed then."""
+    fits = shards is not None and len(shards.indices) and shards.indices.max() < len(dataset.labels)
+    return shards if fits else None
 
 
 def _read_seed_text(config: Config, dataset: data.Dataset) -> SeedText | None:

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from fedrevive_jax import derived, record, restore, runner
+from fedrevive_jax import data, derived, record, restore, runner
 from fedrevive_jax.checkpoint import Checkpoints
 from fedrevive_jax.config import ConfigError
+from fedrevive_jax.data import tokens
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.simulator import Simulation
 from tests.test_simulator import small
@@ -59,7 +60,7 @@ def test_the_record(whole):
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "config.json", "metrics.jsonl", "arrivals.jsonl", "summary.json", "tensorboard",
-        "clients.npz", "curves.png", "synthetic.png", "checkpoints",
+        "clients.npz", "origin.json", "curves.png", "synthetic.png", "checkpoints",
     }  # fmt: skip
     assert restore.read_config(folder) == runner.settle(config)
     summary = json.loads((folder / "summary.json").read_text())
@@ -278,6 +279,49 @@ def test_client_tables_are_kept_and_made_again_when_damaged(whole):
     table.write_bytes(raw)
 
 
+def test_kept_tables_that_do_not_fit_the_data_are_not_used():
+    config = small("fedbuff")
+    fresh = Simulation(config)
+    shards = fresh.derived.shards
+    outside = dataclasses.replace(shards, indices=shards.indices + 10_000)
+    simulation = Simulation(config, derived=derived.Derived(shards=outside))
+    assert simulation.fingerprint == fresh.fingerprint
+
+
+def test_a_damaged_tokenizer_counts_as_not_there(tmp_path):
+    (tmp_path / derived.TOKENIZER).write_text('{"model": {"vocab"')
+    assert derived.read(tmp_path) == derived.Derived()
+
+
+def test_a_run_without_a_checkpoint_starts_from_the_data_as_they_are(tmp_path, monkeypatch):
+    """Who holds what is kept from the start, but read with a checkpoint only."""
+    config = config_in(tmp_path / "run", "fedbuff", checkpoint_every=10_000)
+    monkeypatch.setattr(Simulation, "advance", _interrupt_at(3))
+    with pytest.raises(KeyboardInterrupt):
+        finish(config)
+    monkeypatch.undo()
+    assert derived.read(config.run_dir).origin == {"start": "random"}
+    shards = derived.read(config.run_dir).shards
+    stale = dataclasses.replace(shards, indices=shards.indices[::-1].copy())
+    derived.write(config.run_dir, derived.Derived("", stale, {"start": "random"}))
+    finish(config)
+    np.testing.assert_array_equal(derived.read(config.run_dir).shards.indices, shards.indices)
+
+
+def test_a_checkpoint_of_something_else_is_named(tmp_path):
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="its checkpoint 5 is no model of this package"):
+        restore.read_params(tmp_path, Simulation(small("fedbuff")).model)
+
+
+def test_a_split_without_samples_is_named():
+    dataset = data.load(resolve("digits"))
+    splits = {**dataset.splits, "validation": dataset.splits["validation"][:0]}
+    empty = dataclasses.replace(dataset, splits=splits)
+    with pytest.raises(ConfigError, match="data set digits: its split 'validation' holds no"):
+        Simulation(small("fedbuff", eval_split="validation"), empty)
+
+
 def test_a_run_starts_from_an_earlier_model(whole, tmp_path):
     config, result = whole
     started = config_in(tmp_path / "run", "fedbuff", pretrained=str(config.run_dir), max_time=1.0)
@@ -326,7 +370,8 @@ def test_a_text_run_continues_exactly_and_keeps_its_tokenizer(tmp_path, monkeypa
         strict=True,
     ):
         np.testing.assert_array_equal(mine, theirs)
-    # Evaluation reads the kept tokenizer: another one would tell other tokens.
+    # Evaluation reads the kept tokenizer; it trains none.
+    monkeypatch.setattr(tokens, "train", None)
     figures = restore.evaluate_checkpoint(interrupted.run_dir)
     assert figures["accuracy"] == whole_run.summary["final_accuracy"]
     kept = derived.read(interrupted.run_dir).tokenizer

@@ -12,12 +12,13 @@ from fedrevive_jax import data
 from fedrevive_jax.config import ConfigError
 from fedrevive_jax.data import seed_text, tokens
 from fedrevive_jax.dfkd import loss_guard, prompts, proxy, reviver, synthesis
-from fedrevive_jax.local_training import initial_taps
+from fedrevive_jax.local_training import DROPOUT, initial_taps, train
 from fedrevive_jax.messages import Upload
 from fedrevive_jax.models import t5
 from fedrevive_jax.models.model import Embedded, Text, Vocabulary, gaussian_inputs, tap_statistics
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.simulator import Simulation
+from fedrevive_jax.streams import Stream, jax_key
 from tests.toys import KEY, arrival
 
 LENGTH = 16
@@ -46,6 +47,12 @@ def test_a_trained_tokenizer_is_the_same_again_and_from_its_json():
     assert min(ids) >= 4  # never a special token
     assert max(ids) < first.size <= 60
     assert first.encode(["q"]) == [[tokens.UNKNOWN]]  # a letter that training never saw
+    written = first.encode(["red <pad> ball </s>"])[0]
+    assert not {tokens.PADDING, tokens.END, tokens.CLASSIFIER} & set(written)
+
+
+def test_a_tokenizer_is_never_larger_than_asked_for():
+    assert tokens.train(["abcdefghijklmnopqrstuvwxyz0123456789"], 8).size <= 8
 
 
 def test_tokenizers_beside_weights(tmp_path):
@@ -249,10 +256,37 @@ def test_the_probe_feeds_unmasked_gaussian_embeddings(model, table):
 
 
 def small_config(**changes):
-    return resolve(
-        "text_folder", "fedrevive", preset_scale="small", num_clients=4, concurrency=2,
-        generation_interval=1, freeze_versions=2, warmup_versions=4, text_length=LENGTH, **changes,
-    )  # fmt: skip
+    settings = {
+        "num_clients": 4, "concurrency": 2, "generation_interval": 1, "freeze_versions": 2,
+        "warmup_versions": 4, "text_length": LENGTH, **changes,
+    }  # fmt: skip
+    return resolve("text_folder", "fedrevive", preset_scale="small", **settings)
+
+
+def test_the_meta_step_of_prompts_covers_all_inner_steps(model, table):
+    """lr_g * K_synth is the rate, and Adam's first step has the size of its rate."""
+    config = small_config(generator_lr=0.01, synthesis_steps=3, freeze_versions=0)
+    revive = reviver.create(config, model, lambda x, key: x, frozen=table)
+    params = model.init(KEY)
+    state = revive.init(params)
+    upload = Upload(model.init(jax.random.key(3)), initial_taps(model), jnp.zeros(()))
+    after, _ = jax.jit(revive.revive)(state, params, upload, arrival(), jnp.asarray(0.5), KEY)
+    moved = jnp.abs(after.generator.params - state.generator.params)
+    np.testing.assert_allclose(moved, 0.03, rtol=2e-3)
+
+
+def test_synthesis_starts_from_the_seed_text(model, table):
+    """With a rate of nearly zero the pool holds the seed text's embeddings."""
+    seed = prompts.SeedText(jnp.full((3, LENGTH), 9), jnp.arange(3))
+    config = small_config(latent_lr=1e-9, freeze_versions=0)
+    revive = reviver.create(config, model, lambda x, key: x, frozen=table, seed_text=seed)
+    params = model.init(KEY)
+    upload = Upload(model.init(jax.random.key(3)), initial_taps(model), jnp.zeros(()))
+    state, _ = jax.jit(revive.revive)(
+        revive.init(params), params, upload, arrival(), jnp.asarray(0.5), KEY
+    )
+    made = np.asarray(state.pool.samples.embeddings[:16, prompts.PROMPTS :])
+    np.testing.assert_allclose(made, np.broadcast_to(table[9], made.shape), atol=1e-6)
 
 
 def test_gates_of_text(model, table):
@@ -308,6 +342,34 @@ def test_a_run_learns_and_never_moves_the_table(corpus):
     np.testing.assert_array_equal(simulation.server.method_state.rule.frozen, before)
 
 
+def test_clients_train_with_dropout_and_others_judge_without(corpus):
+    config = small_config(vocabulary_size=128)
+    simulation = Simulation(config, corpus)
+    simulation._train_window(simulation.windows[0])
+    job = int(simulation.windows[0].jobs[0])
+    client = int(simulation.schedule.client[job])
+    positions = simulation._shards.batches(client, 0, steps=2, batch_size=8, seed=config.seed)
+    frozen = simulation.server.method_state.rule.frozen
+
+    def losses(key_of):
+        def batch_of(step):
+            ids, labels, number = step
+            return Text(ids, frozen), labels, key_of(number)
+
+        steps = (jnp.asarray(corpus.samples[positions]), jnp.asarray(corpus.labels[positions]))
+        start = simulation.server.params
+        batches = (*steps, jnp.arange(2))
+        return train(simulation.model, start, batches, batch_of, config.client_lr).losses.mean()
+
+    def dropout_key(step):
+        key = jax_key(config.seed, Stream.AUGMENTATION, job, step)
+        return jax.random.fold_in(key, DROPOUT)
+
+    found = float(simulation._uploads[job].loss)
+    assert found == pytest.approx(float(losses(dropout_key)), abs=1e-5)
+    assert abs(found - float(losses(lambda step: None))) > 1e-3
+
+
 def test_real_text_teaches_the_reference_method(corpus):
     config = small_config(max_time=3, vocabulary_size=128)
     config = resolve(**{**config.as_dict(), "method": "dd_fedrevive", "freeze_versions": 0})
@@ -331,13 +393,14 @@ def test_seed_text_file(corpus, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "holds no rows"),
-        (b"\xff\xfe", "line 1 is not JSON in UTF-8"),
-        (b"not json", "line 1 is not JSON in UTF-8"),
-        (b"[1]", "line 1 has no text"),
-        (b'{"label": 1, "text": " "}', "line 1 has no text"),
-        (b'{"label": true, "text": "a"}', "line 1 has label True"),
-        (b'{"label": 1, "text": "a"}\n{"label": "four", "text": "b"}', "line 2 has label 'four'"),
+        (b"", "holds no texts"),
+        (b"\xff\xfe", "line 1: is not UTF-8"),
+        (b"not json", "line 1: is not JSON"),
+        (b"[1]", "line 1: must hold a 'label'"),
+        (b'{"label": 1, "text": " "}', "line 1: must hold a 'text'"),
+        (b'{"label": 1, "text": "\\ud83d"}', "line 1: its text is not valid Unicode"),
+        (b'{"label": true, "text": "a"}', "line 1: has label True"),
+        (b'{"label": 1, "text": "a"}\n{"label": "four", "text": "b"}', "line 2: has label 'four'"),
         (b'{"label": 3, "text": "a"}', "must be a class name or 0..2"),
     ],
 )
@@ -349,7 +412,9 @@ def test_bad_seed_text(corpus, tmp_path, content, message):
 
 
 def test_token_ids_beyond_the_table_are_refused(corpus):
-    with pytest.raises(ConfigError, match="its token table has 16 rows; the data set has token"):
+    with pytest.raises(
+        ConfigError, match="the token table has 16 rows; the tokenizer of corpus has"
+    ):
         Simulation(small_config(vocabulary_size=16), corpus)
 
 

@@ -5,11 +5,18 @@ from types import ModuleType
 
 from fedrevive_jax.config import Config, ConfigError
 from fedrevive_jax.data import tokens
-from fedrevive_jax.data.dataset import Dataset, DatasetSpec, Preprocessing, split_training
+from fedrevive_jax.data.dataset import (
+    Dataset,
+    DatasetSpec,
+    Preprocessing,
+    split_sizes,
+    split_training,
+)
 from fedrevive_jax.data.texts import Texts
 
 __all__ = [
-    "SOURCES", "Dataset", "DatasetSpec", "Preprocessing", "Texts", "load", "spec", "split_training",
+    "SOURCES", "Dataset", "DatasetSpec", "Preprocessing", "Texts", "load", "spec",
+    "split_sizes", "split_training",
 ]  # fmt: skip
 
 # name -> module with `load(data_dir: str, seed: int) -> Dataset | Texts` and, where it is known

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 
 from fedrevive_jax.data.dataset import Preprocessing
 
+# What a batch's key is used for; folded into it.
+CROP, FLIP, ROTATION = range(3)
+
 
 def plain_inputs(images: jax.Array, how: Preprocessing) -> jax.Array:
     """Inputs without augmentation, for evaluation."""
@@ -24,9 +27,8 @@ def client_inputs(images: jax.Array, key: jax.Array, how: Preprocessing) -> jax.
     """Inputs of local training: crop, flip and rotation fill with zeros, before normalisation."""
     images = _augment(images, key, how, "constant")
     if how.rotation:
-        # `_augment` draws from split(key), the same as folding in 0 and 1; 2 is independent.
         limits = {"minval": -how.rotation, "maxval": how.rotation}
-        angles = jax.random.uniform(jax.random.fold_in(key, 2), images.shape[:1], **limits)
+        angles = jax.random.uniform(jax.random.fold_in(key, ROTATION), images.shape[:1], **limits)
         images = jax.vmap(rotate)(images, angles)
     return plain_inputs(images, how)
 
@@ -55,7 +57,7 @@ def rotate(image: jax.Array, degrees: jax.Array) -> jax.Array:
 def _augment(images, key, how: Preprocessing, padding_mode: str) -> jax.Array:
     """Random crop and flip, drawn per sample."""
     batch, height, width, channels = images.shape
-    crop_key, flip_key = jax.random.split(key)
+    crop_key, flip_key = (jax.random.fold_in(key, tag) for tag in (CROP, FLIP))
     if how.crop_padding:
         pad = how.crop_padding
         padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode=padding_mode)

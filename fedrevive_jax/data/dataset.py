@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedrevive_jax.config import ConfigError
 from fedrevive_jax.data.tokens import Tokenizer
 from fedrevive_jax.streams import Stream, numpy_generator
 
@@ -78,6 +79,19 @@ class Dataset:
             )
         check_parts(self.name, len(self.samples), self.labels, self.num_classes, self.splits)
 
+    def positions(self, split: str) -> np.ndarray:
+        """Positions of a split's samples.
+
+        Raises:
+          ConfigError: there is no such split, or it holds nothing.
+        """
+        if split not in self.splits:
+            allowed = ", ".join(sorted(self.splits))
+            raise ConfigError(f"--split={split}: must be one of {allowed}")
+        if not len(self.splits[split]):
+            raise ConfigError(f"data set {self.name}: its split {split!r} holds no samples")
+        return self.splits[split]
+
     @property
     def is_text(self) -> bool:
         return self.samples.ndim == 2
@@ -117,11 +131,17 @@ def split_training(count: int, seed: int) -> dict[str, np.ndarray]:
     section "data"); the official test set is not touched.
     """
     order = numpy_generator(seed, Stream.SPLIT).permutation(count).astype(np.int32)
+    ends = np.cumsum(list(split_sizes(count).values()))
+    return dict(zip(split_sizes(count), np.split(order, ends[:-1]), strict=True))
+
+
+def split_sizes(count: int) -> dict[str, int]:
+    """How many of `count` training samples each split gets."""
     train, validation = round(0.75 * count), round(0.15 * count)
     return {
-        "train": order[:train],
-        "validation": order[train : train + validation],
-        "distillation": order[train + validation :],
+        "train": train,
+        "validation": validation,
+        "distillation": count - train - validation,
     }
 
 

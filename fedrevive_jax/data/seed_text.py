@@ -1,13 +1,12 @@
 """Labelled texts that synthesis of text starts from."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedrevive_jax.config import ConfigError
-from fedrevive_jax.data import tokens
+from fedrevive_jax.data import json_lines, tokens
 from fedrevive_jax.data.dataset import Dataset
 
 
@@ -15,7 +14,7 @@ def read(path: str, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """Token ids [n, length] and labels [n], int32.
 
     Args:
-      path: a JSONL file of rows with `label`, a class name or number, and `text`.
+      path: a file of JSON lines; a label is a class name or number.
       dataset: whose tokenizer, classes and length to use.
 
     Raises:
@@ -23,32 +22,11 @@ def read(path: str, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """
     if dataset.tokenizer is None:
         raise ConfigError(f"--seed_text={path}: {dataset.name} is not text")
-    try:
-        lines = Path(path).expanduser().read_bytes().split(b"\n")
-    except OSError as error:
-        raise ConfigError(f"--seed_text={path}: cannot be read ({error.strerror})") from None
-    rows = [
-        _row(line, dataset, f"--seed_text={path}: line {number}")
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
-    if not rows:
-        raise ConfigError(f"--seed_text={path}: holds no rows")
-    texts, labels = zip(*rows, strict=True)
+    rows = json_lines.read(Path(path).expanduser())
+    labels = [_label(row.label, dataset, row.where) for row in rows]
+    texts = [row.text for row in rows]
     ids = tokens.encode(dataset.tokenizer, texts, dataset.input_shape[0])
     return ids, np.asarray(labels, np.int32)
-
-
-def _row(line: bytes, dataset: Dataset, where: str) -> tuple[str, int]:
-    """(text, label) of one line."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        raise ConfigError(f"{where} is not JSON in UTF-8") from None
-    text, label = (row.get(key) if isinstance(row, dict) else None for key in ("text", "label"))
-    if not isinstance(text, str) or not text.strip():
-        raise ConfigError(f"{where} has no text")
-    return text, _label(label, dataset, where)
 
 
 def _label(label: Any, dataset: Dataset, where: str) -> int:
@@ -57,5 +35,5 @@ def _label(label: Any, dataset: Dataset, where: str) -> int:
     if type(label) is int and 0 <= label < dataset.num_classes:
         return label
     raise ConfigError(
-        f"{where} has label {label!r}; must be a class name or 0..{dataset.num_classes - 1}"
+        f"{where}: has label {label!r}; must be a class name or 0..{dataset.num_classes - 1}"
     )

@@ -6,11 +6,10 @@ there are such files, folders are not looked at. Without a test part a fixed fif
 is the test split.
 """
 
-import json
 from pathlib import Path
 
 from fedrevive_jax.config import ConfigError
-from fedrevive_jax.data import folders
+from fedrevive_jax.data import folders, json_lines
 from fedrevive_jax.data.folders import Item
 from fedrevive_jax.data.texts import Texts
 
@@ -36,10 +35,21 @@ def _from_files(folder: Path) -> tuple[list[Item], list[Item] | None]:
 
 def _read(items: list[Item]) -> list[Item]:
     """The items with the texts in place of the files."""
-    for item in items:
-        if item.content.suffix != ".txt" or not item.content.is_file():
-            raise ConfigError(f"{item.where}: must be a .txt file, as all in a class folder")
-    return [item._replace(content=_text(item.content.read_bytes(), item.where)) for item in items]
+    return [item._replace(content=_text(item)) for item in items]
+
+
+def _text(item: Item) -> str:
+    path = item.content
+    if path.suffix != ".txt" or not path.is_file():
+        raise ConfigError(f"{item.where}: must be a .txt file, as all in a class folder")
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{item.where}: cannot be read ({error.strerror})") from None
+    text = json_lines.decode(raw, item.where)
+    if not text.strip():
+        raise ConfigError(f"{item.where}: holds no text")
+    return text
 
 
 def _from_lines(folder: Path, files: list[Path]) -> tuple[list[Item], list[Item] | None]:
@@ -51,34 +61,8 @@ def _from_lines(folder: Path, files: list[Path]) -> tuple[list[Item], list[Item]
 
 
 def _rows(file: Path) -> list[Item]:
-    rows = []
-    # Split as bytes: UTF-8 has more line ends than JSON lines.
-    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
-        if line.strip():
-            rows.append(_row(line, f"{file} line {number}"))
-    if not rows:
-        raise ConfigError(f"{file}: holds no texts")
-    return rows
-
-
-def _row(line: bytes, where: str) -> Item:
-    try:
-        row = json.loads(_text(line, where))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: is not JSON ({error})") from None
-    for key in ("label", "text"):
-        value = row.get(key) if isinstance(row, dict) else None
-        if not isinstance(value, str) or not value.strip():
-            raise ConfigError(f"{where}: must hold a {key!r} that is a text and not empty")
-    return Item(where, row["label"], row["text"])
-
-
-def _text(raw: bytes, where: str) -> str:
-    """The text in UTF-8, with or without a byte order mark; not empty."""
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{where}: is not UTF-8 text ({error})") from None
-    if not text.strip():
-        raise ConfigError(f"{where}: holds no text")
-    return text
+    rows = json_lines.read(file)
+    for row in rows:
+        if not isinstance(row.label, str) or not row.label.strip():
+            raise ConfigError(f"{row.where}: must hold a 'label' that is a text and not empty")
+    return [Item(*row) for row in rows]

@@ -3,6 +3,7 @@
 Ids follow T5: 0 is padding, 1 ends a text, 2 is unknown. A text is cut so that the end still fits.
 """
 
+import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fedrevive_jax.config import ConfigError
+from fedrevive_jax.data.errors import one_line
 
 PADDING, END, UNKNOWN = 0, 1, 2
 # In a tokenizer trained here, the token that a model puts in front of every text.
@@ -50,7 +52,10 @@ def train(texts: Sequence[str], size: int) -> Tokenizer:
     )
     bare.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=size, special_tokens=list(SPECIAL), show_progress=False
+        vocab_size=size,
+        limit_alphabet=max(size - len(SPECIAL), 1),  # or rare letters would go beyond `size`
+        special_tokens=list(SPECIAL),
+        show_progress=False,
     )
     bare.train_from_iterator(texts, trainer)
     return from_json(bare.to_str())
@@ -67,7 +72,7 @@ def read(folder: str) -> Tokenizer:
     Raises:
       ConfigError: there is neither, or it cannot be read.
     """
-    path = Path(folder)
+    path = Path(folder).expanduser()
     try:
         if (path / TOKENIZER).is_file():
             tokenizers = _package("tokenizers")
@@ -80,9 +85,8 @@ def read(folder: str) -> Tokenizer:
     except ConfigError:
         raise
     except Exception as error:  # both libraries raise plain exceptions of many kinds
-        message = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
-            f"--t5_weights={folder}: its tokenizer cannot be read ({message})"
+            f"--t5_weights={folder}: its tokenizer cannot be read ({one_line(error)})"
         ) from None
     raise ConfigError(f"--t5_weights={folder}: holds neither {TOKENIZER} nor {SENTENCEPIECE}")
 
@@ -90,6 +94,7 @@ def read(folder: str) -> Tokenizer:
 def _wrap(tokenizer, serialised: str) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True  # "</s>" in a text is text
 
     def encode_all(texts):
         encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
@@ -99,8 +104,6 @@ def _wrap(tokenizer, serialised: str) -> Tokenizer:
 
 
 def _package(name: str):
-    import importlib
-
     try:
         return importlib.import_module(name)
     except ImportError:

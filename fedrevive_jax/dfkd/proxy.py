@@ -33,8 +33,8 @@ def known(class_mixes: jax.Array) -> Proxies:
     return Proxies(mixes * UPLOADS, jnp.full(len(mixes), UPLOADS, jnp.int32))
 
 
-def probe(model: Model, params: Params, inputs: jax.Array, temperature: float) -> jax.Array:
-    """The mean of softmax(logits / T_probe) over Gaussian inputs [b, ...]; float32 [classes]."""
+def probe(model: Model, params: Params, inputs: Any, temperature: float) -> jax.Array:
+    """The mean of softmax(logits / T_probe) over Gaussian inputs; float32 [classes]."""
     logits, _ = model.apply(params, inputs)
     return jax.nn.softmax(logits / temperature).mean(axis=0)
 

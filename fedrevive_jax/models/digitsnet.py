@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 
+from fedrevive_jax.config import ConfigError
 from fedrevive_jax.models import layers
 
 
@@ -15,6 +16,11 @@ class DigitsNet(nn.Module):
 
     @nn.compact
     def __call__(self, images):
+        height, width = images.shape[1:3]
+        if min(height, width) < 4:
+            raise ConfigError(
+                f"--model=digitsnet: images of {height}x{width} are too small; 4x4 is the least"
+            )
         taps = []
         x = images
         for i in (1, 2, 3):

@@ -8,10 +8,18 @@ from typing import Any
 import jax.numpy as jnp
 
 from fedrevive_jax.config import ConfigError
+from fedrevive_jax.data.errors import one_line
 from fedrevive_jax.models.model import Params
 from fedrevive_jax.models.t5 import T5Shape
 
 WEIGHTS, SIZES = "model.safetensors", "config.json"
+# Synthesis judges by two layers; position buckets come in halves of halves.
+LEAST = {
+    "num_layers": 2,
+    "relative_attention_num_buckets": 4,
+    "relative_attention_max_distance": 16,
+    "layer_norm_epsilon": 0,
+}
 
 
 def read_shape(folder: str) -> T5Shape:
@@ -20,13 +28,18 @@ def read_shape(folder: str) -> T5Shape:
     Raises:
       ConfigError: the file is missing, lacks an entry, or tells of another kind of encoder.
     """
-    path = Path(folder) / SIZES
+    path = Path(folder).expanduser() / SIZES
+    if not path.parent.is_dir():
+        raise ConfigError(f"--t5_weights={folder}: no such folder")
     try:
         sizes = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"--t5_weights={folder}: holds no {SIZES}") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--t5_weights={folder}: {SIZES} cannot be read ({error})") from None
+        message = one_line(error)
+        raise ConfigError(f"--t5_weights={folder}: {SIZES} cannot be read ({message})") from None
+    if not isinstance(sizes, dict):
+        raise ConfigError(f"--t5_weights={folder}: {SIZES} holds no sizes")
     kind = sizes.get("feed_forward_proj", "relu")
     if kind != "relu":
         raise ConfigError(
@@ -48,6 +61,13 @@ def read_shape(folder: str) -> T5Shape:
     missing = sorted(set(names.values()) - set(sizes))
     if missing:
         raise ConfigError(f"--t5_weights={folder}: {SIZES} has no {missing[0]}")
+    for name in names.values():
+        kinds = (int, float) if name == "layer_norm_epsilon" else int
+        if not isinstance(sizes[name], kinds) or sizes[name] < LEAST.get(name, 1):
+            raise ConfigError(
+                f"--t5_weights={folder}: {SIZES} says {name}={sizes[name]!r}; must be a number, at "
+                f"least {LEAST.get(name, 1)}"
+            )
     shape = T5Shape(**{ours: sizes[theirs] for ours, theirs in names.items()})
     if shape.vocabulary <= shape.classifier_token:
         raise ConfigError(
@@ -69,20 +89,28 @@ def read(folder: str, shape: T5Shape) -> tuple[Params, Any]:
         raise ConfigError(
             f"--t5_weights={folder}: needs the package safetensors; pip install -e '.[text]'"
         ) from None
-    path = Path(folder) / WEIGHTS
+    path = Path(folder).expanduser() / WEIGHTS
     if not path.is_file():
         raise ConfigError(f"--t5_weights={folder}: holds no {WEIGHTS}")
     try:
         with safe_open(path, framework="flax") as file:
             return _read_encoder(file, folder, shape)
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"--t5_weights={folder}: {WEIGHTS} cannot be read ({error})") from None
+        message = one_line(error)
+        raise ConfigError(f"--t5_weights={folder}: {WEIGHTS} cannot be read ({message})") from None
 
 
 def digest(folder: str) -> str:
-    """SHA-256 of the weights, in hexadecimal."""
-    with (Path(folder) / WEIGHTS).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of the weights, in hexadecimal.
+
+    Raises:
+      ConfigError: there are none.
+    """
+    try:
+        with (Path(folder).expanduser() / WEIGHTS).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        raise ConfigError(f"--t5_weights={folder}: holds no {WEIGHTS}") from None
 
 
 def _read_encoder(file: Any, folder: str, shape: T5Shape) -> tuple[Params, Any]:
