@@ -10,7 +10,7 @@ from absl import flags
 from experiments import flags as config_flags
 from fedrevive_jax.presets import resolve
 
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the plan as JSON; no data, no training")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the plan as JSON; no training")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "start afresh in a folder that holds a run")
 config_flags.define()
 flags.adopt_module_key_flags(config_flags)
