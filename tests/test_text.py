@@ -1,5 +1,6 @@
 """Text from tokens to DFKD: hand-worked terms, limits, laws; the rest is shared with images."""
 
+import dataclasses
 import json
 
 import jax
@@ -386,8 +387,19 @@ def test_seed_text_file(corpus, tmp_path):
     ids, labels = seed_text.read(str(path), corpus)
     assert labels.tolist() == [1, 2]
     assert ids.shape == (2, LENGTH)
-    config = small_config(max_time=3, seed_text=str(path), vocabulary_size=128)
-    assert all(bool(receipt.accepted) for receipt in Simulation(config, corpus).arrivals())
+    # With a rate of nearly zero the pool holds the seed text's embeddings.
+    config = small_config(
+        max_time=3, seed_text=str(path), vocabulary_size=128, latent_lr=1e-9, freeze_versions=0
+    )
+    simulation = Simulation(config, corpus)
+    other = Simulation(dataclasses.replace(config, seed_text=""), corpus)
+    assert simulation.fingerprint != other.fingerprint
+    assert all(bool(receipt.accepted) for receipt in simulation.arrivals())
+    state = simulation.server.method_state.rule
+    made = state.pool.samples.embeddings[state.pool.labels == 1][:, prompts.PROMPTS :]
+    wanted = state.frozen[ids[0, : LENGTH - prompts.PROMPTS]]
+    assert len(made)
+    np.testing.assert_allclose(made, np.broadcast_to(wanted, made.shape), atol=1e-6)
 
 
 @pytest.mark.parametrize(
