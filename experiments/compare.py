@@ -69,7 +69,8 @@ def main() -> None:
     table = _markdown(rows)
     (out / "table.md").write_text(table, encoding="utf-8")
     dataset = next(iter(configs.values()))[0].dataset
-    plots.comparison(out / "curves.png", f"{dataset}, {SEEDS.value} seeds", curves)
+    seeds = "one seed" if SEEDS.value == 1 else f"{SEEDS.value} seeds"
+    plots.comparison(out / "curves.png", f"{dataset}, {seeds}", curves)
     print(table, end="")
 
 
@@ -100,14 +101,15 @@ def _row(method: str, results: list) -> dict[str, object]:
 def _markdown(rows: list[dict[str, object]]) -> str:
     digits = {"versions": 0, "staleness": 1, "seconds": 0}
 
-    def shown(name, value):
+    def shown(name, value, seeds):
         if not isinstance(value, tuple):
             return str(value)
-        places = digits.get(name, 3)
-        return f"{value[0]:.{places}f} ± {value[1]:.{places}f}"
+        mean, deviation = (f"{number:.{digits.get(name, 3)}f}" for number in value)
+        return f"{mean} ± {deviation}" if seeds > 1 else mean
 
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    lines += ["| " + " | ".join(shown(*item) for item in row.items()) + " |" for row in rows]
+    for row in rows:
+        lines.append("| " + " | ".join(shown(*item, row["seeds"]) for item in row.items()) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -67,7 +67,7 @@ def comparison(path: Path, title: str, runs: dict[str, list[list[dict[str, Any]]
     axes.set_ylabel("accuracy")
     axes.set_ylim(0, 1)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="best")
     axes.set_title(title)
     figure.savefig(path, dpi=120)
 
