@@ -234,7 +234,7 @@ class Config:
 
 # Where a run is written and where its data lie do not change what it computes.
 LOCATION_FIELDS = ("workdir", "data_dir")
-# Files and folders that a run reads: what they hold counts, not where they lie.
+# Files and folders that a run reads beside its data; recorded with their whole path.
 INPUT_FIELDS = ("t5_weights", "pretrained", "seed_text", "delay_trace")
 
 

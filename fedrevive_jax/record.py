@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fedrevive_jax.config import INPUT_FIELDS, LOCATION_FIELDS, Config, ConfigError
+from fedrevive_jax.config import LOCATION_FIELDS, Config, ConfigError
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -101,14 +101,8 @@ def configured_differently(run_dir: Path, config: Config) -> list[str]:
         raise ConfigError(f"--workdir={run_dir}: {CONFIG} is not a configuration")
     wanted = config.as_dict()
     names = sorted((set(recorded) | set(wanted)) - set(LOCATION_FIELDS))
-
-    def differs(name):
-        before, now = recorded.get(name), wanted.get(name)
-        # What such a file holds is part of a checkpoint's fingerprint.
-        return bool(before) != bool(now) if name in INPUT_FIELDS else before != now
-
     return [
         f"--{name}: {recorded.get(name)!r} in the record, {wanted.get(name)!r} now"
         for name in names
-        if differs(name)
+        if recorded.get(name) != wanted.get(name)
     ]

@@ -77,6 +77,8 @@ def evaluate_checkpoint(
       version, split, accuracy, loss, per_class_accuracy (None for a class without samples).
     """
     config, kept = read_config(folder), derived.read(folder)
+    if t5_weights and not config.t5_weights:
+        raise ConfigError(f"--t5_weights={t5_weights}: {folder} did not start from such weights")
     moved = {"data_dir": data_dir, "t5_weights": t5_weights}
     moved = {name: value for name, value in moved.items() if value is not None}
     config = dataclasses.replace(config, **moved)

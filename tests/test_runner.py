@@ -293,6 +293,15 @@ def test_a_damaged_tokenizer_counts_as_not_there(tmp_path):
     assert derived.read(tmp_path) == derived.Derived()
 
 
+def test_another_input_file_is_another_run(whole):
+    config, _ = whole
+    other = dataclasses.replace(config, pretrained=str(config.run_dir))
+    with pytest.raises(ConfigError, match="--pretrained: '' in the record"):
+        runner.is_finished(other)
+    with pytest.raises(ConfigError, match="did not start from such weights"):
+        restore.evaluate_checkpoint(config.run_dir, t5_weights="/any")
+
+
 def test_a_run_without_a_checkpoint_starts_from_the_data_as_they_are(tmp_path, monkeypatch):
     """Who holds what is kept from the start, but read with a checkpoint only."""
     config = config_in(tmp_path / "run", "fedbuff", checkpoint_every=10_000)

@@ -91,6 +91,10 @@ def reshape_tensor(folder):
         (lambda f: rewrite(f, d_model="512"), "d_model='512'; must be a number, at least 1"),
         (lambda f: rewrite(f, num_layers=1), "num_layers=1; must be a number, at least 2"),
         (lambda f: rewrite(f, feed_forward_proj="gated-gelu"), "must be relu"),
+        (
+            lambda f: rewrite(f, relative_attention_max_distance=2),
+            "max_distance=2; must be above a quarter of 8 buckets",
+        ),
         (lambda f: rewrite(f, vocab_size=3000), "must be above 3200"),
         (lambda f: (f / "model.safetensors").unlink(), "holds no model.safetensors"),
         (lambda f: (f / "model.safetensors").write_bytes(b"cut"), "safetensors cannot be read"),

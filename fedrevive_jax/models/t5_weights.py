@@ -17,7 +17,6 @@ WEIGHTS, SIZES = "model.safetensors", "config.json"
 LEAST = {
     "num_layers": 2,
     "relative_attention_num_buckets": 4,
-    "relative_attention_max_distance": 16,
     "layer_norm_epsilon": 0,
 }
 
@@ -69,6 +68,11 @@ def read_shape(folder: str) -> T5Shape:
                 f"least {LEAST.get(name, 1)}"
             )
     shape = T5Shape(**{ours: sizes[theirs] for ours, theirs in names.items()})
+    if shape.max_distance <= shape.buckets // 4:
+        raise ConfigError(
+            f"--t5_weights={folder}: {SIZES} says relative_attention_max_distance="
+            f"{shape.max_distance}; must be above a quarter of {shape.buckets} buckets"
+        )
     if shape.vocabulary <= shape.classifier_token:
         raise ConfigError(
             f"--t5_weights={folder}: {SIZES} says vocab_size={shape.vocabulary}; must be above "
