@@ -44,11 +44,6 @@ def create_mesh(devices: str) -> Mesh | None:
     return jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=chosen)
 
 
-def size(mesh: Mesh | None) -> int:
-    """How many devices compute."""
-    return 1 if mesh is None else mesh.size
-
-
 def replicate(mesh: Mesh | None, tree: Any) -> Any:
     """The same arrays on every device of the mesh; every process must hold equal values."""
     if mesh is None:

@@ -235,8 +235,11 @@ class Simulation:
         on its own inputs alone.
         """
         limit = self.config.window_limit
-        size = self._client_batch * devices.size(self.mesh)
-        size = min(size, limit) if limit else size
+        size = min(self._client_batch, limit) if limit else self._client_batch
+        if self.mesh is not None:
+            # An even share of a usual window for each device; more would only be padding.
+            usual = -(-self.schedule.num_arrivals // len(self.windows))
+            size = min(size, -(-usual // self.mesh.size)) * self.mesh.size
         for start in range(0, len(window.jobs), size):
             jobs = window.jobs[start : start + size]
             padded = np.resize(jobs, size)
