@@ -20,6 +20,8 @@ MODES = ("auto", "on", "off")
 CHUNK = 2**24
 SHORTEST = 2**10
 MESSAGE = 1000
+# How the runtime's errors begin when an exchange with another process fails.
+LOST = ("UNKNOWN:", "UNAVAILABLE:", "DEADLINE_EXCEEDED:", "ABORTED:", "INTERNAL:")
 
 
 def join(
@@ -37,7 +39,7 @@ def join(
       coordinator_address: host:port of process 0.
       num_processes, process_id: how many there are, and which this one is; like the address, needed
         only where the cluster does not tell.
-      timeout: seconds to wait for the others.
+      timeout: seconds to wait for the others at the start, and for a sign of life later.
 
     Raises:
       ConfigError: a value is not allowed, or the cluster does not tell what is not given.
@@ -67,7 +69,9 @@ def join(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about clusters that this may or may not be
-            jax.distributed.initialize(**given, initialization_timeout=timeout)
+            jax.distributed.initialize(
+                **given, initialization_timeout=timeout, heartbeat_timeout_seconds=timeout
+            )
     except ValueError as error:
         if mode == "auto" and alone:
             return
@@ -93,6 +97,11 @@ def is_first() -> bool:
     import jax
 
     return jax.process_index() == 0
+
+
+def is_lost_contact(error: Exception) -> bool:
+    """Whether an error of JAX's runtime says that another process is gone."""
+    return joined() and str(error).startswith(LOST)
 
 
 def leave(status: int) -> None:
@@ -155,18 +164,23 @@ def together(function: Callable[[], Any]) -> Any:
     return result
 
 
-def agree(values: dict[str, Any]) -> None:
-    """Checks that plain values, by name, are the same on every process.
+def agree(describe: Callable[[], dict[str, Any]]) -> None:
+    """Checks that what every process describes, plain values by name, is the same on all.
 
     Raises:
-      UserError: one is not; on every process.
+      UserError: something is not; on every process.
     """
-    expected = first(lambda: values)
+    import jax
+
+    if jax.process_count() == 1:
+        return
+    own = describe()
+    expected = first(lambda: own)
 
     def check():
-        for name, value in values.items():
+        for name, value in own.items():
             if value != expected[name]:
-                raise ConfigError(f"{name}: {value!r} here, {expected[name]!r} on process 0")
+                raise ConfigError(f"{name}: {value!r}, but {expected[name]!r} on process 0")
 
     together(check)
 
