@@ -83,6 +83,12 @@ class Config:
         choices=("auto", "float32", "bfloat16"),
     )
 
+    mesh: str = _field(
+        "0",
+        "devices that compute together: a number, or auto for all there are; 0 or 1: one. "
+        "--client_batch is for each of them",
+    )
+
     # The simulated world
     max_time: float = _field(40.0, "simulated time at which the run stops", above=0)
     max_versions: int = _field(50_000, "global versions at which the run stops", at_least=1)
@@ -189,6 +195,8 @@ class Config:
         for name in (*LOCATION_FIELDS, *INPUT_FIELDS):
             if getattr(self, name):
                 object.__setattr__(self, name, str(Path(getattr(self, name)).expanduser()))
+        if self.mesh != "auto" and not self.mesh.isdecimal():
+            raise ConfigError(f"--mesh={self.mesh}: must be auto or a whole number of devices")
         if self.t5_weights and self.model != "t5":
             raise ConfigError(
                 f"--t5_weights={self.t5_weights}: needs --model=t5, not --model={self.model}"
@@ -240,6 +248,8 @@ class Config:
 
 # Where a run is written and where its data lie do not change what it computes.
 LOCATION_FIELDS = ("workdir", "data_dir")
+# Nor do the devices, up to the rounding of sums.
+DEVICE_FIELDS = ("mesh",)
 # Files and folders that a run reads beside its data; recorded with their whole path.
 INPUT_FIELDS = ("t5_weights", "pretrained", "seed_text", "delay_trace")
 

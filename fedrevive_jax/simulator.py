@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedrevive_jax import data, methods, models, schedule
+from fedrevive_jax import data, devices, methods, models, schedule
 from fedrevive_jax import feed as feeds
 from fedrevive_jax.config import Config, ConfigError
 from fedrevive_jax.data import seed_text
@@ -44,6 +44,7 @@ class Simulation:
       config, dataset, model: what it was built from.
       origin: where the first parameters, and for text the tokenizer, come from; for the record.
       schedule, windows: the plan.
+      mesh: the devices that compute together, or None.
       server: the server core.
       position: arrivals processed so far.
     """
@@ -63,6 +64,7 @@ class Simulation:
           derived: what an earlier part of the same run has derived from its data.
         """
         self.config = config
+        self.mesh = devices.create_mesh(config.mesh)
         self.dataset = dataset if dataset is not None else data.load(config, derived.tokenizer)
         shape, classes = self.dataset.input_shape, self.dataset.num_classes
         self.model = model if model is not None else models.from_config(config, shape, classes)
@@ -98,8 +100,8 @@ class Simulation:
         seed = _read_seed_text(config, self.dataset)
         self._inputs = (frozen, seed)
         feed = feeds.create(self.dataset, frozen)
-        self._store = feed.store
-        self._labels = jnp.asarray(self.dataset.labels)
+        self._store = devices.replicate(self.mesh, feed.store)
+        self._labels = devices.replicate(self.mesh, jnp.asarray(self.dataset.labels))
         kept = self.dataset.splits["distillation"]
         ingredients = methods.Ingredients(
             model=self.model,
@@ -108,17 +110,20 @@ class Simulation:
             class_mixes=self._shards.class_mixes(self.dataset.labels, self.dataset.num_classes),
             real_samples=(self.dataset.samples[kept], self.dataset.labels[kept]),
             seed_text=seed,
+            mesh=self.mesh,
         )
         taps = initial_taps(self.model)
-        self.server = Server(methods.create(config, ingredients), params, taps, config.seed)
+        method = methods.create(config, ingredients)
+        self.server = Server(method, params, taps, config.seed, self.mesh)
         self._train = make_window_trainer(
             self.model,
             feed.training,
             config.client_lr,
             lambda job, step: jax_key(config.seed, Stream.AUGMENTATION, job, step),
+            self.mesh,
         )
         self._client_batch = config.client_batch or default_client_batch()
-        self._evaluate = make_evaluator(self.model, feed.evaluation, config.eval_batch)
+        self._evaluate = make_evaluator(self.model, feed.evaluation, config.eval_batch, self.mesh)
         self._hand_out(self.schedule.initial_jobs)
 
     @property
@@ -213,8 +218,9 @@ class Simulation:
                 f"--workdir={self.config.run_dir}: the checkpoint belongs to another plan or other "
                 "data (a file that the run reads has changed); use --overwrite to start afresh"
             )
+        uploads = devices.replicate(self.mesh, arrays["uploads"])
         self.server.restore(record, params, arrays)
-        self._uploads = {int(job): Upload(**upload) for job, upload in arrays["uploads"].items()}
+        self._uploads = {int(job): Upload(**upload) for job, upload in uploads.items()}
         self.position = record["position"]
 
     def _hand_out(self, up_to: int) -> None:
@@ -230,6 +236,10 @@ class Simulation:
         """
         limit = self.config.window_limit
         size = min(self._client_batch, limit) if limit else self._client_batch
+        if self.mesh is not None:
+            # An even share of a usual window for each device; more would only be padding.
+            usual = -(-self.schedule.num_arrivals // len(self.windows))
+            size = min(size, -(-usual // self.mesh.size)) * self.mesh.size
         for start in range(0, len(window.jobs), size):
             jobs = window.jobs[start : start + size]
             padded = np.resize(jobs, size)
@@ -250,8 +260,8 @@ class Simulation:
                 bases,
                 self._store,
                 self._labels,
-                jnp.asarray(np.stack(indices)),
-                jnp.asarray(padded, jnp.int32),
+                np.stack(indices).astype(np.int32),
+                padded.astype(np.int32),
             )
             self._uploads.update(zip(jobs.tolist(), uploads, strict=False))
 

@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
-from fedrevive_jax import trees
+from fedrevive_jax import devices, trees
 from fedrevive_jax.dfkd import loss_guard, losses
 from fedrevive_jax.dfkd.loss_guard import LossGuard
 from fedrevive_jax.models import Model
@@ -34,6 +35,7 @@ def teacher_logits(
     teacher_params: Params,
     samples: Any,
     frozen: Any = (),
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Every teacher judges its own draw.
 
@@ -42,6 +44,7 @@ def teacher_logits(
       teacher_params: leaves [c, ...].
       samples: pytree of arrays [steps, c, b, ...].
       frozen: the model's frozen arrays.
+      mesh: the devices that share the teachers.
 
     Returns:
       [steps, c, b, classes].
@@ -51,12 +54,16 @@ def teacher_logits(
     def of_teacher(leaf):
         return leaf.swapaxes(0, 1).reshape(num_teachers, steps * batch, *leaf.shape[3:])
 
-    def judge(pair):
-        params, own = pair
-        return model.apply(params, as_inputs(own, frozen))[0]
+    def judge_in_turn(frozen, pairs):
+        def judge(pair):
+            params, own = pair
+            return model.apply(params, as_inputs(own, frozen))[0]
 
-    # One plain call per teacher: weights that differ per call would make grouped convolutions.
-    logits = jax.lax.map(judge, (teacher_params, jax.tree.map(of_teacher, samples)))
+        # One plain call per teacher: weights that differ per call would make grouped convolutions.
+        return jax.lax.map(judge, pairs)
+
+    pairs = (teacher_params, jax.tree.map(of_teacher, samples))
+    logits = devices.split(mesh, judge_in_turn)(frozen, pairs)
     return logits.reshape(num_teachers, steps, batch, -1).swapaxes(0, 1)
 
 
@@ -72,6 +79,7 @@ def distil(
     learning_rate: float,
     weight_decay: float,
     temperature: float,
+    mesh: Mesh | None = None,
 ) -> Distilled:
     """Trains a student that starts at the global parameters.
 
@@ -90,14 +98,19 @@ def distil(
       learning_rate: lr_kd.
       weight_decay: L2 coefficient.
       temperature: T.
+      mesh: the devices that share the samples of a step; the gradient is summed over them.
     """
     optimizer = optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
     targets = jax.lax.stop_gradient(targets)  # teachers are data
     per_sample = present[:, None] / (present.sum() * targets.shape[2])
 
+    def apply(shared, samples):
+        student, frozen = shared
+        return model.apply(student, as_inputs(samples, frozen))[0]
+
     def loss_fn(student, x, wanted):
         together = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), x)
-        logits, _ = model.apply(student, as_inputs(together, frozen))
+        logits = devices.split(mesh, apply)((student, frozen), together)
         divergence = losses.kl_divergence(wanted, logits.reshape(wanted.shape), temperature)
         return (per_sample * divergence).sum()
 

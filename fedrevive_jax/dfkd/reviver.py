@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from fedrevive_jax import trees
 from fedrevive_jax.config import Config, ConfigError
@@ -80,6 +81,7 @@ def create(
     class_mixes: Any = None,
     real_samples: tuple[Any, Any] | None = None,
     seed_text: SeedText | None = None,
+    mesh: Mesh | None = None,
 ) -> Reviver:
     """Builds the reviver of a configuration.
 
@@ -92,6 +94,7 @@ def create(
       real_samples: (byte images or token ids, labels) that stand in for the pool: the
         data-dependent reference. Nothing is synthesised then.
       seed_text: labelled texts that synthesis of text starts from.
+      mesh: the devices that share teachers and samples.
     """
     synthesiser = None
     if real_samples is None:
@@ -111,6 +114,7 @@ def create(
             adversarial_weight=config.adversarial_weight,
             meta=config.meta,
             target_sampling=config.target_sampling,
+            mesh=mesh,
         )
 
     def init(params: Params) -> ReviverState:
@@ -170,7 +174,9 @@ def create(
         samples = augment(jax.tree.map(lambda leaf: leaf[flat], state.pool.samples), augment_key)
         shape = (steps, config.num_teachers, batch)
         samples = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), samples)
-        targets = distillation.teacher_logits(model, state.teachers.params, samples, state.frozen)
+        targets = distillation.teacher_logits(
+            model, state.teachers.params, samples, state.frozen, mesh
+        )
         result = distillation.distil(
             model,
             params,
@@ -182,6 +188,7 @@ def create(
             learning_rate=config.distillation_lr,
             weight_decay=config.distillation_weight_decay,
             temperature=config.distillation_temperature,
+            mesh=mesh,
         )
         good = trees.all_finite(result.delta) & (result.counted > 0)
         zero = jax.tree.map(jnp.zeros_like, params)
