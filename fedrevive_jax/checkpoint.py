@@ -3,7 +3,8 @@
     checkpoints/VERSION/params/      the global model alone, written by orbax for anyone to read
     checkpoints/VERSION/state.npz    the method's state
     checkpoints/VERSION/record.json  position, jobs in flight, sizes of the run's files, and the
-                                     checksum of every leaf of all that belongs to this checkpoint
+                                     checksums of every file and every leaf that belong to this
+                                     checkpoint; its own checksum is in record.json.sha256
     live/version_V.npz, live/upload_J.npz
                                      stale versions and uploads under way, written once each and
                                      referred to by every checkpoint that needs them
@@ -86,8 +87,8 @@ class Checkpoints:
         self._thread: ThreadPoolExecutor | None = None
         self._writing: Future | None = None
         self._step_in_writing = -1
-        # Leaves of the files in `live` that this process has written or found whole, by name.
-        self._once: dict[str, archive.Leaves] = {}
+        # Checksums of what is in `live` that this process has written or found whole, by name.
+        self._once: dict[str, archive.Sums] = {}
         if read_only:
             if not self._folder.is_dir():
                 raise ConfigError(f"--{flag}={run_dir}: holds no folder {FOLDER}")
@@ -154,9 +155,9 @@ class Checkpoints:
                 f"--step={step}: no such checkpoint in {self._run_dir}; there is "
                 + (", ".join(map(str, self.steps())) or "none")
             )
-        leaves = self._contents(step)["leaves"][PARAMS]
-        self._check_shapes(leaves, shapes)
-        return self._read_params(step, shapes, leaves)
+        sums = self._contents(step)["sums"][PARAMS]
+        self._check_shapes(sums["leaves"], shapes)
+        return self._read_params(step, shapes, sums)
 
     def load(
         self,
@@ -175,18 +176,18 @@ class Checkpoints:
           CorruptError: it is not what was written.
         """
         contents = self._contents(step)
-        record, leaves = contents["record"], contents["leaves"]
+        record, sums = contents["record"], contents["sums"]
         shapes = shapes_of(record)
-        params = self._read_params(step, params_shapes, leaves[PARAMS])
+        params = self._read_params(step, params_shapes, sums[PARAMS])
         own = {name: tree for name, tree in shapes.items() if name not in ONCE}
-        arrays = archive.read(self._folder / str(step) / STATE, own, leaves[STATE])
+        arrays = archive.read(self._folder / str(step) / STATE, own, sums[STATE])
         once = {}
         for group, kind in ONCE.items():
             arrays[group] = {}
             for number, tree in shapes[group].items():
                 name = f"{kind}_{number}"
-                arrays[group][number] = archive.read(self._path(name), tree, leaves[name])
-                once[name] = leaves[name]
+                arrays[group][number] = archive.read(self._path(name), tree, sums[name])
+                once[name] = sums[name]
         self._once = once
         return Saved(record, params, arrays)
 
@@ -262,22 +263,18 @@ class Checkpoints:
                     f"this model's is {expected}"
                 )
 
-    def _read_params(self, step: int, shapes: Params, leaves: archive.Leaves) -> Params:
+    def _read_params(self, step: int, shapes: Params, sums: archive.Sums) -> Params:
         blank = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
         path = self._folder / str(step) / PARAMS
-        if not path.is_dir():
-            raise CorruptError(f"{PARAMS} is missing")
+        archive.check_files(path, sums["files"])
         try:
             with _orbax() as orbax:
                 params = orbax.restore(path.absolute(), args=ocp.args.StandardRestore(blank))
         except MemoryError:
             raise
-        except Exception as error:  # orbax raises anything when a file is damaged
+        except Exception as error:  # orbax raises anything when it finds something else
             raise CorruptError(f"{PARAMS} cannot be read ({_reason(error)})") from None
-        try:
-            archive.check(params, leaves)
-        except CorruptError as error:
-            raise CorruptError(f"{PARAMS}: {error}") from None
+        archive.check(params, sums["leaves"])
         return params
 
     # --- writing ----------------------------------------------------------------------------------
@@ -292,21 +289,22 @@ class Checkpoints:
         partial, replaced = (
             final.with_name(f"{final.name}.{kind}") for kind in ("partial", "replaced")
         )
-        leaves = {}
+        sums = {}
         try:
             for name, tree in once.items():
                 if name not in self._once or not self._path(name).exists():
                     self._once[name] = archive.write(self._path(name), archive.to_host(tree))
-                leaves[name] = self._once[name]
+                sums[name] = self._once[name]
             archive.sync_folder(self._live)
             _remove(partial)
             partial.mkdir()
-            leaves[STATE] = archive.write(partial / STATE, own)
+            sums[STATE] = archive.write(partial / STATE, own)
             params = archive.to_host(params)
-            leaves[PARAMS] = archive.describe(params)
             with _orbax() as orbax:
                 orbax.save((partial / PARAMS).absolute(), args=ocp.args.StandardSave(params))
-            archive.write_sealed(partial / RECORD, {"record": record, "leaves": leaves})
+            files = archive.sum_files(partial / PARAMS)
+            sums[PARAMS] = {"files": files, "leaves": archive.describe(params)}
+            archive.write_sealed(partial / RECORD, {"record": record, "sums": sums})
             archive.sync_folder(partial)
         except BaseException:
             _remove(partial)
@@ -330,13 +328,13 @@ class Checkpoints:
         needed: set[str] = set()
         for step in steps[-self._keep :]:
             try:
-                needed |= self._contents(step)["leaves"].keys()
+                needed |= self._contents(step)["sums"].keys()
             except CorruptError:
                 continue  # whatever it referred to is of no use any more
         for path in self._live.iterdir():
             if path.name.removesuffix(".npz") not in needed:
                 path.unlink()
-        self._once = {name: leaves for name, leaves in self._once.items() if name in needed}
+        self._once = {name: sums for name, sums in self._once.items() if name in needed}
 
     def _tidy(self) -> None:
         """Finishes what a process that died here left half done."""

@@ -25,7 +25,7 @@ def main(arrival: int, path: str) -> None:
 
     def save_and_wait(self, *args):
         save(self, *args)
-        self._manager.wait_until_finished()  # so that it is known what there is to continue from
+        self.wait()  # so that it is known what there is to continue from
 
     Simulation.advance = advance
     Checkpoints.save = save_and_wait

@@ -40,13 +40,12 @@ def final_state(config):
     """All arrays of the newest checkpoint."""
     simulation = Simulation(config)
     checkpoints = Checkpoints(config.run_dir, read_only=True)
-    step = checkpoints.steps()[-1]
-    saved = checkpoints.record(step)
-    state = checkpoints.state(
-        step, simulation.server.params, simulation.shapes(saved["simulation"])
+    saved = checkpoints.load(
+        checkpoints.steps()[-1],
+        simulation.server.params,
+        lambda saved: simulation.shapes(saved["simulation"]),
     )
-    checkpoints.close()
-    return saved["simulation"], state
+    return saved.record["simulation"], (saved.params, saved.arrays)
 
 
 def metrics_without_wall(config):
@@ -60,7 +59,8 @@ def test_the_record(whole):
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "config.json", "metrics.jsonl", "arrivals.jsonl", "summary.json", "tensorboard",
-        "clients.npz", "origin.json", "curves.png", "synthetic.png", "checkpoints",
+        "clients.npz", "origin.json", "curves.png", "synthetic.png", "checkpoints", "live",
+        "run.lock",
     }  # fmt: skip
     assert restore.read_config(folder) == runner.settle(config)
     summary = json.loads((folder / "summary.json").read_text())
@@ -319,8 +319,13 @@ def test_a_run_without_a_checkpoint_starts_from_the_data_as_they_are(tmp_path, m
 
 def test_a_checkpoint_of_something_else_is_named(tmp_path):
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="its checkpoint 5 is no model of this package"):
-        restore.read_params(tmp_path, Simulation(small("fedbuff")).model)
+    model = Simulation(small("fedbuff")).model
+    with pytest.raises(ConfigError, match="no checkpoint is whole; corrupt: 5"):
+        restore.read_params(tmp_path, model)
+    with pytest.raises(
+        ConfigError, match=r"checkpoint 5 is corrupt \(record.json or its checksum is missing\)"
+    ):
+        restore.read_params(tmp_path, model, step=5)
 
 
 def test_a_split_without_samples_is_named():
