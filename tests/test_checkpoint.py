@@ -26,6 +26,7 @@ from fedrevive_jax import archive
 from fedrevive_jax.archive import CorruptError
 from fedrevive_jax.checkpoint import CheckpointError, Checkpoints, has_checkpoint
 from fedrevive_jax.config import ConfigError
+from tests.killed_run import is_change
 
 
 def params_of(version):
@@ -308,18 +309,12 @@ class Death(BaseException):
 class Reaper:
     """Ends the world at the n-th change of a folder, as an audit hook sees it."""
 
-    CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
-
     def __init__(self):
         self.folder, self.left, self.seen = None, 0, 0
         sys.addaudithook(self._hook)
 
     def _hook(self, event, arguments):
-        if self.folder is None or event not in self.CHANGES:
-            return
-        if event == "open" and not (isinstance(arguments[1], str) and arguments[1] != "r"):
-            return
-        if str(self.folder) in str(arguments[0]):
+        if self.folder is not None and is_change(event, arguments, str(self.folder)):
             self.seen += 1
             if self.seen > self.left:
                 raise Death
