@@ -214,6 +214,11 @@ class Checkpoints:
         self._step_in_writing = record["version"]
         self._writing = self._thread.submit(self._write, record, params, own, once)
 
+    def check(self) -> None:
+        """Raises what went wrong with the last save, as soon as it is known; never waits."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
     def wait(self) -> None:
         """Waits until the last save is on disk.
 

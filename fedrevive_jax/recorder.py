@@ -228,6 +228,7 @@ class Recorder:
         if self._run_dir is not None:
             self._arrivals.flush()
             self._metrics.flush()
+            self._checkpoints.check()
 
     def _write_arrival(
         self, index: int, receipt: Receipt, loss: float, accepted: bool, metrics
