@@ -1,7 +1,8 @@
 """Runs a method on a data set: python -m experiments.main [--dataset=... --method=... ...].
 
 The same command run again continues an unfinished run, and does nothing to a finished one. A run
-that gets SIGTERM or SIGINT saves and ends with status 143 or 130.
+that gets SIGTERM or SIGINT saves and ends with status 143 or 130. On several hosts the same command
+is run on each.
 """
 
 import json
@@ -10,6 +11,7 @@ import sys
 from absl import flags
 
 from experiments import flags as config_flags
+from fedrevive_jax import processes
 from fedrevive_jax.config import Config, ConfigError
 from fedrevive_jax.interruption import InterruptedRunError, Interruption
 from fedrevive_jax.presets import resolve
@@ -18,6 +20,21 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the plan as JSON; no traini
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "start afresh in a folder that holds a run")
 GRACE = flags.DEFINE_float(
     "grace", 8.0, "seconds after SIGTERM or SIGINT in which the run saves; then it ends anyway"
+)
+DISTRIBUTED = flags.DEFINE_string(
+    "distributed",
+    "auto",
+    "whether other processes compute together with this one, over --mesh=auto: auto where a "
+    f"cluster is recognised ({', '.join(processes.MODES)})",
+)
+COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "host:port of process 0, where no cluster tells it"
+)
+NUM_PROCESSES = flags.DEFINE_string(
+    "num_processes", None, "processes that compute together, where no cluster tells it"
+)
+PROCESS_ID = flags.DEFINE_string(
+    "process_id", None, "number of this process, where no cluster tells it"
 )
 config_flags.define()
 flags.adopt_module_key_flags(config_flags)
@@ -32,6 +49,8 @@ def main() -> int:
 
         print(json.dumps(plan(config), indent=2))
         return 0
+    processes.join(DISTRIBUTED.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    # After joining: JAX's own service would take SIGTERM away again.
     with Interruption(GRACE.value) as interruption:
         try:
             _run(config, interruption)
@@ -43,12 +62,15 @@ def main() -> int:
 def _run(config: Config, interruption: Interruption) -> None:
     from fedrevive_jax import runner
 
-    if runner.is_finished(config, OVERWRITE.value):
-        print(f"{config.run_dir} holds this run, finished; nothing to do")
+    if processes.first(lambda: runner.is_finished(config, OVERWRITE.value)):
+        if processes.is_first():
+            print(f"{config.run_dir} holds this run, finished; nothing to do")
         return
     result = runner.run(
         config, keep_record=True, overwrite=OVERWRITE.value, interruption=interruption
     )
+    if not processes.is_first():
+        return
     if result.resumed_version is not None:
         print(f"continued from version {result.resumed_version}")
     summary = result.summary

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedrevive_jax import plots, record
+from fedrevive_jax import plots, processes, record
 from fedrevive_jax.checkpoint import Checkpoints, Saved
 from fedrevive_jax.config import UserError
 from fedrevive_jax.dfkd.pool import Pool
@@ -72,32 +72,31 @@ class Recorder:
     def resume(self) -> None:
         """Continues from the newest checkpoint that is whole, cutting the rows that came after it.
 
+        The process that has the folder shares what it finds there.
+
         Raises:
           ConfigError: the checkpoints are of another plan or other data, or none is whole.
         """
-        if self._run_dir is None:
-            return
         sizes = {record.METRICS: 0, record.ARRIVALS: 0}
-        found = self._checkpoints.newest_good(self._load)
+        found = processes.first(self._newest)
         if found is not None:
             self._resumed, (saved, params, arrays) = found
             simulation = self._simulation
             simulation.restore(saved["simulation"], params, arrays)
             sizes, self._wall_before = saved["sizes"], saved["wall_seconds"]
             self._saved_position = simulation.position
-            if simulation.jobs_restarted:
+            if simulation.jobs_restarted and self._run_dir is not None:
                 _LOG.warning(
                     "continued from version %d with --checkpoint_mode=params: not exact, the jobs "
                     "in flight start again from it (%d in the whole run)",
                     self._resumed,
                     simulation.jobs_restarted,
                 )
-        self._metrics = record.Rows(self._run_dir / record.METRICS, sizes[record.METRICS])
-        self._arrivals = record.Rows(self._run_dir / record.ARRIVALS, sizes[record.ARRIVALS])
-        self._evaluations = read_evaluations(self._run_dir)
-        self._events = record.Events(self._run_dir / record.EVENTS)
-        for row in record.read_rows(self._run_dir / record.METRICS):
-            self._events.add(row)
+        self._evaluations = processes.first(lambda: self._open(sizes))
+
+    def _newest(self) -> tuple[int, Saved] | None:
+        """The newest checkpoint that is whole, and its version."""
+        return None if self._checkpoints is None else self._checkpoints.newest_good(self._load)
 
     def _load(self, step: int) -> Saved:
         simulation = self._simulation
@@ -107,6 +106,17 @@ class Recorder:
             simulation.server.params,
             lambda saved: simulation.shapes(saved["simulation"]),
         )
+
+    def _open(self, sizes: dict[str, int]) -> list[dict[str, Any]]:
+        """Opens the files of rows at the sizes that count; returns the evaluations in them."""
+        if self._run_dir is None:
+            return []
+        self._metrics = record.Rows(self._run_dir / record.METRICS, sizes[record.METRICS])
+        self._arrivals = record.Rows(self._run_dir / record.ARRIVALS, sizes[record.ARRIVALS])
+        self._events = record.Events(self._run_dir / record.EVENTS)
+        for row in record.read_rows(self._run_dir / record.METRICS):
+            self._events.add(row)
+        return read_evaluations(self._run_dir)
 
     def start(self) -> None:
         """Evaluates version 0 of a new run."""
@@ -160,6 +170,7 @@ class Recorder:
             "wall_seconds": self._wall_seconds(),
             **staleness_summary(clock.staleness),
             "device": str(jax.devices()[0].device_kind),
+            "devices": 1 if simulation.mesh is None else simulation.mesh.size,
         }
         if self._run_dir is not None:
             self._save()
@@ -261,6 +272,7 @@ class Recorder:
             return
         self._fetch()
         plain, arrays = self._simulation.snapshot()
+        params, arrays = processes.to_host((self._simulation.server.params, arrays))
         saved = {
             "version": plain["version"],
             "simulation": plain,
@@ -270,7 +282,7 @@ class Recorder:
                 record.ARRIVALS: self._arrivals.flush(),
             },
         }
-        self._checkpoints.save(saved, self._simulation.server.params, arrays)
+        self._checkpoints.save(saved, params, arrays)
         self._saved_position = self._simulation.position
 
     def _pictures(self) -> None:

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import jax
 
-from fedrevive_jax import data, derived, lock, record
+from fedrevive_jax import data, derived, lock, processes, record
 from fedrevive_jax.checkpoint import FOLDER as CHECKPOINTS
 from fedrevive_jax.checkpoint import describe_newest, has_checkpoint
-from fedrevive_jax.config import INPUT_FIELDS, Config, ConfigError
+from fedrevive_jax.config import INPUT_FIELDS, LOCATION_FIELDS, Config, ConfigError
 from fedrevive_jax.interruption import InterruptedRunError, Interruption
-from fedrevive_jax.models import Model
-from fedrevive_jax.models.layers import default_convolution
+from fedrevive_jax.models import Model, convolutions, default_precision
 from fedrevive_jax.recorder import DivergenceError, Recorder, Result, read_evaluations
 from fedrevive_jax.restore import read_params
 from fedrevive_jax.simulator import Simulation, default_client_batch
@@ -36,6 +35,9 @@ def run(
 ) -> Result:
     """Runs a configuration to its end.
 
+    Where several processes compute together, every one of them calls this with the same arguments;
+    the first alone reads and writes the folder.
+
     Args:
       config: what to run, see `presets.resolve`.
       dataset, model: stand in for those that the configuration names.
@@ -52,19 +54,30 @@ def run(
       InterruptedRunError: the run was asked to stop, and has saved.
     """
     config = settle(config)
-    finished = keep_record and is_finished(config, overwrite)
-    # Without a checkpoint a run starts afresh, from the data as they are now.
-    begun = keep_record and not overwrite and (finished or has_checkpoint(config.run_dir))
-    kept = derived.read(config.run_dir) if begun else derived.Derived()
-    simulation = Simulation(config, dataset, model, kept)
+    processes.agree(lambda: _computed(config))
+
+    def look() -> tuple[bool, derived.Derived]:
+        finished = keep_record and is_finished(config, overwrite)
+        # Without a checkpoint a run starts afresh, from the data as they are now.
+        begun = keep_record and not overwrite and (finished or has_checkpoint(config.run_dir))
+        return finished, derived.read(config.run_dir) if begun else derived.Derived()
+
+    finished, kept = processes.first(look)
+    simulation = processes.together(lambda: Simulation(config, dataset, model, kept))
+    processes.agree(lambda: {"the plan, the data or a file that is read": simulation.fingerprint})
     if finished:
-        return _read_finished(simulation)
-    if not keep_record:
-        return _play(simulation, None, interruption)
-    with _opened(config, overwrite):
-        derived.write(config.run_dir, simulation.derived)
-        with _told(config.run_dir):
-            return _play(simulation, config.run_dir, interruption)
+        return processes.first(lambda: _read_finished(simulation))
+    with contextlib.ExitStack() as stack:
+
+        def open_folder() -> None:
+            stack.enter_context(_opened(config, overwrite))
+            derived.write(config.run_dir, simulation.derived)
+
+        if keep_record:
+            processes.first(open_folder)
+        folder = config.run_dir if keep_record and processes.is_first() else None
+        stack.enter_context(_told(config.run_dir))
+        return _play(simulation, folder, interruption)
 
 
 def _play(simulation: Simulation, folder: Path | None, interruption: Interruption | None) -> Result:
@@ -97,7 +110,8 @@ def settle(config: Config) -> Config:
     return dataclasses.replace(
         config,
         **{name: str(Path(value).absolute()) for name, value in inputs.items()},
-        convolution=default_convolution() if how == "auto" else how,
+        convolution=convolutions.default() if how == "auto" else how,
+        precision=default_precision() if config.precision == "auto" else config.precision,
         client_batch=config.client_batch or default_client_batch(),
         workdir=str(config.run_dir),
     )
@@ -133,6 +147,12 @@ def is_finished(config: Config, overwrite: bool = False) -> bool:
             f"({'; '.join(differences)}); use --overwrite to start afresh"
         )
     return record.SUMMARY in contents
+
+
+def _computed(config: Config) -> dict[str, object]:
+    """What processes that compute together must have in common, by flag."""
+    values = config.as_dict()
+    return {f"--{name}": values[name] for name in values if name not in LOCATION_FIELDS}
 
 
 @contextlib.contextmanager
@@ -197,7 +217,7 @@ def _progress_bar(simulation: Simulation):
         total=simulation.schedule.num_arrivals,
         initial=simulation.position,
         unit=" arrivals",
-        disable=not sys.stderr.isatty(),
+        disable=not (sys.stderr.isatty() and processes.is_first()),
         dynamic_ncols=True,
     )
 
