@@ -65,7 +65,7 @@ def check(tree: Any, leaves: Leaves) -> None:
 def sum_files(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder, by its path there."""
     return {
-        path.relative_to(folder).as_posix(): _digest(path.read_bytes())
+        path.relative_to(folder).as_posix(): _sum(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
@@ -79,19 +79,19 @@ def check_files(folder: Path, files: dict[str, str]) -> None:
     """
     for name, expected in files.items():
         try:
-            contents = (folder / name).read_bytes()
+            found = _sum(folder / name)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise CorruptError(f"{name} is missing") from None
         except OSError as error:
             raise CorruptError(f"{name} cannot be read ({error.strerror})") from None
-        if _digest(contents) != expected:
+        if found != expected:
             raise CorruptError(f"the checksum of {name} failed")
 
 
 def write(path: Path, tree: Any) -> Sums:
     """Writes a tree of NumPy arrays as a plain .npz, whole or not at all."""
     write_whole(path, lambda stream: np.savez(stream, *jax.tree.leaves(tree)))
-    return {"files": {path.name: _digest(path.read_bytes())}, "leaves": describe(tree)}
+    return {"files": {path.name: _sum(path)}, "leaves": describe(tree)}
 
 
 def read(path: Path, shapes: Any, sums: Sums) -> Any:
@@ -172,8 +172,9 @@ def _describe(name: str, leaf: np.ndarray) -> dict[str, Any]:
     return {"dtype": dtype, "shape": shape, "sha256": digest.hexdigest()}
 
 
-def _digest(contents: bytes) -> str:
-    return hashlib.sha256(contents).hexdigest()
+def _sum(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _seal(path: Path) -> Path:
@@ -181,4 +182,4 @@ def _seal(path: Path) -> Path:
 
 
 def _seal_text(path: Path, text: bytes) -> bytes:
-    return f"{_digest(text)}  {path.name}\n".encode()
+    return f"{hashlib.sha256(text).hexdigest()}  {path.name}\n".encode()

@@ -183,6 +183,12 @@ def test_a_corrupt_checkpoint_is_passed_over_and_the_end_is_the_same(whole, tmp_
     assert finish(config).resumed_version == older
     assert f"checkpoint {newest} is corrupt (the checksum of state.npz failed)" in caplog.text
     assert_same_end(config, whole[0])
+    # An evaluation reads the global model alone, and guards that.
+    next((config.run_dir / "checkpoints" / str(newest) / "params").rglob("*/d/*")).unlink()
+    model = Simulation(config).model
+    assert restore.read_params(config.run_dir, model)[0] == older
+    with pytest.raises(ConfigError, match=rf"checkpoint {newest} is corrupt \(.* is missing\)"):
+        restore.read_params(config.run_dir, model, step=newest)
 
 
 def test_small_checkpoints_continue_with_jobs_that_start_again(tmp_path, monkeypatch, caplog):
