@@ -143,7 +143,25 @@ def read_sealed(path: Path) -> Any:
         raise CorruptError(f"{path.name} cannot be read ({error.strerror})") from None
     if seal != _seal_text(path, text):
         raise CorruptError(f"the checksum of {path.name} failed")
-    return json.loads(text)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise CorruptError(f"{path.name} holds something else") from None
+
+
+def is_sums(value: Any) -> bool:
+    """Whether a value, read from a file, has the form of `Sums`."""
+
+    def holds(part: Any, *names: str) -> bool:
+        return isinstance(part, dict) and part.keys() == set(names)
+
+    return (
+        holds(value, "files", "leaves")
+        and isinstance(value["files"], dict)
+        and all(isinstance(digest, str) for digest in value["files"].values())
+        and isinstance(value["leaves"], dict)
+        and all(holds(leaf, "dtype", "shape", "sha256") for leaf in value["leaves"].values())
+    )
 
 
 def sync_folder(folder: Path) -> None:

@@ -249,8 +249,15 @@ class Checkpoints:
 
     def _contents(self, step: int) -> dict[str, Any]:
         contents = archive.read_sealed(self._folder / str(step) / RECORD)
-        if contents["record"]["version"] != step:
-            raise CorruptError(f"it is the checkpoint of version {contents['record']['version']}")
+        try:
+            version, sums = contents["record"]["version"], contents["sums"]
+            known = {PARAMS, STATE} <= sums.keys() and all(map(archive.is_sums, sums.values()))
+        except (KeyError, TypeError, AttributeError):
+            known = False
+        if not known:
+            raise CorruptError(f"{RECORD} is none of this package")
+        if version != step:
+            raise CorruptError(f"it is the checkpoint of version {version}")
         return contents
 
     def _check_shapes(self, leaves: archive.Leaves, shapes: Params) -> None:

@@ -6,6 +6,7 @@ that whatever is restored can be compared with what must have been written.
 
 import contextlib
 import errno
+import hashlib
 import logging
 import os
 import pickle
@@ -280,7 +281,10 @@ def test_without_a_good_checkpoint_nothing_is_changed(saved, tmp_path):
 
 
 def test_nothing_is_unpickled(saved, tmp_path):
-    """An archive that would run code when unpickled is a corrupt one, and the code does not run."""
+    """An archive that would run code when unpickled is a corrupt one, and the code does not run.
+
+    Nor does it end in a traceback when a record with a right checksum says something else.
+    """
 
     class Trap:
         def __reduce__(self):
@@ -294,6 +298,13 @@ def test_nothing_is_unpickled(saved, tmp_path):
     assert outcome(folder) == 4
     (folder / "checkpoints" / "5" / "record.json").write_bytes(pickle.dumps(Trap()))
     assert outcome(folder) == 4
+    for foreign in ("[]", "{}", '{"record": {"version": 5}, "sums": 3}', "[" * 100_000):
+        record = folder / "checkpoints" / "5" / "record.json"
+        archive.write_sealed(record, 0)
+        record.write_text(foreign)
+        digest = hashlib.sha256(foreign.encode()).hexdigest()
+        record.with_name("record.json.sha256").write_text(f"{digest}  record.json\n")
+        assert outcome(folder) == 4
     assert not (tmp_path / "sprung").exists()
     pickle.loads(pickle.dumps(Trap()))
     assert (tmp_path / "sprung").exists()  # the control: the trap works
