@@ -291,7 +291,7 @@ class Recorder:
         staleness = [row["staleness"] for row in record.read_rows(self._run_dir / record.ARRIVALS)]
         plots.curves(self._run_dir / "curves.png", title, self._evaluations, staleness)
         for pool in _synthetic_pools(simulation.server.method_state):
-            images, labels, added = jax.device_get(pool)
+            images, labels, added = jax.device_get(pool[:3])
             # Oldest first: the ring's next place is its oldest.
             order = np.roll(np.arange(len(labels)), -int(added) % len(labels))
             plots.synthetic(
