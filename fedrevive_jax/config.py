@@ -76,6 +76,12 @@ class Config:
         "how convolutions are computed: auto picks winograd on CPU, lax elsewhere",
         choices=("auto", "lax", "patches", "shifted", "winograd"),
     )
+    precision: str = _field(
+        "auto",
+        "arithmetic of the models; parameters, statistics, losses and optimisers are in float32 "
+        "throughout; auto picks float32 on CPU, bfloat16 elsewhere",
+        choices=("auto", "float32", "bfloat16"),
+    )
 
     mesh: str = _field(
         "0",
