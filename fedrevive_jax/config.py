@@ -170,6 +170,10 @@ class Config:
     pool_size: int = _field(16_000, "images in the first-in first-out pool", at_least=1)
     distillation_steps: int = _field(10, "K_KD, student steps at one arrival", at_least=1)
     distillation_batch: int = _field(32, "images per teacher and student step", at_least=1)
+    teacher_batch: int = _field(
+        0, "teachers whose images pass through the student in one call, a divisor of --num_teachers; "
+        "0: few on CPU, all elsewhere", at_least=0,
+    )  # fmt: skip
     distillation_lr: float = _field(1e-4, "lr_kd, rate of the student", above=0)
     distillation_temperature: float = _field(1.0, "temperature of the distillation", above=0)
     distillation_weight_decay: float = _field(
@@ -219,6 +223,11 @@ class Config:
             raise ConfigError(
                 f"--warmup_versions={self.warmup_versions}: must be at least --freeze_versions="
                 f"{self.freeze_versions} (distillation needs a synthesised pool)"
+            )
+        if self.teacher_batch and self.num_teachers % self.teacher_batch:
+            raise ConfigError(
+                f"--teacher_batch={self.teacher_batch}: must divide --num_teachers="
+                f"{self.num_teachers}"
             )
         if self.pool_size < self.synthesis_batch:
             raise ConfigError(

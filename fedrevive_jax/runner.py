@@ -12,7 +12,7 @@ from fedrevive_jax import data, derived, processes, record
 from fedrevive_jax.checkpoint import FOLDER as CHECKPOINTS
 from fedrevive_jax.checkpoint import has_checkpoint
 from fedrevive_jax.config import INPUT_FIELDS, LOCATION_FIELDS, Config, ConfigError
-from fedrevive_jax.models import Model, convolutions
+from fedrevive_jax.models import Model, convolutions, default_precision
 from fedrevive_jax.recorder import DivergenceError, Recorder, Result, read_evaluations
 from fedrevive_jax.restore import read_params
 from fedrevive_jax.simulator import Simulation, default_client_batch
@@ -93,6 +93,7 @@ def settle(config: Config) -> Config:
         config,
         **{name: str(Path(value).absolute()) for name, value in inputs.items()},
         convolution=convolutions.default() if how == "auto" else how,
+        precision=default_precision() if config.precision == "auto" else config.precision,
         client_batch=config.client_batch or default_client_batch(),
         workdir=str(config.run_dir),
     )

@@ -43,6 +43,8 @@ class Simulation:
     Attributes:
       config, dataset, model: what it was built from.
       origin: where the first parameters, and for text the tokenizer, come from; for the record.
+      feed: the data set on the device and the way from it to the model.
+      frozen: arrays of the model that nobody trains.
       schedule, windows: the plan.
       mesh: the devices that compute together, or None.
       server: the server core.
@@ -67,7 +69,9 @@ class Simulation:
         self.mesh = devices.create_mesh(config.mesh)
         self.dataset = dataset if dataset is not None else data.load(config, derived.tokenizer)
         shape, classes = self.dataset.input_shape, self.dataset.num_classes
-        self.model = model if model is not None else models.from_config(config, shape, classes)
+        if model is None:
+            model = models.from_config(config, shape, classes)
+        self.model = models.with_precision(model, config.precision)
         _check_fit(config, self.model, self.dataset)
         for split in ("train", config.eval_split):
             self.dataset.positions(split)
@@ -98,8 +102,9 @@ class Simulation:
                 version, params = read_params(folder, self.model, flag="pretrained")
                 self.origin["start"] = f"version {version} of {config.pretrained}"
         seed = _read_seed_text(config, self.dataset)
+        self.frozen = frozen
         self._inputs = (frozen, seed)
-        feed = feeds.create(self.dataset, frozen)
+        self.feed = feed = feeds.create(self.dataset, frozen)
         self._store = devices.replicate(self.mesh, feed.store)
         self._labels = devices.replicate(self.mesh, jnp.asarray(self.dataset.labels))
         kept = self.dataset.splits["distillation"]
@@ -133,6 +138,11 @@ class Simulation:
         return Derived(tokenizer.serialised if tokenizer else "", self._shards, self.origin)
 
     @property
+    def uploads(self) -> dict[int, Upload]:
+        """Uploads that are trained and have not arrived, by job."""
+        return dict(self._uploads)
+
+    @property
     def finished(self) -> bool:
         return self.position == self.schedule.num_arrivals
 
@@ -146,11 +156,16 @@ class Simulation:
         while not self.finished:
             yield self.advance()
 
+    def train_ahead(self) -> None:
+        """Trains the window of the next arrival, if that arrival needs it and has none yet."""
+        window = self._first_of_window.get(self.position)
+        if window is not None and int(window.jobs[0]) not in self._uploads:
+            self._uploads.update(self.train_jobs(window.jobs))
+
     def advance(self) -> Receipt:
         """Processes the next arrival, training its window first when it needs one."""
+        self.train_ahead()
         index = self.position
-        if index in self._first_of_window:
-            self._train_window(self._first_of_window[index])
         job = int(self.schedule.job[index])
         receipt = self.server.submit(job, self._uploads.pop(job))
         self._hand_out(int(self.schedule.jobs_started[index]))
@@ -228,21 +243,28 @@ class Simulation:
         for client in self.schedule.client[self.server.next_job : up_to]:
             self.server.dispatch(int(client))
 
-    def _train_window(self, window: schedule.Window) -> None:
-        """Trains a window's jobs in calls of a fixed size; the last call is padded by repetition.
+    def train_jobs(self, jobs: np.ndarray) -> dict[int, Upload]:
+        """Trains jobs in calls of a fixed size; the last call is padded by repetition.
 
         Every call is the same compiled program whatever the window, and each job's result depends
         on its own inputs alone.
+
+        Args:
+          jobs: int [n], numbers of jobs whose starting versions are live.
+
+        Returns:
+          Their uploads, by job.
         """
+        trained = {}
         limit = self.config.window_limit
         size = min(self._client_batch, limit) if limit else self._client_batch
         if self.mesh is not None:
             # An even share of a usual window for each device; more would only be padding.
             usual = -(-self.schedule.num_arrivals // len(self.windows))
             size = min(size, -(-usual // self.mesh.size)) * self.mesh.size
-        for start in range(0, len(window.jobs), size):
-            jobs = window.jobs[start : start + size]
-            padded = np.resize(jobs, size)
+        for start in range(0, len(jobs), size):
+            together = jobs[start : start + size]
+            padded = np.resize(together, size)
             indices = [
                 self._shards.batches(
                     int(self.schedule.client[job]),
@@ -263,7 +285,8 @@ class Simulation:
                 np.stack(indices).astype(np.int32),
                 padded.astype(np.int32),
             )
-            self._uploads.update(zip(jobs.tolist(), uploads, strict=False))
+            trained.update(zip(together.tolist(), uploads, strict=False))
+        return trained
 
 
 def _check_fit(config: Config, model: Model, dataset: data.Dataset) -> None:

@@ -128,8 +128,8 @@ def table(told: dict[str, Any]) -> str:
         "",
         f"{told['model']}, width {told['width']}, {told['precision']}, convolution "
         f"{told['convolution']}, {told['client_batch']} jobs in a call. {versions}.",
-        f"{told['arrivals_per_second']:.3g} arrivals/s; windows {told['window_ratio']:.2f} times as "
-        f"fast as one job in a call; host {told['host_milliseconds']:.2f} ms an arrival; schedule "
+        f"{told['arrivals_per_second']:.3g} arrivals/s; windows {told['window_ratio']:.2f} times "
+        f"as fast as one job in a call; host {told['host_milliseconds']:.2f} ms an arrival; schedule "
         f"{told['schedule_arrivals_per_second']:,.0f} arrivals/s; peak "
         f"{told['peak_tflops']:.3g} TFLOP/s ({told['peak_source']}).",
         f"Compilations: {told['compilations']} in {told['compile_seconds']:.1f} s, "

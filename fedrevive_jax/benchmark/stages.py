@@ -18,6 +18,7 @@ from fedrevive_jax.data.dataset import official_splits
 from fedrevive_jax.dfkd import distillation, loss_guard, reviver, synthesis
 from fedrevive_jax.local_training import initial_taps
 from fedrevive_jax.presets import resolve
+from fedrevive_jax.runner import settle
 from fedrevive_jax.simulator import Simulation
 
 # What is measured under each name: the data set whose preset it takes.
@@ -102,7 +103,7 @@ def workload(name: str, **changes: Any) -> tuple[Config, data.Dataset]:
       name: a key of `WORKLOADS`.
       **changes: fields of `Config`.
     """
-    config = resolve(WORKLOADS[name], "fedrevive", **{**STEADY, **_population(), **changes})
+    config = settle(resolve(WORKLOADS[name], "fedrevive", **{**STEADY, **_population(), **changes}))
     spec = data.spec(config)
     rng = np.random.default_rng(config.seed)
     count = 2 * SAMPLES
@@ -228,7 +229,7 @@ def _stages(simulation: Simulation, whole: _Arrivals, repeats: int) -> dict[str,
     forward = planning.forward_flops(model)
     arithmetic = planning.flops_of_an_arrival(config, forward)
     params = simulation.server.params
-    frozen, augment = simulation.frozen, simulation.augment
+    frozen, augment = simulation.frozen, simulation.feed.augment
     keys = iter(jax.random.split(jax.random.key(config.seed), 100))
 
     # Teachers that differ: the global model with a little noise.

@@ -98,24 +98,7 @@ def create(
     """
     synthesiser = None
     if real_samples is None:
-        maker = _make_maker(config, model, seed_text)
-        synthesiser = synthesis.make_synthesiser(
-            model,
-            maker,
-            augment,
-            batch=config.synthesis_batch,
-            steps=config.synthesis_steps,
-            # The prompts' published rate covers all inner steps at once.
-            meta_lr=config.generator_lr * (config.synthesis_steps if model.vocabulary else 1),
-            generator_lr=config.generator_lr,
-            latent_lr=config.latent_lr,
-            feature_weight=config.feature_weight,
-            one_hot_weight=config.one_hot_weight,
-            adversarial_weight=config.adversarial_weight,
-            meta=config.meta,
-            target_sampling=config.target_sampling,
-            mesh=mesh,
-        )
+        synthesiser, maker = make_synthesiser(config, model, augment, seed_text, mesh)
 
     def init(params: Params) -> ReviverState:
         generator_state = None
@@ -188,6 +171,7 @@ def create(
             learning_rate=config.distillation_lr,
             weight_decay=config.distillation_weight_decay,
             temperature=config.distillation_temperature,
+            teacher_batch=config.teacher_batch,
             mesh=mesh,
         )
         good = trees.all_finite(result.delta) & (result.counted > 0)
@@ -241,6 +225,35 @@ def create(
         return state, Revival(delta, distilled, metrics)
 
     return Reviver(init, revive)
+
+
+def make_synthesiser(
+    config: Config,
+    model: Model,
+    augment: Callable[[Any, jax.Array], Any],
+    seed_text: SeedText | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[synthesis.Synthesiser, Maker]:
+    """The synthesis of a configuration, and what it optimises; arguments as those of `create`."""
+    maker = _make_maker(config, model, seed_text)
+    synthesiser = synthesis.make_synthesiser(
+        model,
+        maker,
+        augment,
+        batch=config.synthesis_batch,
+        steps=config.synthesis_steps,
+        # The prompts' published rate covers all inner steps at once.
+        meta_lr=config.generator_lr * (config.synthesis_steps if model.vocabulary else 1),
+        generator_lr=config.generator_lr,
+        latent_lr=config.latent_lr,
+        feature_weight=config.feature_weight,
+        one_hot_weight=config.one_hot_weight,
+        adversarial_weight=config.adversarial_weight,
+        meta=config.meta,
+        target_sampling=config.target_sampling,
+        mesh=mesh,
+    )
+    return synthesiser, maker
 
 
 def _make_maker(config: Config, model: Model, seed_text: SeedText | None) -> Maker:
