@@ -272,7 +272,6 @@ class Recorder:
             return
         self._fetch()
         plain, arrays = self._simulation.snapshot()
-        params, arrays = processes.to_host((self._simulation.server.params, arrays))
         saved = {
             "version": plain["version"],
             "simulation": plain,
@@ -282,7 +281,7 @@ class Recorder:
                 record.ARRIVALS: self._arrivals.flush(),
             },
         }
-        self._checkpoints.save(saved, params, arrays)
+        self._checkpoints.save(saved, self._simulation.server.params, arrays)
         self._saved_position = self._simulation.position
 
     def _pictures(self) -> None:

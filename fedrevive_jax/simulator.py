@@ -248,7 +248,6 @@ class Simulation:
           params: the parameters of its newest version, arrays of JAX or NumPy.
           arrays: all its other arrays.
         """
-        params, arrays = jax.tree.map(jnp.asarray, (params, arrays))
         self._follow(self._planned, record["restarts"])
         uploads = devices.replicate(self.mesh, arrays["uploads"])
         self.server.restore(record, params, arrays)
