@@ -263,7 +263,7 @@ INPUT_FIELDS = ("t5_weights", "pretrained", "seed_text", "delay_trace")
 
 
 def _checked(field: dataclasses.Field, value: Any) -> Any:
-    """The value as the field's type, or a ConfigError that names flag, value and what is allowed."""
+    """The value as the field's type, or an error that names flag, value and what is allowed."""
     limits = field.metadata
     bounds = [
         f"{words} {limits[name]}"

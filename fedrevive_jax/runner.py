@@ -12,13 +12,14 @@ from fedrevive_jax import data, derived, record
 from fedrevive_jax.checkpoint import FOLDER as CHECKPOINTS
 from fedrevive_jax.checkpoint import has_checkpoint
 from fedrevive_jax.config import INPUT_FIELDS, Config, ConfigError
+from fedrevive_jax.health import DivergenceError, RejectLimitError
 from fedrevive_jax.models import Model
 from fedrevive_jax.models.layers import default_convolution
-from fedrevive_jax.recorder import DivergenceError, Recorder, Result, read_evaluations
+from fedrevive_jax.recorder import Recorder, Result, read_evaluations
 from fedrevive_jax.restore import read_params
 from fedrevive_jax.simulator import Simulation, default_client_batch
 
-__all__ = ["DivergenceError", "Result", "is_finished", "run", "settle"]
+__all__ = ["DivergenceError", "RejectLimitError", "Result", "is_finished", "run", "settle"]
 
 
 def run(
@@ -42,6 +43,7 @@ def run(
       ConfigError: the data, or the folder, is not what the configuration needs. Nothing has been
         trained or written then.
       DivergenceError: training has diverged; the newest checkpoint is intact.
+      RejectLimitError: more uploads than `reject_limit` allows were rejected; likewise.
     """
     config = settle(config)
     finished = keep_record and is_finished(config, overwrite)

@@ -12,6 +12,7 @@ import numpy as np
 
 from fedrevive_jax import data, methods, models, schedule
 from fedrevive_jax import feed as feeds
+from fedrevive_jax.admission import Rejection
 from fedrevive_jax.config import Config, ConfigError
 from fedrevive_jax.data import seed_text
 from fedrevive_jax.derived import Derived
@@ -110,7 +111,14 @@ class Simulation:
             seed_text=seed,
         )
         taps = initial_taps(self.model)
-        self.server = Server(methods.create(config, ingredients), params, taps, config.seed)
+        self.server = Server(
+            methods.create(config, ingredients),
+            params,
+            taps,
+            config.seed,
+            num_clients=config.num_clients,
+            max_update_norm=config.max_update_norm,
+        )
         self._train = make_window_trainer(
             self.model,
             feed.training,
@@ -147,7 +155,12 @@ class Simulation:
         if index in self._first_of_window:
             self._train_window(self._first_of_window[index])
         job = int(self.schedule.job[index])
-        receipt = self.server.submit(job, self._uploads.pop(job))
+        upload = self._uploads.pop(job)
+        if self.schedule.fault[job] == schedule.Fault.NAN:
+            upload = _broken(upload)
+        receipt = self.server.submit(job, upload)
+        if isinstance(receipt, Rejection):
+            raise ValueError(f"{receipt.reason}: {receipt.detail}")  # of the simulation's own
         self._hand_out(int(self.schedule.jobs_started[index]))
         self.position = index + 1
         return receipt
@@ -168,6 +181,7 @@ class Simulation:
             plan.time,
             plan.client,
             plan.base_version,
+            plan.fault,
             self._shards.indices,
             self.dataset.labels,
             self.dataset.samples,
@@ -218,9 +232,15 @@ class Simulation:
         self.position = record["position"]
 
     def _hand_out(self, up_to: int) -> None:
-        """Dispatches planned jobs until `up_to` are handed out."""
-        for client in self.schedule.client[self.server.next_job : up_to]:
-            self.server.dispatch(int(client))
+        """Dispatches planned jobs until `up_to` are handed out.
+
+        Those whose uploads will be lost are given up at once: nothing needs their versions.
+        """
+        plan = self.schedule
+        for job in range(self.server.next_job, int(up_to)):
+            self.server.dispatch(int(plan.client[job]))
+            if plan.fault[job] == schedule.Fault.LOST:
+                self.server.give_up(job)
 
     def _train_window(self, window: schedule.Window) -> None:
         """Trains a window's jobs in calls of a fixed size; the last call is padded by repetition.
@@ -254,6 +274,14 @@ class Simulation:
                 jnp.asarray(padded, jnp.int32),
             )
             self._uploads.update(zip(jobs.tolist(), uploads, strict=False))
+
+
+@jax.jit
+def _broken(upload: Upload) -> Upload:
+    """An upload whose parameters are not numbers, as a failed client may send it."""
+    return upload._replace(
+        params=jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), upload.params)
+    )
 
 
 def _check_fit(config: Config, model: Model, dataset: data.Dataset) -> None:
