@@ -150,7 +150,7 @@ def test_too_long_a_plan_is_refused(monkeypatch):
         plan_of(max_time=1e300)
 
 
-FAULTY = {"fault_rate": 0.4, "max_time": 9.0}
+FAULTY = {"fault_rate": 0.5, "max_time": 12.0}
 
 
 @pytest.mark.parametrize("method", ["fedrevive", "fedbuff"])

@@ -49,8 +49,8 @@ class Revival(NamedTuple):
       delta: Delta^KD, zero where nothing was distilled.
       distilled: bool [], whether `delta` may be blended in.
       metrics: float32 [] by name; NaN where a part did not run. `synthesis_skipped` and
-        `distillation_skipped` are 1 where a part ran and was not finite: then generator and pool,
-        or the update, are as if it had not run.
+        `distillation_skipped` are 1 where a part ran in vain, because it was not finite: then
+        generator and pool, or the update, are as if it had not run.
     """
 
     delta: Params

@@ -101,8 +101,8 @@ class SynthesisResult(NamedTuple):
       guard: the loss guard afterwards.
       samples, labels: what was made, and for which classes.
       terms: loss terms of the step that made the samples.
-      sound: bool [], whether these terms, the samples and the new generator are finite; what was
-        made is of no use otherwise.
+      sound: bool [], whether the samples and the new generator are finite, and any teacher has
+        judged the samples; what was made is of no use otherwise.
     """
 
     generator: GeneratorState
@@ -267,8 +267,11 @@ def make_synthesiser(
         update, meta_state = meta_adam.update(gradient, state.meta)
         new = GeneratorState(optax.apply_updates(state.params, update), meta_state)
         best = jax.tree.map(lambda term: term[result.best_step], result.terms)
-        counted = (best.feature, best.one_hot, jnp.where(ensemble.adversarial_on, best[2], 0.0))
-        sound = trees.all_finite((new, result.samples, counted))
+        # A single broken term is the guard's business; without any, nothing was learned.
+        terms = jnp.stack([best.feature, best.one_hot, best.adversarial])
+        active = jnp.stack([True, True, ensemble.adversarial_on])
+        judged = (jnp.isfinite(terms) & active).any() & (ensemble.proxies.sum() > 0)
+        sound = judged & trees.all_finite((new, result.samples))
         # The generator keeps its last good state.
         new = trees.select(sound, new, state)
         return SynthesisResult(new, result.guard, result.samples, drawn.targets, best, sound)
