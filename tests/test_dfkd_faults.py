@@ -198,17 +198,17 @@ def test_broken_class_mixes(world):
         assert math.isfinite(w)
 
 
+@jax.jit
+def observe(proxies, w, seed):
+    return proxy.observe(
+        proxies, scalar_model(), {"w": w}, jnp.asarray(1), jax.random.key(seed),
+        samples=4, temperature=1e-3,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("value", BROKEN)
 def test_an_upload_that_overflows_in_the_probe_tells_nothing(value):
     """A client's mix is that of the uploads that could be probed, whichever come first."""
-    model = scalar_model()
-
-    def observe(proxies, w, seed):
-        return proxy.observe(
-            proxies, model, {"w": jnp.asarray(w)}, jnp.asarray(1), jax.random.key(seed),
-            samples=4, temperature=1e-3,
-        )  # fmt: skip
-
     clean = proxy.unknown(CLIENTS, 2)
     for w, seed in ((1.0, 0), (2.0, 1)):
         clean = observe(clean, w, seed)

@@ -142,15 +142,16 @@ def test_images_are_never_handed_to_another_program(tmp_path, monkeypatch):
     assert not ran.exists()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_any_damage_to_an_image_is_one_line(tmp_path):
-    """600 seeded cuts, flips and blocks of zeros in files of every format: an image or an error."""
+    """420 seeded cuts, flips and blocks of zeros in files of every format: an image or an error."""
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (6, 5, 3), dtype=np.uint8)
-    refused = 0
+    messages = []
     for name in image_folder.FORMATS:
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, name)
-        for turn in range(86):
+        for turn in range(60):
             raw = bytearray(buffer.getvalue())
             place = int(generator.integers(len(raw)))
             if turn % 3 == 0:
@@ -165,9 +166,9 @@ def test_any_damage_to_an_image_is_one_line(tmp_path):
                 image_folder._common_format([path])
                 image_folder._pixels(path, "RGB")
             except ConfigError as error:
-                refused += 1
-                assert len(str(error).splitlines()) == 1
-    assert refused > 150
+                messages.append(str(error))
+    assert len(messages) > 100
+    assert all(len(message.splitlines()) == 1 for message in messages)
 
 
 # --- arrays and tables ----------------------------------------------------------------------------
