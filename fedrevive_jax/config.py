@@ -281,14 +281,14 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
     except (TypeError, ValueError, OverflowError):
         kind = {int: "a whole number", float: "a number", str: "a text"}[field.type]
         raise refused(kind, *bounds) from None
-    if field.type is str and not all(c.isprintable() or ord(c) > 127 for c in result):
-        raise refused("a text without control characters")  # no file has such a name
     if field.type is int and abs(result) >= 2**31:
         raise refused(f"below {2**31}", *bounds)
     if field.type is float and not math.isfinite(result):
         raise refused("finite", *bounds)
     if "choices" in limits and result not in limits["choices"]:
         raise refused("one of " + ", ".join(limits["choices"]))
+    if field.type is str and not all(c.isprintable() or ord(c) > 127 for c in result):
+        raise refused("a text without control characters")  # no file has such a name
     if not (
         result >= limits.get("at_least", result)
         and ("above" not in limits or result > limits["above"])

@@ -39,8 +39,8 @@ from fedrevive_jax.config import Config, ConfigError
 from fedrevive_jax.streams import Stream, numpy_generator
 
 LATE = 5.0
-# A plan of more jobs is refused: it takes tens of seconds and gigabytes before any training.
-MOST_JOBS = 4_000_000
+# A plan of more jobs is refused: it takes seconds and gigabytes before anything is trained.
+MOST_JOBS = 1_000_000
 
 
 class Fault(enum.IntEnum):
