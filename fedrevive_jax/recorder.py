@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedrevive_jax import plots, record
+from fedrevive_jax import plots, processes, record
 from fedrevive_jax.admission import VERDICTS
 from fedrevive_jax.checkpoint import Checkpoints
 from fedrevive_jax.dfkd.pool import Pool
@@ -60,28 +60,43 @@ class Recorder:
             self._checkpoints = Checkpoints(run_dir, self._config.checkpoint_keep)
 
     def resume(self) -> None:
-        """Continues from the newest checkpoint, cutting the rows that came after it."""
-        if self._run_dir is None:
-            return
+        """Continues from the newest checkpoint, cutting the rows that came after it.
+
+        The process that has the folder shares what it finds there.
+        """
         sizes = {record.METRICS: 0, record.ARRIVALS: 0}
-        steps = self._checkpoints.steps()
-        if steps:
-            simulation, step = self._simulation, steps[-1]
-            saved = self._checkpoints.record(step)
-            params, arrays = self._checkpoints.state(
-                step, simulation.server.params, simulation.shapes(saved["simulation"])
-            )
-            simulation.restore(saved["simulation"], params, arrays)
+        found = processes.first(self._load)
+        if found is not None:
+            self._resumed, saved, params, arrays = found
+            self._simulation.restore(saved["simulation"], params, arrays)
             sizes, self._wall_before = saved["sizes"], saved["wall_seconds"]
-            self._resumed = step
+        self._evaluations, self._health = processes.first(lambda: self._open(sizes))
+
+    def _load(self) -> tuple[int, dict[str, Any], Params, dict[str, Any]] | None:
+        """The newest checkpoint: version, plain record, parameters, all other arrays."""
+        steps = self._checkpoints.steps() if self._checkpoints is not None else []
+        if not steps:
+            return None
+        simulation, step = self._simulation, steps[-1]
+        saved = self._checkpoints.record(step)
+        params, arrays = self._checkpoints.state(
+            step, simulation.server.params, simulation.shapes(saved["simulation"])
+        )
+        return step, saved, params, arrays
+
+    def _open(self, sizes: dict[str, int]) -> tuple[list[dict[str, Any]], Health]:
+        """Opens the files of rows at the sizes that count; returns the evaluations in them, and
+        the run's health by them."""
+        if self._run_dir is None:
+            return [], self._health
         self._metrics = record.Rows(self._run_dir / record.METRICS, sizes[record.METRICS])
         self._arrivals = record.Rows(self._run_dir / record.ARRIVALS, sizes[record.ARRIVALS])
-        self._evaluations = read_evaluations(self._run_dir)
         for row in record.read_rows(self._run_dir / record.METRICS):
             self._health.metrics(row)
         for row in record.read_rows(self._run_dir / record.ARRIVALS):
             self._health.arrival(row)
         self._open_events()
+        return read_evaluations(self._run_dir), self._health
 
     def start(self) -> None:
         """Evaluates version 0 of a new run.
@@ -139,6 +154,7 @@ class Recorder:
             "wall_seconds": self._wall_seconds(),
             **staleness_summary(clock.staleness),
             "device": str(jax.devices()[0].device_kind),
+            "devices": 1 if simulation.mesh is None else simulation.mesh.size,
         }
         if self._run_dir is not None:
             self._save()
@@ -247,6 +263,7 @@ class Recorder:
             return
         self._fetch()
         plain, arrays = self._simulation.snapshot()
+        params, arrays = processes.to_host((self._simulation.server.params, arrays))
         saved = {
             "version": plain["version"],
             "simulation": plain,
@@ -256,7 +273,7 @@ class Recorder:
                 record.ARRIVALS: self._arrivals.flush(),
             },
         }
-        self._checkpoints.save(saved, self._simulation.server.params, arrays)
+        self._checkpoints.save(saved, params, arrays)
 
     def _pictures(self) -> None:
         config, simulation = self._config, self._simulation

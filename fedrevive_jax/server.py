@@ -10,7 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
+from fedrevive_jax import devices
 from fedrevive_jax.admission import (
     VERDICTS,
     Reason,
@@ -87,6 +90,7 @@ class Server:
         params: Params,
         taps: Taps,
         seed: int,
+        mesh: Mesh | None = None,
         *,
         num_clients: int,
         max_update_norm: float = 0.0,
@@ -98,6 +102,7 @@ class Server:
           params: the initial global parameters.
           taps: feature statistics shaped like those of an upload, see `initial_taps`.
           seed: determines the method's random draws.
+          mesh: devices that share the method's work; versions and state are the same on all.
           num_clients: N; clients are numbered 0..N-1.
           max_update_norm: the largest L2 norm of an update that is taken in; 0 is any finite one.
 
@@ -106,11 +111,13 @@ class Server:
         """
         if num_clients < 1 or not 0 <= max_update_norm < math.inf:
             raise ValueError("need num_clients >= 1 and a finite max_update_norm >= 0")
+        params = devices.replicate(mesh, params)
+        self._mesh = mesh
         self._method = method
         self._num_clients = num_clients
         self._max_update_norm = max_update_norm
         self._upload_shapes = described(Upload(params, taps, jnp.zeros(())))
-        self._state = jax.jit(method.init)(params)
+        self._state = devices.jit(mesh, method.init)(params)
         self._versions = VersionStore(0, params)
         self._jobs: dict[int, Ticket] = {}
         self._next_job = 0
@@ -129,7 +136,7 @@ class Server:
             return params, state, (accepted, verdict, norm), metrics
 
         # Parameters are never donated: the version store holds them.
-        self._step = jax.jit(step, donate_argnums=2)
+        self._step = devices.jit(mesh, step, donate_argnums=2)
 
     @property
     def version(self) -> int:
@@ -233,11 +240,11 @@ class Server:
         version = self.version
         completes = self._buffered + 1 == self._method.buffer_size
         arrival = Arrival(
-            job=jnp.asarray(ticket.job, jnp.int32),
-            client=jnp.asarray(ticket.client, jnp.int32),
-            version=jnp.asarray(version, jnp.int32),
-            staleness=jnp.asarray(version - ticket.version, jnp.int32),
-            completes=jnp.asarray(completes),
+            job=np.asarray(ticket.job, np.int32),
+            client=np.asarray(ticket.client, np.int32),
+            version=np.asarray(version, np.int32),
+            staleness=np.asarray(version - ticket.version, np.int32),
+            completes=np.asarray(completes),
         )
         params, self._state, (accepted, verdict, norm), metrics = self._step(
             self.params, base, self._state, upload, arrival
@@ -332,12 +339,14 @@ class Server:
 
     def restore(self, record: dict[str, Any], params: Params, arrays: dict[str, Any]) -> None:
         """Continues from a snapshot and the parameters of its newest version."""
-        self._state = arrays["method"]
+        params, self._state, stale = devices.replicate(
+            self._mesh, (params, arrays["method"], arrays["stale"])
+        )
         self._jobs = {ticket[0]: Ticket(*ticket) for ticket in record["jobs"]}
         self._next_job = record["next_job"]
         self._buffered = record["buffered"]
         self._rejections, self._unreviewed = Rejections(record["rejected"]), []
-        stored = {int(v): tree for v, tree in arrays["stale"].items()}
+        stored = {int(v): tree for v, tree in stale.items()}
         stored[record["version"]] = params
         first, *later = sorted(stored)
         self._versions = VersionStore(first, stored[first])

@@ -1,4 +1,4 @@
-"""python -m tests.soak_arrivals [ARRIVALS [METHOD ...]]: a long run of a toy model that must not wear out.
+"""python -m tests.soak_arrivals [ARRIVALS [METHOD ...]]: a toy model's long run must not wear out.
 
 FedRevive and FedBuff on the scalar model, driven as a run is: windows of trained jobs, server
 steps, evaluations, rows; with failing clients. Prints resident memory, compilations, live

@@ -34,6 +34,8 @@ def valid(generator, field):
     if field.name == "fault_kinds":
         kinds = generator.permutation(FAULTS)
         return ",".join(kinds[: generator.integers(1, 4)])
+    if field.name == "mesh":
+        return str(generator.choice(["auto", "1"]))
     if "choices" in limits:
         return str(generator.choice(limits["choices"]))
     if field.type is str:
@@ -52,6 +54,8 @@ def invalid(generator, field):
     limits = field.metadata
     if field.name == "fault_kinds":
         return str(generator.choice(["", "lost,", "lost,lost", "dropped", "LOST", "lost;nan"]))
+    if field.name == "mesh":
+        return str(generator.choice(["-1", "two", "1.5", "AUTO"]))
     if "choices" in limits:
         return str(generator.choice([*NONSENSE, str(limits["choices"][0]).upper()]))
     if field.type is str:

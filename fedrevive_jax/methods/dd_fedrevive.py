@@ -23,6 +23,7 @@ def create(config: Config, ingredients: Ingredients) -> Method:
         frozen=ingredients.frozen,
         class_mixes=ingredients.class_mixes,
         real_samples=ingredients.real_samples,
+        mesh=ingredients.mesh,
     )
     rule = blend(revive, blending.create(config))
     return compose(rule, config.buffer_size, server_optimizer(config))

@@ -23,6 +23,7 @@ def create(config: Config, ingredients: Ingredients) -> Method:
         frozen=ingredients.frozen,
         class_mixes=ingredients.class_mixes,
         seed_text=ingredients.seed_text,
+        mesh=ingredients.mesh,
     )
     rule = blend(revive, blending.create(config))
     return compose(rule, config.buffer_size, server_optimizer(config))
