@@ -316,7 +316,13 @@ def test_no_order_of_anything_does_harm(buffer_size, limit, caplog):
         assert [rejection.reason for rejection in server.review()] == found
         assert server.rejected == {str(k): v for k, v in plain.counts.items()}
 
-    bounded = hypothesis.settings(max_examples=110, deadline=None, database=None, derandomize=True)
+    bounded = hypothesis.settings(
+        max_examples=110,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[hypothesis.Phase.generate],
+    )
     bounded(hypothesis.given(STEPS)(play))()
     assert injected >= 5_000
     assert server.traces == 1
