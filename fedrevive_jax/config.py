@@ -210,6 +210,12 @@ class Config:
         200, "versions between two checkpoints; one more is written at the end", at_least=1
     )
     checkpoint_keep: int = _field(2, "newest checkpoints that are kept", at_least=1)
+    checkpoint_mode: str = _field(
+        "exact",
+        "exact: continue bit for bit; params: smaller checkpoints without stale versions and "
+        "uploads under way, whose jobs start again from the newest version",
+        choices=("exact", "params"),
+    )
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
