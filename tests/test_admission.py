@@ -26,7 +26,7 @@ def make(buffer_size=1, max_update_norm=0.0):
     method = interface.compose(
         interface.as_it_is(), buffer_size, interface.server_optimizer(config)
     )
-    start, taps = {"w": jnp.asarray(1.0)}, scalar_upload(0.0).taps
+    start, taps = {"w": jnp.asarray(1.0, jnp.float32)}, scalar_upload(0.0).taps
     return Server(method, start, taps, seed=0, num_clients=CLIENTS, max_update_norm=max_update_norm)
 
 
