@@ -22,7 +22,7 @@ from fedrevive_jax.profiling import FOLDER as PROFILE
 from fedrevive_jax.profiling import WindowTrace
 from fedrevive_jax.recorder import Recorder, Result, read_evaluations
 from fedrevive_jax.restore import read_params
-from fedrevive_jax.simulator import Simulation, default_client_batch
+from fedrevive_jax.simulator import Simulation
 
 __all__ = ["DivergenceError", "RejectLimitError", "Result", "is_finished", "run", "settle"]
 
@@ -130,7 +130,6 @@ def settle(config: Config) -> Config:
         **{name: str(Path(value).absolute()) for name, value in inputs.items()},
         convolution=convolutions.default() if how == "auto" else how,
         precision=default_precision() if config.precision == "auto" else config.precision,
-        client_batch=config.client_batch or default_client_batch(),
         workdir=str(config.run_dir),
     )
 

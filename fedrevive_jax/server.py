@@ -24,6 +24,7 @@ from fedrevive_jax.admission import (
     shown,
     whole_number,
 )
+from fedrevive_jax.memory import ON_DEVICE, Shelf
 from fedrevive_jax.messages import Arrival, Upload
 from fedrevive_jax.methods import Method
 from fedrevive_jax.models.model import Params, Taps
@@ -91,6 +92,7 @@ class Server:
         taps: Taps,
         seed: int,
         mesh: Mesh | None = None,
+        shelf: Shelf = ON_DEVICE,
         *,
         num_clients: int,
         max_update_norm: float = 0.0,
@@ -103,6 +105,7 @@ class Server:
           taps: feature statistics shaped like those of an upload, see `initial_taps`.
           seed: determines the method's random draws.
           mesh: devices that share the method's work; versions and state are the same on all.
+          shelf: where stale versions wait.
           num_clients: N; clients are numbered 0..N-1.
           max_update_norm: the largest L2 norm of an update that is taken in; 0 is any finite one.
 
@@ -112,13 +115,13 @@ class Server:
         if num_clients < 1 or not 0 <= max_update_norm < math.inf:
             raise ValueError("need num_clients >= 1 and a finite max_update_norm >= 0")
         params = devices.replicate(mesh, params)
-        self._mesh = mesh
+        self._mesh, self._shelf = mesh, shelf
         self._method = method
         self._num_clients = num_clients
         self._max_update_norm = max_update_norm
         self._upload_shapes = described(Upload(params, taps, jnp.zeros(())))
         self._state = devices.jit(mesh, method.init)(params)
-        self._versions = VersionStore(0, params)
+        self._versions = VersionStore(0, params, shelf)
         self._jobs: dict[int, Ticket] = {}
         self._next_job = 0
         self._buffered = 0
@@ -338,7 +341,7 @@ class Server:
         }
         return record, {
             "method": self._state,
-            "stale": {str(v): self._versions.get(v) for v in record["stale_versions"]},
+            "stale": {str(v): self._versions.stored(v) for v in record["stale_versions"]},
         }
 
     def shapes(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -358,7 +361,7 @@ class Server:
         stored = {int(v): tree for v, tree in stale.items()}
         stored[record["version"]] = params
         first, *later = sorted(stored)
-        self._versions = VersionStore(first, stored[first])
+        self._versions = VersionStore(first, stored[first], self._shelf)
         # References first: storing a newer version drops an older one that nobody refers to.
         for version in (first, *later):
             if version != first:
