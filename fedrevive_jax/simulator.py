@@ -12,6 +12,7 @@ import numpy as np
 
 from fedrevive_jax import data, devices, memory, methods, models, schedule, trees
 from fedrevive_jax import feed as feeds
+from fedrevive_jax.admission import Rejection
 from fedrevive_jax.config import Config, ConfigError
 from fedrevive_jax.data import seed_text
 from fedrevive_jax.derived import Derived
@@ -117,7 +118,16 @@ class Simulation:
         taps = initial_taps(self.model)
         method = methods.create(config, ingredients)
         self._shelf, self.client_batch = self._use_of_memory(method, params)
-        self.server = Server(method, params, taps, config.seed, self.mesh, self._shelf)
+        self.server = Server(
+            method,
+            params,
+            taps,
+            config.seed,
+            self.mesh,
+            self._shelf,
+            num_clients=config.num_clients,
+            max_update_norm=config.max_update_norm,
+        )
         self._train = make_window_trainer(
             self.model,
             feed.training,
@@ -165,7 +175,12 @@ class Simulation:
         self.train_ahead()
         index = self.position
         job = int(self.schedule.job[index])
-        receipt = self.server.submit(job, self._shelf.fetch(self._uploads.pop(job)))
+        upload = self._shelf.fetch(self._uploads.pop(job))
+        if self.schedule.fault[job] == schedule.Fault.NAN:
+            upload = _broken(upload)
+        receipt = self.server.submit(job, upload)
+        if isinstance(receipt, Rejection):
+            raise ValueError(f"{receipt.reason}: {receipt.detail}")  # of the simulation's own
         self._hand_out(int(self.schedule.jobs_started[index]))
         self.position = index + 1
         return receipt
@@ -186,6 +201,7 @@ class Simulation:
             plan.time,
             plan.client,
             plan.base_version,
+            plan.fault,
             self._shards.indices,
             self.dataset.labels,
             self.dataset.samples,
@@ -268,9 +284,15 @@ class Simulation:
         self._first_of_window = {window.first_arrival: window for window in self.windows}
 
     def _hand_out(self, up_to: int) -> None:
-        """Dispatches planned jobs until `up_to` are handed out."""
-        for client in self.schedule.client[self.server.next_job : up_to]:
-            self.server.dispatch(int(client))
+        """Dispatches planned jobs until `up_to` are handed out.
+
+        Those whose uploads will be lost are given up at once: nothing needs their versions.
+        """
+        plan = self.schedule
+        for job in range(self.server.next_job, int(up_to)):
+            self.server.dispatch(int(plan.client[job]))
+            if plan.fault[job] == schedule.Fault.LOST:
+                self.server.give_up(job)
 
     def _use_of_memory(self, method: Method, params: Params) -> tuple[Shelf, int]:
         """Where versions and uploads wait, and how many jobs are trained at once."""
@@ -331,6 +353,14 @@ class Simulation:
             )
             trained.update(zip(together.tolist(), uploads, strict=False))
         return trained
+
+
+@jax.jit
+def _broken(upload: Upload) -> Upload:
+    """An upload whose parameters are not numbers, as a failed client may send it."""
+    return upload._replace(
+        params=jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), upload.params)
+    )
 
 
 def _check_fit(config: Config, model: Model, dataset: data.Dataset) -> None:

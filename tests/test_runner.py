@@ -78,7 +78,7 @@ def test_the_record(whole):
     for row in arrivals:
         assert set(row) == {
             "index", "time", "client", "base_version", "version", "staleness", "beta", "accepted",
-            "loss",
+            "rejected", "loss",
         }  # fmt: skip
         assert row["staleness"] == row["version"] - row["base_version"]
         assert row["accepted"] is True
