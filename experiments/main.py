@@ -19,7 +19,7 @@ from fedrevive_jax.presets import resolve
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the plan as JSON; no training")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "start afresh in a folder that holds a run")
 GRACE = flags.DEFINE_float(
-    "grace", 8.0, "seconds after SIGTERM or SIGINT in which the run saves; then it ends anyway"
+    "grace", 6.0, "seconds after SIGTERM or SIGINT in which the run saves; then it ends anyway"
 )
 DISTRIBUTED = flags.DEFINE_string(
     "distributed",
