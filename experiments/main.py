@@ -41,8 +41,8 @@ flags.adopt_module_key_flags(config_flags)
 
 
 def main() -> int:
-    if GRACE.value <= 0:
-        raise ConfigError(f"--grace={GRACE.value:g}: must be above 0")
+    if not 0 < GRACE.value <= 3600:
+        raise ConfigError(f"--grace={GRACE.value:g}: must be above 0 and at most 3600 seconds")
     config = resolve(**config_flags.given_values())
     if DRY_RUN.value:
         from fedrevive_jax.planning import plan
