@@ -121,7 +121,14 @@ class Config:
     batch_size: int = _field(32, "samples of one training step", at_least=1)
     client_lr: float = _field(3e-4, "rate of the clients' Adam", above=0)
     client_batch: int = _field(
-        0, "jobs trained at once in one device call; 0: 1 on CPU, 16 elsewhere", at_least=0
+        0,
+        "jobs trained at once in one call of a device; 0: 1 or 2 on CPU, elsewhere what fits",
+        at_least=0,
+    )
+    version_memory: str = _field(
+        "auto",
+        "where stale versions and uploads wait; auto: on the device while it has room",
+        choices=("auto", "device", "host"),
     )
     window_limit: int = _field(
         0, "most jobs trained ahead together; 0: all that can be, 1: one at a time", at_least=0
@@ -171,8 +178,8 @@ class Config:
     distillation_steps: int = _field(10, "K_KD, student steps at one arrival", at_least=1)
     distillation_batch: int = _field(32, "images per teacher and student step", at_least=1)
     teacher_batch: int = _field(
-        0, "teachers whose images pass through the student in one call, a divisor of --num_teachers; "
-        "0: few on CPU, all elsewhere", at_least=0,
+        0, "teachers whose images pass through the student in one call, a divisor of "
+        "--num_teachers; 0: few on CPU, all elsewhere", at_least=0,
     )  # fmt: skip
     distillation_lr: float = _field(1e-4, "lr_kd, rate of the student", above=0)
     distillation_temperature: float = _field(1.0, "temperature of the distillation", above=0)
@@ -264,7 +271,7 @@ class Config:
 # Where a run is written and where its data lie do not change what it computes.
 LOCATION_FIELDS = ("workdir", "data_dir")
 # Nor do the devices, up to the rounding of sums.
-DEVICE_FIELDS = ("mesh",)
+DEVICE_FIELDS = ("mesh", "version_memory")
 # Files and folders that a run reads beside its data; recorded with their whole path.
 INPUT_FIELDS = ("t5_weights", "pretrained", "seed_text", "delay_trace")
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fedrevive_jax import data, methods, models, schedule
+from fedrevive_jax import data, methods, models, schedule, trees
 from fedrevive_jax.config import Config
 from fedrevive_jax.methods import Ingredients
 from fedrevive_jax.models import Model
@@ -50,7 +50,7 @@ def plan(
         model = models.from_config(plain, shape, classes)
     params, shared = jax.eval_shape(lambda k: (model.init(k), model.frozen(k)), jax.random.key(0))
     live = clock.live_versions_max()
-    model_bytes = _bytes(params)
+    model_bytes = trees.nbytes(params)
 
     def method_state_of(params, frozen):
         ingredients = Ingredients(
@@ -65,9 +65,9 @@ def plan(
     method_state = jax.eval_shape(method_state_of, params, shared)
     forward = forward_flops(model)
     data_bytes = _blank_samples(stored, shape).nbytes
-    state_bytes = _bytes(method_state)
+    state_bytes = trees.nbytes(method_state)
     device_bytes = (
-        data_bytes + _bytes(shared) + state_bytes + (live + config.concurrency) * model_bytes
+        data_bytes + trees.nbytes(shared) + state_bytes + (live + config.concurrency) * model_bytes
     )
     return {
         "versions": clock.num_versions,
@@ -144,7 +144,3 @@ def _flops(config: Config, clock: schedule.Schedule, forward: int) -> dict[str, 
             "flops_total": total,
         }
     return {"flops_client_job": client, "flops_total": total}
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

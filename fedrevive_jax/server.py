@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fedrevive_jax import devices, trees
+from fedrevive_jax.memory import ON_DEVICE, Shelf
 from fedrevive_jax.messages import Arrival, Upload
 from fedrevive_jax.methods import Method
 from fedrevive_jax.models.model import Params, Taps
@@ -62,7 +63,13 @@ class Server:
     """
 
     def __init__(
-        self, method: Method, params: Params, taps: Taps, seed: int, mesh: Mesh | None = None
+        self,
+        method: Method,
+        params: Params,
+        taps: Taps,
+        seed: int,
+        mesh: Mesh | None = None,
+        shelf: Shelf = ON_DEVICE,
     ):
         """Starts at version 0.
 
@@ -72,13 +79,14 @@ class Server:
           taps: feature statistics shaped like those of an upload, see `initial_taps`.
           seed: determines the method's random draws.
           mesh: devices that share the method's work; versions and state are the same on all.
+          shelf: where stale versions wait.
         """
         params = devices.replicate(mesh, params)
-        self._mesh = mesh
+        self._mesh, self._shelf = mesh, shelf
         self._method = method
         self._upload_shapes = _shapes(Upload(params, taps, jnp.zeros(())))
         self._state = devices.jit(mesh, method.init)(params)
-        self._versions = VersionStore(0, params)
+        self._versions = VersionStore(0, params, shelf)
         self._jobs: dict[int, Ticket] = {}
         self._next_job = 0
         self._buffered = 0
@@ -205,7 +213,7 @@ class Server:
         }
         return record, {
             "method": self._state,
-            "stale": {str(v): self._versions.get(v) for v in record["stale_versions"]},
+            "stale": {str(v): self._versions.stored(v) for v in record["stale_versions"]},
         }
 
     def shapes(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -224,7 +232,7 @@ class Server:
         stored = {int(v): tree for v, tree in stale.items()}
         stored[record["version"]] = params
         first, *later = sorted(stored)
-        self._versions = VersionStore(first, stored[first])
+        self._versions = VersionStore(first, stored[first], self._shelf)
         # References first: storing a newer version drops an older one that nobody refers to.
         for version in (first, *later):
             if version != first:
