@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from fedrevive_jax import delays
+from fedrevive_jax import delays, schedule
 from fedrevive_jax.config import Config
 from fedrevive_jax.delays import Durations
 from fedrevive_jax.schedule import plan_windows, simulate
@@ -235,3 +235,36 @@ def test_no_arrivals():
 def test_the_schedule_needs_no_jax():
     code = "import sys, fedrevive_jax.schedule; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_jobs_in_flight_start_again_from_another_version():
+    """Worked by hand: after one arrival jobs 1 and 2 are in flight and start again from version 1.
+
+    Job 1 came from version 0 and would have arrived with staleness 1; now it arrives with 0. Job 2
+    came from version 1 already. Job 3 is handed out later.
+    """
+    jobs, arrivals = np.zeros(4), np.array([0, 1, 2])
+    plan = schedule.Schedule(
+        client=np.array([0, 1, 0, 1]),
+        visit=np.array([0, 0, 1, 1]),
+        base_version=np.array([0, 0, 1, 2]),
+        start=jobs,
+        train_end=jobs,
+        arrival_time=jobs,
+        fault=np.zeros(4, np.int8),
+        arrival_of_job=np.array([0, 1, 2, -1]),
+        job=arrivals,
+        staleness=np.array([0, 1, 1]),
+        version=np.array([1, 2, 3]),
+        jobs_started=np.array([3, 4, 4]),
+        initial_jobs=2,
+    )
+    assert schedule.in_flight(plan, 0).tolist() == [True, True, False, False]
+    assert schedule.in_flight(plan, 1).tolist() == [False, True, True, False]
+    again = schedule.restart_in_flight(plan, 1, 1)
+    assert again.base_version.tolist() == [0, 1, 1, 2]
+    assert again.staleness.tolist() == [0, 0, 1]
+    assert plan.base_version.tolist() == [0, 0, 1, 2]  # the plan itself is as it was
+    (window,) = schedule.plan_windows(again, start=1)
+    assert (window.first_arrival, window.jobs.tolist()) == (1, [1, 2])
+    assert [w.jobs.tolist() for w in schedule.plan_windows(plan)] == [[0, 1], [2]]
