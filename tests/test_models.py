@@ -162,8 +162,9 @@ def test_max_pool():
 
 @pytest.mark.parametrize("name", ["convnet", "digitsnet"])
 def test_half_precision_is_in_the_arithmetic_alone(name):
-    """Everything that comes out is float32. bfloat16 keeps eight bits, so each layer rounds by up to
-    0.4% on the way and on the way back, which adds up in the sums of the first gradients."""
+    """Everything that comes out is float32. bfloat16 keeps eight bits, so each layer rounds by up
+    to 0.4% on the way and on the way back. Sums of gradients in bfloat16 would lose a fifth.
+    """
     single = create(name, "auto", width=8)
     half = models.with_precision(single, "bfloat16")
     params = jax.tree.map(lambda leaf: 2 * leaf, single.init(jax.random.key(0)))
@@ -182,5 +183,5 @@ def test_half_precision_is_in_the_arithmetic_alone(name):
         assert leaf.dtype == jnp.float32
     assert ours != theirs  # it is not the same arithmetic
     for a, b in zip(*map(jax.tree.leaves, (gradient, expected)), strict=True):
-        assert float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) < 0.15
+        assert float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) < 0.1
     assert models.with_precision(single, "float32") is single
