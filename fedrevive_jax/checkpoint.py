@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -139,6 +140,8 @@ class Checkpoints:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
         def placed(leaf):
+            if isinstance(leaf, np.ndarray):
+                return leaf  # belongs on the host
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
 
         arguments = {

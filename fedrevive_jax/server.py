@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fedrevive_jax import trees
+from fedrevive_jax.client_cache import ClientCache, NoCache
 from fedrevive_jax.messages import Arrival, Upload
 from fedrevive_jax.methods import Method
 from fedrevive_jax.models.model import Params, Taps
@@ -59,7 +60,14 @@ class Server:
     One owner calls `dispatch` and `submit` in turn; all arithmetic is in one compiled, pure step.
     """
 
-    def __init__(self, method: Method, params: Params, taps: Taps, seed: int):
+    def __init__(
+        self,
+        method: Method,
+        params: Params,
+        taps: Taps,
+        seed: int,
+        cache: ClientCache | None = None,
+    ):
         """Starts at version 0.
 
         Args:
@@ -67,24 +75,27 @@ class Server:
           params: the initial global parameters.
           taps: feature statistics shaped like those of an upload, see `initial_taps`.
           seed: determines the method's random draws.
+          cache: what the method keeps of every client, see `client_cache.create`; None for a
+            method that keeps nothing.
         """
         self._method = method
         self._upload_shapes = _shapes(Upload(params, taps, jnp.zeros(())))
         self._state = jax.jit(method.init)(params)
+        self._cache = NoCache() if cache is None else cache
         self._versions = VersionStore(0, params)
         self._jobs: dict[int, Ticket] = {}
         self._next_job = 0
         self._buffered = 0
         self._traces = 0
 
-        def step(params, base, state, upload, arrival):
+        def step(params, base, state, entry, upload, arrival):
             self._traces += 1  # runs when traced, not when called
             key = jax_key(seed, Stream.SERVER, arrival.job)
             accepted = trees.all_finite(upload)
-            params, state, metrics = method.step(
-                params, base, state, upload, arrival, accepted, key
+            params, state, entry, metrics = method.step(
+                params, base, state, entry, upload, arrival, accepted, key
             )
-            return params, state, accepted, metrics
+            return params, state, entry, accepted, metrics
 
         # Parameters are never donated: the version store holds them.
         self._step = jax.jit(step, donate_argnums=2)
@@ -158,9 +169,11 @@ class Server:
             staleness=jnp.asarray(version - ticket.version, jnp.int32),
             completes=jnp.asarray(completes),
         )
-        params, self._state, accepted, metrics = self._step(
-            self.params, base, self._state, upload, arrival
+        entry = self._cache.fetch(ticket.client)
+        params, self._state, entry, accepted, metrics = self._step(
+            self.params, base, self._state, entry, upload, arrival
         )
+        self._cache.store(ticket.client, entry)
         del self._jobs[job]
         self._buffered = 0 if completes else self._buffered + 1
         if completes:
@@ -189,17 +202,20 @@ class Server:
         }
         return record, {
             "method": self._state,
+            "cache": self._cache.snapshot(),
             "stale": {str(v): self._versions.get(v) for v in record["stale_versions"]},
         }
 
     def shapes(self, record: dict[str, Any]) -> dict[str, Any]:
         """The structure and shapes of a snapshot's arrays, told from its record."""
         stale = {str(v): self.params for v in record["stale_versions"]}
-        return jax.eval_shape(lambda: {"method": self._state, "stale": stale})
+        shapes = jax.eval_shape(lambda: {"method": self._state, "stale": stale})
+        return {**shapes, "cache": self._cache.shapes()}
 
     def restore(self, record: dict[str, Any], params: Params, arrays: dict[str, Any]) -> None:
         """Continues from a snapshot and the parameters of its newest version."""
         self._state = arrays["method"]
+        self._cache.restore(arrays["cache"])
         self._jobs = {ticket[0]: Ticket(*ticket) for ticket in record["jobs"]}
         self._next_job = record["next_job"]
         self._buffered = record["buffered"]

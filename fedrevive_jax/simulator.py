@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedrevive_jax import data, methods, models, schedule
+from fedrevive_jax import client_cache, data, methods, models, schedule
 from fedrevive_jax import feed as feeds
 from fedrevive_jax.config import Config, ConfigError
 from fedrevive_jax.data import seed_text
@@ -110,7 +110,9 @@ class Simulation:
             seed_text=seed,
         )
         taps = initial_taps(self.model)
-        self.server = Server(methods.create(config, ingredients), params, taps, config.seed)
+        method = methods.create(config, ingredients)
+        cache = client_cache.create(config, jax.eval_shape(method.entry, params))
+        self.server = Server(method, params, taps, config.seed, cache)
         self._train = make_window_trainer(
             self.model,
             feed.training,
