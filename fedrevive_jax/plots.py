@@ -42,34 +42,95 @@ def curves(path: Path, title: str, evaluations: list[dict[str, Any]], staleness:
 
 
 def comparison(path: Path, title: str, runs: dict[str, list[list[dict[str, Any]]]]) -> None:
-    """Accuracy against simulated time: mean over seeds, and a band of one standard deviation.
+    """Accuracy against simulated and against wall time: mean over seeds, a band of one deviation.
 
     Args:
       path: where to write it.
       title: above the picture.
-      runs: by method, the evaluations of every seed.
+      runs: by label, the evaluations of every seed.
     """
-    figure = _figure(figsize=(7, 4))
+    figure = _figure(figsize=(12, 4.4))
+    by_time, by_wall = figure.subplots(1, 2, sharey=True)
+    for axes, key, words in (
+        (by_time, "time", "simulated time"),
+        (by_wall, "wall_seconds", "wall time in seconds, compilation included"),
+    ):
+        for position, (label, seeds) in enumerate(runs.items()):
+            ends = [rows[-1][key] for rows in seeds]
+            at = np.linspace(0.0, min(ends), 200)
+            curves = [
+                np.interp(at, [r[key] for r in rows], [r["accuracy"] for r in rows])
+                for rows in seeds
+            ]
+            mean, spread = np.mean(curves, axis=0), np.std(curves, axis=0)
+            style = _style(position)
+            axes.plot(at, mean, label=label, linewidth=1.5, **style)
+            axes.fill_between(
+                at, mean - spread, mean + spread, color=style["color"], alpha=0.15, linewidth=0
+            )
+        axes.set_xlabel(words)
+        axes.set_ylim(0, 1)
+        axes.grid(alpha=0.3)
+    by_time.set_ylabel("accuracy")
+    figure.legend(*by_time.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def staleness(path: Path, title: str, values: dict[str, np.ndarray]) -> None:
+    """The share of arrivals that are at most so stale, for each label; one line is the same plan.
+
+    Args:
+      path: where to write it.
+      title: above the picture.
+      values: by label, tau of the arrivals of all seeds.
+    """
+    figure = _figure(figsize=(7, 4.4))
     axes = figure.subplots()
-    for method, seeds in runs.items():
-        end = min(rows[-1]["time"] for rows in seeds)
-        times = np.linspace(0.0, end, 200)
-        curves = [
-            np.interp(times, [r["time"] for r in rows], [r["accuracy"] for r in rows])
-            for rows in seeds
-        ]
-        mean, spread = np.mean(curves, axis=0), np.std(curves, axis=0)
-        (line,) = axes.plot(times, mean, label=method, linewidth=1.5)
-        axes.fill_between(
-            times, mean - spread, mean + spread, color=line.get_color(), alpha=0.2, linewidth=0
-        )
-    axes.set_xlabel("simulated time")
-    axes.set_ylabel("accuracy")
-    axes.set_ylim(0, 1)
+    for position, (label, taus) in enumerate(values.items()):
+        if len(taus):
+            at = np.sort(taus)
+            share = np.arange(1, len(at) + 1) / len(at)
+            words = f"{label}, mean {at.mean():.1f}"
+            axes.step(at, share, where="post", label=words, linewidth=1.5, **_style(position))
+    axes.set_xlabel("staleness (versions)")
+    axes.set_ylabel("share of arrivals at most so stale")
+    axes.set_ylim(0, 1.02)
     axes.grid(alpha=0.3)
-    axes.legend(loc="best")
+    axes.legend(loc="lower right", fontsize=8)
     axes.set_title(title)
     figure.savefig(path, dpi=120)
+
+
+def sweep(
+    path: Path, title: str, field: str, means: dict[str, float], deviations: dict[str, float]
+) -> None:
+    """One figure over the values of a field: points and bars of one deviation.
+
+    Args:
+      path: where to write it.
+      title: above the picture.
+      field: the field.
+      means, deviations: by value, as text; NaN is left out.
+    """
+    figure = _figure(figsize=(5.5, 4))
+    axes = figure.subplots()
+    spreads = [0.0 if np.isnan(deviations[value]) else deviations[value] for value in means]
+    axes.errorbar(
+        range(len(means)), list(means.values()), yerr=spreads, fmt="o", capsize=4, color="tab:blue"
+    )
+    axes.set_xticks(range(len(means)), list(means))
+    axes.set_xlabel(field)
+    axes.set_ylabel("accuracy, mean of the last ten evaluations")
+    axes.margins(x=0.15)
+    axes.grid(alpha=0.3)
+    axes.set_title(title)
+    figure.savefig(path, dpi=120)
+
+
+def _style(position: int) -> dict[str, Any]:
+    """Ten colours, then the same ten dashed."""
+    return {"color": f"C{position % 10}", "linestyle": "-" if position < 10 else "--"}
 
 
 def synthetic(path: Path, images: np.ndarray, labels: np.ndarray, num_classes: int) -> bool:

@@ -126,6 +126,8 @@ class Recorder:
             "windows": len(simulation.windows),
             "simulated_time": end,
             "wall_seconds": self._wall_seconds(),
+            "server_seconds_per_arrival": _mean_or_none(simulation.step_seconds),
+            "bytes_sent": simulation.bytes_sent,
             **staleness_summary(clock.staleness),
             "device": str(jax.devices()[0].device_kind),
         }
@@ -262,6 +264,10 @@ class Recorder:
                 labels[order],
                 simulation.dataset.num_classes,
             )
+
+
+def _mean_or_none(values: list[float]) -> float | None:
+    return float(np.mean(values)) if values else None
 
 
 def _synthetic_pools(state: Any) -> list[Pool]:

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import time
 from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedrevive_jax import client_cache, data, methods, models, schedule
+from fedrevive_jax import client_cache, data, methods, models, schedule, trees
 from fedrevive_jax import feed as feeds
 from fedrevive_jax.config import Config, ConfigError
 from fedrevive_jax.data import seed_text
@@ -27,6 +28,9 @@ from fedrevive_jax.server import Receipt, Server
 from fedrevive_jax.streams import Stream, jax_key
 
 NOTHING = Derived()
+# Every so manieth server step is timed. Timing waits for the device; the number shares no factor
+# with the intervals at which synthesis usually runs, so that it is timed as often as it is due.
+TIMED_EVERY = 37
 
 
 def default_client_batch() -> int:
@@ -46,6 +50,7 @@ class Simulation:
       schedule, windows: the plan.
       server: the server core.
       position: arrivals processed so far.
+      step_seconds: what a sample of the server steps took since this object was made.
     """
 
     def __init__(
@@ -83,6 +88,7 @@ class Simulation:
         self.schedule = schedule.from_config(config)
         self.windows = schedule.plan_windows(self.schedule, config.window_limit)
         self.position = 0
+        self.step_seconds: list[float] = []
         self._first_of_window = {window.first_arrival: window for window in self.windows}
         self._uploads: dict[int, Upload] = {}
 
@@ -138,6 +144,14 @@ class Simulation:
         """Arrivals before which a window of jobs is trained."""
         return self._first_of_window.keys()
 
+    @property
+    def bytes_sent(self) -> int:
+        """What clients and server have sent so far: a model down for each job that was handed out,
+        a model with its feature statistics up for each arrival."""
+        model = trees.nbytes(self.server.params)
+        statistics = trees.nbytes(initial_taps(self.model))
+        return self.server.next_job * model + self.position * (model + statistics)
+
     def arrivals(self) -> Iterator[Receipt]:
         """Processes arrivals one by one until the plan is done."""
         while not self.finished:
@@ -149,7 +163,15 @@ class Simulation:
         if index in self._first_of_window:
             self._train_window(self._first_of_window[index])
         job = int(self.schedule.job[index])
-        receipt = self.server.submit(job, self._uploads.pop(job))
+        upload = self._uploads.pop(job)
+        timed = index % TIMED_EVERY == TIMED_EVERY - 1  # not the first step, which compiles
+        if timed:
+            jax.block_until_ready((upload, self.server.params, self.server.method_state))
+            began = time.perf_counter()
+        receipt = self.server.submit(job, upload)
+        if timed:
+            jax.block_until_ready((self.server.params, self.server.method_state))
+            self.step_seconds.append(time.perf_counter() - began)
         self._hand_out(int(self.schedule.jobs_started[index]))
         self.position = index + 1
         return receipt
