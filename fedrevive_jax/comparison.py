@@ -148,7 +148,7 @@ def figures(run: Run, targets: Sequence[float] = (), horizon: float | None = Non
 
 
 class Spread(NamedTuple):
-    """Mean and standard deviation (n - 1) over the seeds that have a finite figure, and how many."""
+    """Mean and standard deviation (n - 1) over the seeds with a finite figure, and how many."""
 
     mean: float
     deviation: float
@@ -295,7 +295,7 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """All figures; empty where one is not known. `difference`, `low` and `high` are to the first."""
+    """All figures, empty where not known; `difference`, `low` and `high` are to the first line."""
     names = list(rows[0].spreads)
     parts = ("mean", "std", "count", "difference", "low", "high")
     stream = io.StringIO()
