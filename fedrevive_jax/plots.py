@@ -133,6 +133,51 @@ def _style(position: int) -> dict[str, Any]:
     return {"color": f"C{position % 10}", "linestyle": "-" if position < 10 else "--"}
 
 
+def clients(path: Path, title: str, class_mixes: np.ndarray) -> None:
+    """The class mixes of clients [clients, classes] as shades, a row per client."""
+    figure = _figure(figsize=(6, 0.28 * len(class_mixes) + 1.2))
+    axes = figure.subplots()
+    shades = axes.imshow(class_mixes, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set_xlabel("class")
+    axes.set_ylabel("client")
+    axes.set_xticks(range(class_mixes.shape[1]))
+    axes.set_yticks(range(len(class_mixes)))
+    figure.colorbar(shades, label="share of its samples")
+    axes.set_title(title)
+    figure.savefig(path, dpi=120)
+
+
+def clock(path: Path, title: str, jobs: list[dict[str, Any]], window_end: float) -> None:
+    """The first jobs on the virtual clock, a row per job, in the order of their numbers.
+
+    Args:
+      path: where to write it.
+      title: above the picture.
+      jobs: of each `start`, `train_end` and `arrival` in simulated time, `client`, `base_version`
+        and `staleness`, None for a job that does not arrive.
+      window_end: jobs that started before this time are in the first window.
+    """
+    figure = _figure(figsize=(9, 0.26 * len(jobs) + 1.4))
+    axes = figure.subplots()
+    for row, job in enumerate(jobs):
+        color = f"C{job['base_version'] % 10}"
+        length = job["train_end"] - job["start"]
+        axes.barh(row, length, left=job["start"], color=color, height=0.7)
+        upload = job["arrival"] - job["train_end"]
+        axes.barh(row, upload, left=job["train_end"], color=color, height=0.7, alpha=0.35)
+        late = "" if job["staleness"] is None else f", τ = {job['staleness']}"
+        words = f" client {job['client']} from version {job['base_version']}{late}"
+        axes.text(job["arrival"], row, words, va="center", fontsize=7)
+    axes.axvline(window_end, color="black", linestyle="--", linewidth=1)
+    end = max(job["arrival"] for job in jobs)
+    axes.set_xlim(0, 1.35 * end)  # room for the words
+    axes.set_ylim(len(jobs) - 0.3, -0.7)
+    axes.set_xlabel("simulated time; dark: download and training, light: upload")
+    axes.set_ylabel("job")
+    axes.set_title(title)
+    figure.savefig(path, dpi=120)
+
+
 def synthetic(path: Path, images: np.ndarray, labels: np.ndarray, num_classes: int) -> bool:
     """A grid of pool images, a row per class, newest first. False when there is nothing to show.
 

@@ -208,7 +208,7 @@ def test_ablations(tmp_path):
 
 # --- whole comparisons ----------------------------------------------------------------------------
 
-TINY = {**SMALL, "max_time": 2.0, "model_width": 2, "local_iterations": 1, "eval_every": 2}
+TINY = {**SMALL, "max_time": 4.0, "model_width": 2, "eval_every": 2}
 
 
 class Page(html.parser.HTMLParser):
@@ -244,7 +244,7 @@ def test_tuned_comparison_of_what_diverges_and_what_does_not(tmp_path):
         assert (config["client_lr"], config["eval_split"]) == (0.01, "test")
     text = (tmp_path / "table.md").read_text()
     assert "| fedbuff | 0.3 | 0.01* |" in text
-    assert "4 runs of 2 simulated time units, seeds 1000 to 1000" in text
+    assert "4 runs of 4 simulated time units, seeds 1000 to 1000" in text
     command = (tmp_path / "command.txt").read_text()
     assert command.startswith("python -m experiments.compare --")
     assert "--tune_client_lr=0.01,1e30" in command
