@@ -255,7 +255,7 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
     for name in columns:
         header.append(name)
         if name in SHOWN_DIFFERENCES and len(rows) > 1:
-            header.append(f"{name}, to the first")
+            header.append(f"{name} − {rows[0].label}")
     lines = [header]
     for row in rows:
         line = [row.label, f"{row.seeds}" + (f", {row.diverged} diverged" if row.diverged else "")]
@@ -283,9 +283,9 @@ def _shown_spread(name: str, row: Row) -> str:
 def _shown_difference(value: Difference | None) -> str:
     if value is None or not math.isfinite(value.mean):
         return "–"
-    if not math.isfinite(value.low):
-        return f"{value.mean:+.3f}"
-    return f"{value.mean:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
+    # Rounded first: there is no use in a sign before 0.000.
+    mean, low, high = (f"{round(number, 3) + 0.0:+.3f}" for number in value)
+    return f"{mean} [{low}, {high}]" if math.isfinite(value.low) else mean
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:

@@ -20,15 +20,15 @@ NOTES = (
     "that all runs cover.",
     "time to a: simulated time of the first evaluation at accuracy a or above; in brackets how "
     "many seeds got there, if not all, and then the mean is over those.",
-    "to the first: mean of the differences to the first line, seed by seed, and the 95% bootstrap "
-    "interval of that mean. It speaks of the seeds that were run; with three it is rough.",
+    "final − X, last ten − X: mean of the differences to X, the first line, seed by seed, and the "
+    "95% bootstrap interval of that mean. It speaks of the seeds that were run; with three it is rough.",
     "server ms: milliseconds of a server step, a sample of the arrivals; seconds: wall time with "
     "compilation. Both depend on what else the machine did.",
     "sent MB: models that were sent down and up, with feature statistics, in float32.",
 )
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem;
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 84rem; padding: 0 1rem;
        color: #1a1a1a; background: #fff; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 pre { background: #f4f4f4; padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -181,7 +181,7 @@ def _settings(groups: Mapping[str, Sequence[Run]]) -> list[list[str]]:
     names = [
         name
         for name in configs[0]
-        if name not in ("seed", *LOCATION_FIELDS) and len({c[name] for c in configs}) > 1
+        if name not in ("method", "seed", *LOCATION_FIELDS) and len({c[name] for c in configs}) > 1
     ]
     lines = [["", *groups]]
     for name in names:

@@ -126,7 +126,7 @@ def test_the_table():
     table = {name: (x, y) for name, x, y in zip(header, a, b, strict=True)}
     assert table["seeds"] == ("2", "2, 1 diverged")
     assert table["final"] == ("0.550 ± 0.071", "0.900 (1 of 2)")
-    assert table["final, to the first"] == ("–", "+0.400")
+    assert table["final − a"] == ("–", "+0.400")
     assert table["time to 0.55"] == ("2.0 (1 of 2)", "4.0 (1 of 2)")
     assert table["time to 0.95"] == ("never", "never")
     # The area ends where the shortest run ends, at 2: b is at 0.5 there.
