@@ -21,7 +21,8 @@ NOTES = (
     "time to a: simulated time of the first evaluation at accuracy a or above; in brackets how "
     "many seeds got there, if not all, and then the mean is over those.",
     "final − X, last ten − X: mean of the differences to X, the first line, seed by seed, and the "
-    "95% bootstrap interval of that mean. It speaks of the seeds that were run; with three it is rough.",
+    "95% bootstrap interval of that mean. It speaks of the seeds that were run; with three it is "
+    "rough.",
     "server ms: milliseconds of a server step, a sample of the arrivals; seconds: wall time with "
     "compilation. Both depend on what else the machine did.",
     "sent MB: models that were sent down and up, with feature statistics, in float32.",
