@@ -78,8 +78,8 @@ class Config:
     )
     convolution: str = _field(
         "auto",
-        "how convolutions are computed: auto picks patches on CPU, lax elsewhere",
-        choices=("auto", "lax", "patches"),
+        "how convolutions are computed: auto picks winograd on CPU, lax elsewhere",
+        choices=("auto", "lax", "patches", "shifted", "winograd"),
     )
 
     # The simulated world

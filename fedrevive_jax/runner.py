@@ -12,8 +12,7 @@ from fedrevive_jax import data, derived, record
 from fedrevive_jax.checkpoint import FOLDER as CHECKPOINTS
 from fedrevive_jax.checkpoint import has_checkpoint
 from fedrevive_jax.config import INPUT_FIELDS, Config, ConfigError
-from fedrevive_jax.models import Model
-from fedrevive_jax.models.layers import default_convolution
+from fedrevive_jax.models import Model, convolutions
 from fedrevive_jax.recorder import DivergenceError, Recorder, Result, read_evaluations
 from fedrevive_jax.restore import read_params
 from fedrevive_jax.simulator import Simulation, default_client_batch
@@ -79,7 +78,7 @@ def settle(config: Config) -> Config:
     return dataclasses.replace(
         config,
         **{name: str(Path(value).absolute()) for name, value in inputs.items()},
-        convolution=default_convolution() if how == "auto" else how,
+        convolution=convolutions.default() if how == "auto" else how,
         client_batch=config.client_batch or default_client_batch(),
         workdir=str(config.run_dir),
     )

@@ -1,4 +1,6 @@
-"""Networks: published sizes, taps, PyTorch's start, and the two ways to convolve."""
+"""Networks: published sizes, taps, PyTorch's start, and the ways to convolve."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import pytest
 
 from fedrevive_jax import models
 from fedrevive_jax.config import ConfigError
-from fedrevive_jax.models import layers
+from fedrevive_jax.models import convolutions, layers
 
 CASES = {
     "resnet18": ((32, 32, 3), 10, 64),
@@ -39,11 +41,11 @@ def test_published_sizes():
 
 
 @pytest.mark.parametrize(("name", "taps"), [("resnet18", 20), ("convnet", 3), ("digitsnet", 3)])
-def test_both_convolutions_agree(name, taps):
+def test_convolutions_agree_in_a_network(name, taps):
     """Values, taps and gradients; float32 sums of at most 9 * 64 terms, hence 1e-5."""
     inputs = jax.random.normal(jax.random.key(1), (3, *CASES[name][0]))
     results = []
-    for convolution in ("lax", "patches"):
+    for convolution in ("lax", "winograd"):
         model = create(name, convolution, width=8)
         params = model.init(jax.random.key(0))
 
@@ -56,23 +58,67 @@ def test_both_convolutions_agree(name, taps):
         statistics = models.tap_statistics(activations)
         assert len(statistics) == taps
         results.append((logits, statistics, jax.jit(jax.grad(total))(params)))
-    for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[1]), strict=True):
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("way", convolutions.WAYS[1:])
 @pytest.mark.parametrize(
-    ("size", "stride", "padding"), [(3, 1, 0), (3, 2, 1), (1, 2, 0), (5, 3, 2)]
+    ("size", "stride", "padding"),
+    [(3, 1, 0), (3, 1, 1), (3, 1, 2), (3, 2, 1), (1, 2, 0), (5, 3, 2)],
 )
-def test_patches_convolution_is_a_convolution(size, stride, padding):
-    x = jax.random.normal(jax.random.key(0), (2, 9, 11, 3))
-    kernel = jax.random.normal(jax.random.key(1), (size, size, 3, 4))
-    arguments = (x, kernel, (stride, stride), ((padding, padding), (padding, padding)))
-    expected = layers.choose_convolution("lax")(
-        *arguments, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-    np.testing.assert_allclose(
-        layers.choose_convolution("patches")(*arguments), expected, atol=1e-4
-    )
+def test_a_convolution_is_a_convolution(x64, way, size, stride, padding):
+    """Odd and even sides, enough channels for every way; values and both gradients."""
+    x = jax.random.normal(jax.random.key(0), (2, 9, 12, 32))
+    kernel = jax.random.normal(jax.random.key(1), (size, size, 32, 33))
+
+    def call(how):
+        def convolve(x, kernel):
+            sides = ((padding, padding), (padding, padding))
+            named = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+            return convolutions.choose(how)(x, kernel, (stride, stride), sides, **named)
+
+        outputs, pull_back = jax.vjp(convolve, x, kernel)
+        gradient = jax.random.normal(jax.random.key(2), outputs.shape)
+        return outputs, pull_back(gradient)
+
+    for ours, expected in zip(*map(jax.tree.leaves, (call(way), call("lax"))), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_winograd_applies_where_it_pays():
+    """Otherwise the test above would compare patches with themselves."""
+    kernel = jnp.zeros((3, 3, 32, 33))
+
+    def uses_winograd(x, strides=(1, 1)):
+        call = functools.partial(convolutions.choose("winograd"), window_strides=strides)
+        program = jax.make_jaxpr(lambda x: call(x, kernel, padding=((1, 1), (1, 1))))(x)
+        return "custom_vjp_call" in str(program)
+
+    assert uses_winograd(jnp.zeros((2, 9, 12, 32)))
+    assert not uses_winograd(jnp.zeros((2, 9, 12, 32)), (2, 2))
+    assert not uses_winograd(jnp.zeros((2, 4, 4, 32)))
+
+
+def test_second_derivatives_of_winograd(x64):
+    """Full MAML differentiates a gradient."""
+    x = jax.random.normal(jax.random.key(0), (1, 6, 6, 2))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 2, 2))
+
+    def curvature(convolve):
+        def gradient_norm(kernel):
+            return sum(
+                (g**2).sum()
+                for g in jax.grad(lambda *a: (convolve(*a) ** 3).sum(), (0, 1))(x, kernel)
+            )
+
+        return jax.grad(gradient_norm)(kernel)
+
+    def plain(x, kernel):
+        return convolutions.choose("patches")(x, kernel, (1, 1), ((1, 1), (1, 1)))
+
+    ours = curvature(lambda x, kernel: convolutions.winograd(x, kernel, 1))
+    np.testing.assert_allclose(ours, curvature(plain), rtol=1e-9)
 
 
 def test_convnet_names_the_least_size():

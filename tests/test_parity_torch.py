@@ -100,7 +100,7 @@ def copy_conv(layer, params):
         copy(layer.bias, params["bias"])
 
 
-@pytest.mark.parametrize("convolution", ["lax", "patches"])
+@pytest.mark.parametrize("convolution", ["lax", "winograd"])
 @pytest.mark.parametrize(
     ("name", "shape", "classes", "twin"),
     [("convnet", (28, 28, 1), 62, TorchConvNet), ("resnet18", (32, 32, 3), 10, TorchResNet18)],

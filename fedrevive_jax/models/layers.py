@@ -1,10 +1,10 @@
 """Layers shared by the networks: PyTorch's default start, convolutions, statistics."""
 
-import itertools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from fedrevive_jax.models import convolutions
 
 # PyTorch's default for kernels of dense and convolution layers: uniform in +-1/sqrt(fan_in).
 # With no normalisation layers in the models, the start matters.
@@ -55,7 +55,7 @@ def conv(
       padding: pixels of zeros on every side. Explicit, because "SAME" pads strided convolutions
         differently from PyTorch.
       use_bias: whether to add a bias.
-      convolution: see `choose_convolution`.
+      convolution: see `convolutions.choose`.
     """
     layer = nn.Conv(
         features,
@@ -65,64 +65,10 @@ def conv(
         use_bias=use_bias,
         kernel_init=torch_kernel_init,
         bias_init=torch_bias_init(size * size * inputs.shape[-1]),
-        conv_general_dilated=choose_convolution(convolution),
+        conv_general_dilated=convolutions.choose(convolution),
         name=name,
     )
     return layer(inputs)
-
-
-def default_convolution() -> str:
-    """What `auto` stands for on the backend at hand."""
-    return "patches" if jax.default_backend() == "cpu" else "lax"
-
-
-def choose_convolution(how: str):
-    """The function that computes a convolution, with the signature of `lax.conv_general_dilated`.
-
-    `lax` is XLA's convolution. `patches` gathers shifted slices and multiplies them with the kernel
-    as one matrix. On a CPU, XLA's convolution falls to a slow path inside loops and when weights
-    differ per client (a grouped convolution), and patches are several times faster; accelerators
-    are best served by `lax`. `auto` chooses by the backend.
-    """
-    if how == "auto":
-        how = default_convolution()
-    return {"lax": jax.lax.conv_general_dilated, "patches": _patches_convolution}[how]
-
-
-def _patches_convolution(
-    inputs,
-    kernel,
-    window_strides,
-    padding,
-    *,
-    lhs_dilation=None,
-    rhs_dilation=None,
-    dimension_numbers=None,
-    feature_group_count=1,
-    precision=None,
-    **unused,
-):
-    """A plain NHWC, HWIO convolution as shifted slices and one matrix product."""
-    del dimension_numbers, unused
-    dilated = any(d != 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
-    if feature_group_count != 1 or dilated:
-        raise ValueError("the patches convolution knows neither groups nor dilation")
-    height, width, channels, features = kernel.shape
-    inputs = jnp.pad(inputs, ((0, 0), *padding, (0, 0)))
-    rows = (inputs.shape[1] - height) // window_strides[0] + 1
-    columns = (inputs.shape[2] - width) // window_strides[1] + 1
-    slices = [
-        inputs[
-            :,
-            i : i + (rows - 1) * window_strides[0] + 1 : window_strides[0],
-            j : j + (columns - 1) * window_strides[1] + 1 : window_strides[1],
-        ]
-        for i, j in itertools.product(range(height), range(width))
-    ]
-    patches = jnp.concatenate(slices, axis=-1)
-    return jnp.matmul(
-        patches, kernel.reshape(height * width * channels, features), precision=precision
-    )
 
 
 def max_pool_2x2(inputs: jax.Array) -> jax.Array:
