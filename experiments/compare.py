@@ -36,7 +36,9 @@ TUNE_SERVER = flags.DEFINE_string(
     "tune_server_lr", "x0.3,x1,x3", "server rates to try; x3 is three times the preset's"
 )
 TUNE_CLIENT = flags.DEFINE_string("tune_client_lr", "x0.3,x1,x3", "client rates to try")
-TUNE_TIME = flags.DEFINE_string("tune_time", None, "simulated time of a tuning run; or max_time")
+TUNE_TIME = flags.DEFINE_string(
+    "tune_time", None, "simulated time of tuning runs. Default: max_time"
+)
 TUNE_SEEDS = flags.DEFINE_integer("tune_seeds", 1, "seeds at each point of the grid")
 ABLATE = flags.DEFINE_string(
     "ablate", None, "FIELD=v1,v2,...: compare values of a field, for --method"

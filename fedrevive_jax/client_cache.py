@@ -141,15 +141,20 @@ class HostCache:
 ClientCache = NoCache | DeviceCache | HostCache
 
 
-def create(config: Config, entry: Any) -> ClientCache:
+def create(config: Config, entry: Any, beside: int = 0) -> ClientCache:
     """The cache of a run for entries like `entry`, the configured method's.
+
+    Args:
+      config: `num_clients` and the fields of the cache are read.
+      entry: arrays or shapes of arrays.
+      beside: bytes that live on the device beside it.
 
     Raises:
       ConfigError: it cannot fit, or there is no such folder. Nothing has been allocated then.
     """
     if not jax.tree.leaves(entry):
         return NoCache()
-    check_fit(config, config.num_clients * trees.nbytes(entry))
+    check_fit(config, config.num_clients * trees.nbytes(entry), beside)
     if config.cache_memory == "device":
         return DeviceCache(entry, config.num_clients)
     return HostCache(entry, config.num_clients, folder_of(config))
@@ -162,14 +167,14 @@ def folder_of(config: Config) -> str | None:
     return config.cache_dir or tempfile.gettempdir()
 
 
-def check_fit(config: Config, needed: int) -> None:
-    """Whether a cache of `needed` bytes fits where it is to live.
+def check_fit(config: Config, needed: int, beside: int = 0) -> None:
+    """Whether a cache of `needed` bytes fits where it is to live, on the device with `beside` more.
 
     Beside it a checkpoint needs room for a copy: on the host, but for a cache on disk, which is
     copied on disk.
 
     Raises:
-      ConfigError: it does not, even if nothing else was there.
+      ConfigError: it does not.
     """
     folder, where = folder_of(config), config.cache_memory
     if folder is not None:
@@ -178,14 +183,14 @@ def check_fit(config: Config, needed: int) -> None:
         room, needed = shutil.disk_usage(folder).free, 2 * needed
         where = f"disk with --cache_dir={folder}"
     elif where == "device":
-        room = device_memory()
+        room, needed = device_memory(), needed + beside
     else:
         room, needed = host_memory(), 2 * needed
     if needed > room:
         raise ConfigError(
-            f"--cache_memory={where}: the updates of --num_clients={config.num_clients} clients "
-            f"need {needed / 1e9:.1f} GB there, there are {room / 1e9:.1f} GB; another memory or "
-            "--cache_dtype=bfloat16 may help"
+            f"--cache_memory={where}: the last updates of --num_clients={config.num_clients} and "
+            f"what lives beside them need {needed / 1e9:.1f} GB there, of {room / 1e9:.1f} GB; "
+            "another memory or --cache_dtype=bfloat16 may help"
         )
 
 

@@ -117,7 +117,10 @@ class Simulation:
         )
         taps = initial_taps(self.model)
         method = methods.create(config, ingredients)
-        cache = client_cache.create(config, jax.eval_shape(method.entry, params))
+        models_at_once = self.schedule.live_versions_max() + config.concurrency
+        cache = client_cache.create(
+            config, jax.eval_shape(method.entry, params), models_at_once * trees.nbytes(params)
+        )
         self.server = Server(method, params, taps, config.seed, cache)
         self._train = make_window_trainer(
             self.model,

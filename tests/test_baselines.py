@@ -375,7 +375,8 @@ def test_a_cache_gives_what_was_stored(memory, tmp_path):
         expected[client] = number
         np.testing.assert_array_equal(cache.fetch(client)["w"], value(number)["w"])
     snapshot = jax.tree.map(np.array if memory == "device" else np.asarray, cache.snapshot())
-    cache.store(3, value(99))
+    for client in range(3, 3 + client_cache.UNDER_WAY + 2):  # so many that some come down
+        cache.store(client, value(99))
     assert cache.fetch(3)["w"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(snapshot["b"], expected)
     assert float(cache.fetch(3)["b"]) == 99
@@ -394,15 +395,17 @@ def test_a_cache_that_cannot_fit_is_refused_at_once(tmp_path, monkeypatch):
     with pytest.raises(ConfigError) as refused:
         client_cache.check_fit(config, needed)
     assert str(refused.value).startswith(
-        "--cache_memory=device: the updates of --num_clients=1000 clients need 44.7 GB there, "
-        "there are 40.0 GB"
+        "--cache_memory=device: the last updates of --num_clients=1000 and what lives beside them "
+        "need 44.7 GB there, of 40.0 GB"
     )
     client_cache.check_fit(config, needed // 2)
+    with pytest.raises(ConfigError, match=r"need 42\.3 GB there"):
+        client_cache.check_fit(config, needed // 2, beside=20 * 10**9)
     host = dataclasses.replace(config, cache_memory="host")
     with pytest.raises(ConfigError, match=r"--cache_memory=host: .* need 44\.7 GB"):
         client_cache.check_fit(host, needed // 2)  # a checkpoint holds a copy
     disk = dataclasses.replace(config, cache_memory="disk")
-    with pytest.raises(ConfigError, match=r"--cache_dir=.*: the updates of"):
+    with pytest.raises(ConfigError, match=r"--cache_dir=.*: the last updates of"):
         client_cache.check_fit(disk, 10**18)
     lost = dataclasses.replace(disk, cache_dir=str(tmp_path / "none"))
     with pytest.raises(ConfigError, match="is not a folder that can be written to"):

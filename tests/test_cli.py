@@ -173,6 +173,10 @@ BAD = [
     (["--dataset=custom"], "--dataset=custom: is given from Python"),
     (["--dataset=fashion_mnist"], "--data_dir=: must name the folder"),
     (["--dataset=fashion_mnist", "--data_dir=."], "no file train-images-idx3-ubyte"),
+    (
+        ["--method=ca2fl", "--cache_memory=disk", "--cache_dir=no"],
+        "--cache_dir=no: is not",
+    ),
     (["--meta=sgd"], "--meta=sgd: must be one of reptile, fomaml, maml"),
     (["--no_such_flag=1"], "Unknown command line flag 'no_such_flag'"),
     (["digits"], "digits: unexpected argument"),

@@ -258,6 +258,7 @@ def test_tuned_comparison_of_what_diverges_and_what_does_not(tmp_path):
 
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("**/summary.json")}
     again = call(*arguments, program="compare")
+    assert again.returncode == 0, again.stderr
     assert again.stdout.splitlines() == text.splitlines()  # nothing was run, the table is the same
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("**/summary.json")} == written
 
