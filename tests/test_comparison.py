@@ -52,6 +52,7 @@ def test_figures_by_hand():
         "time to 0.3": 1.0, "time to 0.6": math.inf, "versions": 7.0, "staleness": 1.5,
         "server ms": 2.0, "sent MB": 3.0, "seconds": 4.0,
     }  # fmt: skip
+    assert comparison.time_to(run.evaluations, 0.5) == 1.0  # reached is enough
     assert comparison.area(run.evaluations, 1.0) == pytest.approx(0.3)
     assert comparison.area(run.evaluations, 2.0) == pytest.approx((0.3 + 0.45) / 2)
     many = evaluations(*((float(i), i / 100) for i in range(30)))
