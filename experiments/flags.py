@@ -2,10 +2,12 @@
 
 import dataclasses
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
+from fedrevive_jax import processes
 from fedrevive_jax.config import Config, UserError
 from fedrevive_jax.presets import SCALES
 
@@ -53,6 +55,13 @@ def run(main: Callable[[], int | None]) -> None:
             return main()
         except UserError as error:
             return fail(str(error))
+        except Exception as error:
+            if processes.is_lost_contact(error):
+                return fail(f"lost contact with the other processes ({str(error).splitlines()[0]})")
+            if processes.joined():
+                traceback.print_exc()
+                processes.leave(1)
+            raise
 
     app.define_help_flags()
     app.run(guarded, flags_parser=parse)
@@ -61,4 +70,5 @@ def run(main: Callable[[], int | None]) -> None:
 def fail(message: str) -> None:
     """One line on standard error, exit status 1."""
     print(f"error: {message}", file=sys.stderr)
+    processes.leave(1)
     sys.exit(1)

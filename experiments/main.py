@@ -1,6 +1,7 @@
 """Runs a method on a data set: python -m experiments.main [--dataset=... --method=... ...].
 
-The same command run again continues an unfinished run, and does nothing to a finished one.
+The same command run again continues an unfinished run, and does nothing to a finished one. On
+several hosts the same command is run on each.
 """
 
 import json
@@ -8,10 +9,26 @@ import json
 from absl import flags
 
 from experiments import flags as config_flags
+from fedrevive_jax import processes
 from fedrevive_jax.presets import resolve
 
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the plan as JSON; no training")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "start afresh in a folder that holds a run")
+DISTRIBUTED = flags.DEFINE_string(
+    "distributed",
+    "auto",
+    "whether other processes compute together with this one, over --mesh=auto: auto where a "
+    f"cluster is recognised ({', '.join(processes.MODES)})",
+)
+COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "host:port of process 0, where no cluster tells it"
+)
+NUM_PROCESSES = flags.DEFINE_string(
+    "num_processes", None, "processes that compute together, where no cluster tells it"
+)
+PROCESS_ID = flags.DEFINE_string(
+    "process_id", None, "number of this process, where no cluster tells it"
+)
 config_flags.define()
 flags.adopt_module_key_flags(config_flags)
 
@@ -24,12 +41,16 @@ def main() -> None:
         print(json.dumps(plan(config), indent=2))
         return
 
+    processes.join(DISTRIBUTED.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     from fedrevive_jax import runner
 
-    if runner.is_finished(config, OVERWRITE.value):
-        print(f"{config.run_dir} holds this run, finished; nothing to do")
+    if processes.first(lambda: runner.is_finished(config, OVERWRITE.value)):
+        if processes.is_first():
+            print(f"{config.run_dir} holds this run, finished; nothing to do")
         return
     result = runner.run(config, keep_record=True, overwrite=OVERWRITE.value)
+    if not processes.is_first():
+        return
     if result.resumed_version is not None:
         print(f"continued from version {result.resumed_version}")
     summary = result.summary

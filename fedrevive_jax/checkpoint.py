@@ -35,11 +35,14 @@ class Checkpoints:
         if read_only:
             if not folder.is_dir():
                 raise ConfigError(f"--{flag}={run_dir}: holds no folder {FOLDER}")
-            options = ocp.CheckpointManagerOptions(read_only=True)
+            options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=_alone())
         else:
+            folder.mkdir(parents=True, exist_ok=True)
             options = ocp.CheckpointManagerOptions(
+                create=False,
                 preservation_policy=checkpoint_managers.LatestN(keep),
                 cleanup_tmp_directories=True,
+                multiprocessing_options=_alone(),
             )
         self._run_dir = run_dir
         self._flag = flag
@@ -47,9 +50,9 @@ class Checkpoints:
             folder,
             options=options,
             item_handlers={
-                "params": ocp.StandardCheckpointHandler(),
-                "state": ocp.StandardCheckpointHandler(),
-                "record": ocp.JsonCheckpointHandler(),
+                "params": ocp.StandardCheckpointHandler(multiprocessing_options=_alone()),
+                "state": ocp.StandardCheckpointHandler(multiprocessing_options=_alone()),
+                "record": ocp.JsonCheckpointHandler(multiprocessing_options=_alone()),
             },
         )
 
@@ -137,7 +140,7 @@ class Checkpoints:
 
     def _restore(self, step: int, **items: Any) -> Any:
         # Naming the device lets a checkpoint written on one kind of device be read on another.
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
         def placed(leaf):
             if isinstance(leaf, np.ndarray):
@@ -149,6 +152,14 @@ class Checkpoints:
             for name, shapes in items.items()
         }
         return self._manager.restore(step, args=ocp.args.Composite(**arguments))
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """This process waits for no other."""
+    here = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"process{here}"
+    )
 
 
 def _shapes_by_name(tree: Any) -> dict[str, tuple[int, ...]]:

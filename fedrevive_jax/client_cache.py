@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from fedrevive_jax import trees
+from fedrevive_jax import devices, trees
 from fedrevive_jax.config import Config, ConfigError
 
 # Entries on their way from the device: storing one waits for the step that computes it, so they are
@@ -50,13 +51,18 @@ class NoCache:
 
 
 class DeviceCache:
-    """All entries on the device."""
+    """All entries on the device, of a mesh on each."""
 
-    def __init__(self, entry: Any, clients: int):
+    def __init__(self, entry: Any, clients: int, mesh: Mesh | None = None):
         """Entries like `entry`, arrays or shapes of arrays, for clients 0 to `clients` - 1."""
-        self._rows = jax.tree.map(lambda leaf: jnp.zeros((clients, *leaf.shape), leaf.dtype), entry)
-        self._get = jax.jit(lambda rows, at: jax.tree.map(lambda leaf: leaf[at], rows))
-        self._put = jax.jit(
+        self._mesh = mesh
+        self._rows = devices.jit(
+            mesh,
+            lambda: jax.tree.map(lambda leaf: jnp.zeros((clients, *leaf.shape), leaf.dtype), entry),
+        )()
+        self._get = devices.jit(mesh, lambda rows, at: jax.tree.map(lambda leaf: leaf[at], rows))
+        self._put = devices.jit(
+            mesh,
             lambda rows, at, entry: jax.tree.map(
                 lambda leaf, new: leaf.at[at].set(new), rows, entry
             ),
@@ -64,10 +70,10 @@ class DeviceCache:
         )
 
     def fetch(self, client: int) -> Any:
-        return self._get(self._rows, jnp.asarray(client, jnp.int32))
+        return self._get(self._rows, np.asarray(client, np.int32))
 
     def store(self, client: int, entry: Any) -> None:
-        self._rows = self._put(self._rows, jnp.asarray(client, jnp.int32), entry)
+        self._rows = self._put(self._rows, np.asarray(client, np.int32), entry)
 
     def snapshot(self) -> Any:
         return self._rows
@@ -76,15 +82,18 @@ class DeviceCache:
         return jax.eval_shape(lambda: self._rows)
 
     def restore(self, arrays: Any) -> None:
-        self._rows = arrays
+        self._rows = devices.replicate(self._mesh, arrays)
 
 
 class HostCache:
     """All entries in host memory, or in a file that is gone when the run ends."""
 
-    def __init__(self, entry: Any, clients: int, folder: str | None = None):
+    def __init__(
+        self, entry: Any, clients: int, mesh: Mesh | None = None, folder: str | None = None
+    ):
         """Like `DeviceCache`; with a folder they live in a file there, of zeros that take no room
         until they are written."""
+        self._mesh = mesh
         self._folder = folder
         self._rows = jax.tree.map(
             lambda leaf: self._room((clients, *leaf.shape), leaf.dtype), entry
@@ -95,7 +104,8 @@ class HostCache:
         if client in self._under_way:
             return self._under_way[client]
         # Copied: on a CPU a view would show what is stored later.
-        return jax.tree.map(lambda rows: jnp.array(rows[client]), self._rows)
+        entry = jax.tree.map(lambda rows: jnp.array(rows[client]), self._rows)
+        return devices.replicate(self._mesh, entry)
 
     def store(self, client: int, entry: Any) -> None:
         self._under_way.pop(client, None)
@@ -141,12 +151,13 @@ class HostCache:
 ClientCache = NoCache | DeviceCache | HostCache
 
 
-def create(config: Config, entry: Any, beside: int = 0) -> ClientCache:
+def create(config: Config, entry: Any, mesh: Mesh | None = None, beside: int = 0) -> ClientCache:
     """The cache of a run for entries like `entry`, the configured method's.
 
     Args:
       config: `num_clients` and the fields of the cache are read.
       entry: arrays or shapes of arrays.
+      mesh: devices that compute together; each holds a cache on the device whole.
       beside: bytes that live on the device beside it.
 
     Raises:
@@ -156,8 +167,8 @@ def create(config: Config, entry: Any, beside: int = 0) -> ClientCache:
         return NoCache()
     check_fit(config, config.num_clients * trees.nbytes(entry), beside)
     if config.cache_memory == "device":
-        return DeviceCache(entry, config.num_clients)
-    return HostCache(entry, config.num_clients, folder_of(config))
+        return DeviceCache(entry, config.num_clients, mesh)
+    return HostCache(entry, config.num_clients, mesh, folder_of(config))
 
 
 def folder_of(config: Config) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedrevive_jax import record
-from fedrevive_jax.config import LOCATION_FIELDS, Config, ConfigError
+from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS, Config, ConfigError
 from fedrevive_jax.recorder import read_evaluations
 from fedrevive_jax.restore import read_config
 
@@ -70,7 +70,7 @@ def grouped(runs: Iterable[Run]) -> dict[str, list[Run]]:
     groups: dict[str, list[Run]] = {}
     for method, own in by_method.items():
         settings = [run.config.as_dict() for run in own]
-        ignored = {"seed", *LOCATION_FIELDS}
+        ignored = {"seed", *LOCATION_FIELDS, *DEVICE_FIELDS}
         names = [n for n in settings[0] if n not in ignored and len({s[n] for s in settings}) > 1]
         for run, values in zip(own, settings, strict=True):
             label = " ".join([method, *(f"{name}={values[name]}" for name in names)])

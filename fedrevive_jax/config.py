@@ -81,6 +81,18 @@ class Config:
         "how convolutions are computed: auto picks winograd on CPU, lax elsewhere",
         choices=("auto", "lax", "patches", "shifted", "winograd"),
     )
+    precision: str = _field(
+        "auto",
+        "arithmetic of the models; parameters, statistics, losses and optimisers are in float32 "
+        "throughout; auto picks float32 on CPU, bfloat16 elsewhere",
+        choices=("auto", "float32", "bfloat16"),
+    )
+
+    mesh: str = _field(
+        "0",
+        "devices that compute together: a number, or auto for all there are; 0 or 1: one. "
+        "--client_batch is for each of them",
+    )
 
     # The simulated world
     max_time: float = _field(40.0, "simulated time at which the run stops", above=0)
@@ -206,6 +218,10 @@ class Config:
     pool_size: int = _field(16_000, "images in the first-in first-out pool", at_least=1)
     distillation_steps: int = _field(10, "K_KD, student steps at one arrival", at_least=1)
     distillation_batch: int = _field(32, "images per teacher and student step", at_least=1)
+    teacher_batch: int = _field(
+        0, "teachers whose images pass through the student in one call, a divisor of --num_teachers; "
+        "0: few on CPU, all elsewhere", at_least=0,
+    )  # fmt: skip
     distillation_lr: float = _field(1e-4, "lr_kd, rate of the student", above=0)
     distillation_temperature: float = _field(1.0, "temperature of the distillation", above=0)
     distillation_weight_decay: float = _field(
@@ -231,6 +247,8 @@ class Config:
         for name in (*LOCATION_FIELDS, *INPUT_FIELDS):
             if getattr(self, name):
                 object.__setattr__(self, name, str(Path(getattr(self, name)).expanduser()))
+        if self.mesh != "auto" and not self.mesh.isdecimal():
+            raise ConfigError(f"--mesh={self.mesh}: must be auto or a whole number of devices")
         if self.t5_weights and self.model != "t5":
             raise ConfigError(
                 f"--t5_weights={self.t5_weights}: needs --model=t5, not --model={self.model}"
@@ -253,6 +271,11 @@ class Config:
             raise ConfigError(
                 f"--warmup_versions={self.warmup_versions}: must be at least --freeze_versions="
                 f"{self.freeze_versions} (distillation needs a synthesised pool)"
+            )
+        if self.teacher_batch and self.num_teachers % self.teacher_batch:
+            raise ConfigError(
+                f"--teacher_batch={self.teacher_batch}: must divide --num_teachers="
+                f"{self.num_teachers}"
             )
         if self.pool_size < self.synthesis_batch:
             raise ConfigError(
@@ -298,6 +321,8 @@ class Config:
 
 # Where a run is written and where its data lie do not change what it computes.
 LOCATION_FIELDS = ("workdir", "data_dir", "cache_dir")
+# Nor do the devices, up to the rounding of sums.
+DEVICE_FIELDS = ("mesh",)
 # Files and folders that a run reads beside its data; recorded with their whole path.
 INPUT_FIELDS = ("t5_weights", "pretrained", "seed_text", "delay_trace")
 

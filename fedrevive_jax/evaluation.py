@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
+from fedrevive_jax import devices
 from fedrevive_jax.models import Model
 from fedrevive_jax.models.model import Params
 
@@ -27,7 +29,7 @@ class Evaluation(NamedTuple):
 
 
 def make_evaluator(
-    model: Model, prepare: Callable[[Any, jax.Array], Any], batch: int
+    model: Model, prepare: Callable[[Any, jax.Array], Any], batch: int, mesh: Mesh | None = None
 ) -> Callable[[Params, Any, jax.Array, np.ndarray], Evaluation]:
     """Compiles the evaluation on fixed-size batches; the last one is padded and masked.
 
@@ -35,20 +37,26 @@ def make_evaluator(
       model: the model.
       prepare: (store, positions [b]) -> inputs without augmentation, see `feed`.
       batch: samples of one call.
+      mesh: the devices that share a call.
 
     Returns:
       (params, store, labels, positions) -> `Evaluation`, where store and labels are the whole data
       set and positions name the samples of a split.
     """
 
-    @jax.jit
-    def one_batch(params, store, labels, positions, valid):
-        logits, _ = model.apply(params, prepare(store, positions))
+    def judge(shared, positions):
+        params, store = shared
+        return model.apply(params, prepare(store, positions))[0]
+
+    def judge_batch(params, store, labels, positions, valid):
+        logits = devices.split(mesh, judge)((params, store), positions)
         truth = labels[positions]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, truth)
         right = (logits.argmax(axis=-1) == truth) & valid
         by_class = jax.nn.one_hot(truth, model.num_classes) * valid[:, None]
         return jnp.where(valid, loss, 0.0).sum(), right @ by_class, by_class.sum(axis=0)
+
+    one_batch = devices.jit(mesh, judge_batch)
 
     def evaluate(params, store, labels, positions) -> Evaluation:
         padded = -(-len(positions) // batch) * batch

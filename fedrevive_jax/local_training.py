@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
+from fedrevive_jax import devices
 from fedrevive_jax.messages import Upload
 from fedrevive_jax.models import Model
 from fedrevive_jax.models.model import Params, Taps, gaussian_inputs, tap_statistics
@@ -83,6 +85,7 @@ def make_window_trainer(
     prepare: Callable[[Any, jax.Array, jax.Array], Any],
     learning_rate: float,
     seed_key: Callable[[jax.Array, jax.Array], jax.Array],
+    mesh: Mesh | None = None,
 ) -> Callable:
     """Compiles the training of a fixed number of jobs at once, each from its own version.
 
@@ -91,6 +94,7 @@ def make_window_trainer(
       prepare: (store, positions [b], key) -> inputs with the clients' augmentation, see `feed`.
       learning_rate: rate of Adam.
       seed_key: (job, step) -> key of that step's augmentation and dropout; both traced integers.
+      mesh: the devices that share the jobs.
 
     Returns:
       A jitted function (bases, store, labels, indices, jobs) -> tuple of `Upload`s, where `bases`
@@ -113,10 +117,13 @@ def make_window_trainer(
         trained = train(model, base, steps, batch_of, learning_rate)
         return Upload(trained.params, trained.taps, trained.losses.mean())
 
-    @jax.jit
+    def several_jobs(data, jobs):
+        return jax.vmap(lambda base, *job: one_job(base, *data, *job))(*jobs)
+
     def train_jobs(bases, store, labels, indices, jobs):
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *bases)
-        uploads = jax.vmap(one_job, (0, None, None, 0, 0))(stacked, store, labels, indices, jobs)
+        train_all = devices.split(mesh, several_jobs)
+        uploads = train_all((store, labels), (stacked, indices, jobs))
         return tuple(jax.tree.map(operator.itemgetter(i), uploads) for i in range(len(bases)))
 
-    return train_jobs
+    return devices.jit(mesh, train_jobs)

@@ -115,21 +115,37 @@ def forward_flops(model: Model) -> int:
     return int(analysis["flops"])
 
 
+def flops_of_an_arrival(config: Config, forward: int) -> dict[str, int]:
+    """FLOPs of a client's job, and of a distillation and a synthesis of FedRevive.
+
+    Args:
+      config: the sizes.
+      forward: FLOPs of one sample's forward pass.
+    """
+    samples = config.distillation_steps * config.distillation_batch * config.num_teachers
+    made = config.synthesis_batch * config.synthesis_steps
+    return {
+        "client": 3 * forward * config.local_iterations * config.batch_size,
+        # A teacher's forward pass, a student's training step.
+        "distillation": samples * 4 * forward,
+        # Each teacher and the student: forward, and back to the images.
+        "synthesis": made * 2 * forward * (config.num_teachers + 1),
+    }
+
+
 def _flops(config: Config, clock: schedule.Schedule, forward: int) -> dict[str, int]:
-    client = 3 * forward * config.local_iterations * config.batch_size
+    parts = flops_of_an_arrival(config, forward)
+    client = parts["client"]
     total = client * clock.num_arrivals
     if config.method in ("fedrevive", "dd_fedrevive"):
-        samples = config.distillation_steps * config.distillation_batch * config.num_teachers
         versions = clock.base_version[clock.job] + clock.staleness  # at the arrival
         warm = versions > config.warmup_versions
         distilled = clock.num_arrivals if config.method == "dd_fedrevive" else int(warm.sum())
-        distillation = samples * 4 * forward  # a teacher's forward, a student's training step
+        distillation = parts["distillation"]
         total += distillation * distilled
         synthesis = 0
         if config.method == "fedrevive":
-            # Each teacher and the student: forward, and back to the images.
-            batch = config.synthesis_batch * config.synthesis_steps
-            synthesis = batch * 2 * forward * (config.num_teachers + 1)
+            synthesis = parts["synthesis"]
             span = max(clock.num_versions - config.freeze_versions, 0)
             total += synthesis * (span // config.generation_interval)
         return {

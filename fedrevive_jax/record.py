@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fedrevive_jax.config import LOCATION_FIELDS, Config, ConfigError
+from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS, Config, ConfigError
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -100,7 +100,7 @@ def configured_differently(run_dir: Path, config: Config) -> list[str]:
     if not isinstance(recorded, dict):
         raise ConfigError(f"--workdir={run_dir}: {CONFIG} is not a configuration")
     wanted = config.as_dict()
-    names = sorted((set(recorded) | set(wanted)) - set(LOCATION_FIELDS))
+    names = sorted((set(recorded) | set(wanted)) - {*LOCATION_FIELDS, *DEVICE_FIELDS})
     return [
         f"--{name}: {recorded.get(name)!r} in the record, {wanted.get(name)!r} now"
         for name in names

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedrevive_jax import plots, record
+from fedrevive_jax import plots, processes, record
 from fedrevive_jax.checkpoint import Checkpoints
 from fedrevive_jax.config import UserError
 from fedrevive_jax.dfkd.pool import Pool
@@ -66,24 +66,38 @@ class Recorder:
             self._checkpoints = Checkpoints(run_dir, self._config.checkpoint_keep)
 
     def resume(self) -> None:
-        """Continues from the newest checkpoint, cutting the rows that came after it."""
-        if self._run_dir is None:
-            return
+        """Continues from the newest checkpoint, cutting the rows that came after it.
+
+        The process that has the folder shares what it finds there.
+        """
         sizes = {record.METRICS: 0, record.ARRIVALS: 0}
-        steps = self._checkpoints.steps()
-        if steps:
-            simulation, step = self._simulation, steps[-1]
-            saved = self._checkpoints.record(step)
-            params, arrays = self._checkpoints.state(
-                step, simulation.server.params, simulation.shapes(saved["simulation"])
-            )
-            simulation.restore(saved["simulation"], params, arrays)
+        found = processes.first(self._load)
+        if found is not None:
+            self._resumed, saved, params, arrays = found
+            self._simulation.restore(saved["simulation"], params, arrays)
             sizes, self._wall_before = saved["sizes"], saved["wall_seconds"]
-            self._resumed = step
+        self._evaluations = processes.first(lambda: self._open(sizes))
+
+    def _load(self) -> tuple[int, dict[str, Any], Params, dict[str, Any]] | None:
+        """The newest checkpoint: version, plain record, parameters, all other arrays."""
+        steps = self._checkpoints.steps() if self._checkpoints is not None else []
+        if not steps:
+            return None
+        simulation, step = self._simulation, steps[-1]
+        saved = self._checkpoints.record(step)
+        params, arrays = self._checkpoints.state(
+            step, simulation.server.params, simulation.shapes(saved["simulation"])
+        )
+        return step, saved, params, arrays
+
+    def _open(self, sizes: dict[str, int]) -> list[dict[str, Any]]:
+        """Opens the files of rows at the sizes that count; returns the evaluations in them."""
+        if self._run_dir is None:
+            return []
         self._metrics = record.Rows(self._run_dir / record.METRICS, sizes[record.METRICS])
         self._arrivals = record.Rows(self._run_dir / record.ARRIVALS, sizes[record.ARRIVALS])
-        self._evaluations = read_evaluations(self._run_dir)
         self._open_events()
+        return read_evaluations(self._run_dir)
 
     def start(self) -> None:
         """Evaluates version 0 of a new run."""
@@ -130,6 +144,7 @@ class Recorder:
             "bytes_sent": simulation.bytes_sent,
             **staleness_summary(clock.staleness),
             "device": str(jax.devices()[0].device_kind),
+            "devices": 1 if simulation.mesh is None else simulation.mesh.size,
         }
         if self._run_dir is not None:
             self._save()
@@ -238,6 +253,7 @@ class Recorder:
             return
         self._fetch()
         plain, arrays = self._simulation.snapshot()
+        params, arrays = processes.to_host((self._simulation.server.params, arrays))
         saved = {
             "version": plain["version"],
             "simulation": plain,
@@ -247,7 +263,7 @@ class Recorder:
                 record.ARRIVALS: self._arrivals.flush(),
             },
         }
-        self._checkpoints.save(saved, self._simulation.server.params, arrays)
+        self._checkpoints.save(saved, params, arrays)
 
     def _pictures(self) -> None:
         config, simulation = self._config, self._simulation

@@ -11,7 +11,7 @@ import numpy as np
 
 from fedrevive_jax import comparison, plots, record
 from fedrevive_jax.comparison import Choice, Run
-from fedrevive_jax.config import LOCATION_FIELDS
+from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS
 
 NOTES = (
     "Figures are mean ± standard deviation over seeds, on the split that is named above.",
@@ -182,7 +182,7 @@ def _settings(groups: Mapping[str, Sequence[Run]]) -> list[list[str]]:
     names = [
         name
         for name in configs[0]
-        if name not in ("method", "seed", *LOCATION_FIELDS) and len({c[name] for c in configs}) > 1
+        if name not in ("method", "seed", *LOCATION_FIELDS, *DEVICE_FIELDS) and len({c[name] for c in configs}) > 1
     ]
     lines = [["", *groups]]
     for name in names:

@@ -89,6 +89,7 @@ def evaluate_checkpoint(
     split = split or config.eval_split
     if model is None:
         model = models.from_config(config, dataset.input_shape, dataset.num_classes)
+    model = models.with_precision(model, config.precision)
     version, params = read_params(folder, model, step)
     feed = feeds.create(dataset, model.frozen(jax_key(config.seed, Stream.MODEL_INIT)))
     result = make_evaluator(model, feed.evaluation, config.eval_batch)(

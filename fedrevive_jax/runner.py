@@ -8,11 +8,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from fedrevive_jax import data, derived, record
+from fedrevive_jax import data, derived, processes, record
 from fedrevive_jax.checkpoint import FOLDER as CHECKPOINTS
 from fedrevive_jax.checkpoint import has_checkpoint
-from fedrevive_jax.config import INPUT_FIELDS, Config, ConfigError
-from fedrevive_jax.models import Model, convolutions
+from fedrevive_jax.config import INPUT_FIELDS, LOCATION_FIELDS, Config, ConfigError
+from fedrevive_jax.models import Model, convolutions, default_precision
 from fedrevive_jax.recorder import DivergenceError, Recorder, Result, read_evaluations
 from fedrevive_jax.restore import read_params
 from fedrevive_jax.simulator import Simulation, default_client_batch
@@ -30,6 +30,9 @@ def run(
 ) -> Result:
     """Runs a configuration to its end.
 
+    Where several processes compute together, every one of them calls this with the same arguments;
+    the first alone reads and writes the folder.
+
     Args:
       config: what to run, see `presets.resolve`.
       dataset, model: stand in for those that the configuration names.
@@ -43,17 +46,28 @@ def run(
       DivergenceError: training has diverged; the newest checkpoint is intact.
     """
     config = settle(config)
-    finished = keep_record and is_finished(config, overwrite)
-    # Without a checkpoint a run starts afresh, from the data as they are now.
-    begun = keep_record and not overwrite and (finished or has_checkpoint(config.run_dir))
-    kept = derived.read(config.run_dir) if begun else derived.Derived()
-    simulation = Simulation(config, dataset, model, kept)
+    processes.agree(lambda: _computed(config))
+
+    def look() -> tuple[bool, derived.Derived]:
+        finished = keep_record and is_finished(config, overwrite)
+        # Without a checkpoint a run starts afresh, from the data as they are now.
+        begun = keep_record and not overwrite and (finished or has_checkpoint(config.run_dir))
+        return finished, derived.read(config.run_dir) if begun else derived.Derived()
+
+    finished, kept = processes.first(look)
+    simulation = processes.together(lambda: Simulation(config, dataset, model, kept))
+    processes.agree(lambda: {"the plan, the data or a file that is read": simulation.fingerprint})
     if finished:
-        return _read_finished(simulation)
-    if keep_record:
+        return processes.first(lambda: _read_finished(simulation))
+
+    def open_folder() -> None:
         _open_run_dir(config, overwrite)
         derived.write(config.run_dir, simulation.derived)
-    recorder = Recorder(simulation, config.run_dir if keep_record else None)
+
+    if keep_record:
+        processes.first(open_folder)
+    writes = keep_record and processes.is_first()
+    recorder = Recorder(simulation, config.run_dir if writes else None)
     with contextlib.closing(recorder):
         recorder.resume()
         with _progress_bar(simulation) as progress:
@@ -79,6 +93,7 @@ def settle(config: Config) -> Config:
         config,
         **{name: str(Path(value).absolute()) for name, value in inputs.items()},
         convolution=convolutions.default() if how == "auto" else how,
+        precision=default_precision() if config.precision == "auto" else config.precision,
         client_batch=config.client_batch or default_client_batch(),
         workdir=str(config.run_dir),
     )
@@ -116,6 +131,12 @@ def is_finished(config: Config, overwrite: bool = False) -> bool:
     return record.SUMMARY in contents
 
 
+def _computed(config: Config) -> dict[str, object]:
+    """What processes that compute together must have in common, by flag."""
+    values = config.as_dict()
+    return {f"--{name}": values[name] for name in values if name not in LOCATION_FIELDS}
+
+
 def _open_run_dir(config: Config, overwrite: bool) -> None:
     """Makes the run's folder, empties it if it is to be overwritten, and writes config.json."""
     folder = config.run_dir
@@ -147,7 +168,7 @@ def _progress_bar(simulation: Simulation):
         total=simulation.schedule.num_arrivals,
         initial=simulation.position,
         unit=" arrivals",
-        disable=not sys.stderr.isatty(),
+        disable=not (sys.stderr.isatty() and processes.is_first()),
         dynamic_ncols=True,
     )
 

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
-from fedrevive_jax import trees
+from fedrevive_jax import devices, trees
 from fedrevive_jax.client_cache import ClientCache, NoCache
 from fedrevive_jax.messages import Arrival, Upload
 from fedrevive_jax.methods import Method
@@ -66,6 +68,7 @@ class Server:
         params: Params,
         taps: Taps,
         seed: int,
+        mesh: Mesh | None = None,
         cache: ClientCache | None = None,
     ):
         """Starts at version 0.
@@ -75,12 +78,15 @@ class Server:
           params: the initial global parameters.
           taps: feature statistics shaped like those of an upload, see `initial_taps`.
           seed: determines the method's random draws.
+          mesh: devices that share the method's work; versions and state are the same on all.
           cache: what the method keeps of every client, see `client_cache.create`; None for a
             method that keeps nothing.
         """
+        params = devices.replicate(mesh, params)
+        self._mesh = mesh
         self._method = method
         self._upload_shapes = _shapes(Upload(params, taps, jnp.zeros(())))
-        self._state = jax.jit(method.init)(params)
+        self._state = devices.jit(mesh, method.init)(params)
         self._cache = NoCache() if cache is None else cache
         self._versions = VersionStore(0, params)
         self._jobs: dict[int, Ticket] = {}
@@ -98,7 +104,7 @@ class Server:
             return params, state, entry, accepted, metrics
 
         # Parameters are never donated: the version store holds them.
-        self._step = jax.jit(step, donate_argnums=2)
+        self._step = devices.jit(mesh, step, donate_argnums=2)
 
     @property
     def version(self) -> int:
@@ -163,11 +169,11 @@ class Server:
         version = self.version
         completes = self._buffered + 1 == self._method.buffer_size
         arrival = Arrival(
-            job=jnp.asarray(job, jnp.int32),
-            client=jnp.asarray(ticket.client, jnp.int32),
-            version=jnp.asarray(version, jnp.int32),
-            staleness=jnp.asarray(version - ticket.version, jnp.int32),
-            completes=jnp.asarray(completes),
+            job=np.asarray(job, np.int32),
+            client=np.asarray(ticket.client, np.int32),
+            version=np.asarray(version, np.int32),
+            staleness=np.asarray(version - ticket.version, np.int32),
+            completes=np.asarray(completes),
         )
         entry = self._cache.fetch(ticket.client)
         params, self._state, entry, accepted, metrics = self._step(
@@ -214,12 +220,14 @@ class Server:
 
     def restore(self, record: dict[str, Any], params: Params, arrays: dict[str, Any]) -> None:
         """Continues from a snapshot and the parameters of its newest version."""
-        self._state = arrays["method"]
+        params, self._state, stale = devices.replicate(
+            self._mesh, (params, arrays["method"], arrays["stale"])
+        )
         self._cache.restore(arrays["cache"])
         self._jobs = {ticket[0]: Ticket(*ticket) for ticket in record["jobs"]}
         self._next_job = record["next_job"]
         self._buffered = record["buffered"]
-        stored = {int(v): tree for v, tree in arrays["stale"].items()}
+        stored = {int(v): tree for v, tree in stale.items()}
         stored[record["version"]] = params
         first, *later = sorted(stored)
         self._versions = VersionStore(first, stored[first])

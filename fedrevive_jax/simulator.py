@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedrevive_jax import client_cache, data, methods, models, schedule, trees
+from fedrevive_jax import client_cache, data, devices, methods, models, schedule, trees
 from fedrevive_jax import feed as feeds
 from fedrevive_jax.config import Config, ConfigError
 from fedrevive_jax.data import seed_text
@@ -47,7 +47,10 @@ class Simulation:
     Attributes:
       config, dataset, model: what it was built from.
       origin: where the first parameters, and for text the tokenizer, come from; for the record.
+      feed: the data set on the device and the way from it to the model.
+      frozen: arrays of the model that nobody trains.
       schedule, windows: the plan.
+      mesh: the devices that compute together, or None.
       server: the server core.
       position: arrivals processed so far.
       step_seconds: what a sample of the server steps took since this object was made.
@@ -68,9 +71,12 @@ class Simulation:
           derived: what an earlier part of the same run has derived from its data.
         """
         self.config = config
+        self.mesh = devices.create_mesh(config.mesh)
         self.dataset = dataset if dataset is not None else data.load(config, derived.tokenizer)
         shape, classes = self.dataset.input_shape, self.dataset.num_classes
-        self.model = model if model is not None else models.from_config(config, shape, classes)
+        if model is None:
+            model = models.from_config(config, shape, classes)
+        self.model = models.with_precision(model, config.precision)
         _check_fit(config, self.model, self.dataset)
         for split in ("train", config.eval_split):
             self.dataset.positions(split)
@@ -102,10 +108,11 @@ class Simulation:
                 version, params = read_params(folder, self.model, flag="pretrained")
                 self.origin["start"] = f"version {version} of {config.pretrained}"
         seed = _read_seed_text(config, self.dataset)
+        self.frozen = frozen
         self._inputs = (frozen, seed)
-        feed = feeds.create(self.dataset, frozen)
-        self._store = feed.store
-        self._labels = jnp.asarray(self.dataset.labels)
+        self.feed = feed = feeds.create(self.dataset, frozen)
+        self._store = devices.replicate(self.mesh, feed.store)
+        self._labels = devices.replicate(self.mesh, jnp.asarray(self.dataset.labels))
         kept = self.dataset.splits["distillation"]
         ingredients = methods.Ingredients(
             model=self.model,
@@ -114,22 +121,27 @@ class Simulation:
             class_mixes=self._shards.class_mixes(self.dataset.labels, self.dataset.num_classes),
             real_samples=(self.dataset.samples[kept], self.dataset.labels[kept]),
             seed_text=seed,
+            mesh=self.mesh,
         )
         taps = initial_taps(self.model)
         method = methods.create(config, ingredients)
         models_at_once = self.schedule.live_versions_max() + config.concurrency
         cache = client_cache.create(
-            config, jax.eval_shape(method.entry, params), models_at_once * trees.nbytes(params)
+            config,
+            jax.eval_shape(method.entry, params),
+            self.mesh,
+            beside=models_at_once * trees.nbytes(params),
         )
-        self.server = Server(method, params, taps, config.seed, cache)
+        self.server = Server(method, params, taps, config.seed, self.mesh, cache)
         self._train = make_window_trainer(
             self.model,
             feed.training,
             config.client_lr,
             lambda job, step: jax_key(config.seed, Stream.AUGMENTATION, job, step),
+            self.mesh,
         )
         self._client_batch = config.client_batch or default_client_batch()
-        self._evaluate = make_evaluator(self.model, feed.evaluation, config.eval_batch)
+        self._evaluate = make_evaluator(self.model, feed.evaluation, config.eval_batch, self.mesh)
         self._hand_out(self.schedule.initial_jobs)
 
     @property
@@ -137,6 +149,11 @@ class Simulation:
         """What was derived from the data, to be kept with the run."""
         tokenizer = self.dataset.tokenizer
         return Derived(tokenizer.serialised if tokenizer else "", self._shards, self.origin)
+
+    @property
+    def uploads(self) -> dict[int, Upload]:
+        """Uploads that are trained and have not arrived, by job."""
+        return dict(self._uploads)
 
     @property
     def finished(self) -> bool:
@@ -160,11 +177,16 @@ class Simulation:
         while not self.finished:
             yield self.advance()
 
+    def train_ahead(self) -> None:
+        """Trains the window of the next arrival, if that arrival needs it and has none yet."""
+        window = self._first_of_window.get(self.position)
+        if window is not None and int(window.jobs[0]) not in self._uploads:
+            self._uploads.update(self.train_jobs(window.jobs))
+
     def advance(self) -> Receipt:
         """Processes the next arrival, training its window first when it needs one."""
+        self.train_ahead()
         index = self.position
-        if index in self._first_of_window:
-            self._train_window(self._first_of_window[index])
         job = int(self.schedule.job[index])
         upload = self._uploads.pop(job)
         timed = index % TIMED_EVERY == TIMED_EVERY - 1  # not the first step, which compiles
@@ -240,8 +262,9 @@ class Simulation:
                 f"--workdir={self.config.run_dir}: the checkpoint belongs to another plan or other "
                 "data (a file that the run reads has changed); use --overwrite to start afresh"
             )
+        uploads = devices.replicate(self.mesh, arrays["uploads"])
         self.server.restore(record, params, arrays)
-        self._uploads = {int(job): Upload(**upload) for job, upload in arrays["uploads"].items()}
+        self._uploads = {int(job): Upload(**upload) for job, upload in uploads.items()}
         self.position = record["position"]
 
     def _hand_out(self, up_to: int) -> None:
@@ -249,17 +272,28 @@ class Simulation:
         for client in self.schedule.client[self.server.next_job : up_to]:
             self.server.dispatch(int(client))
 
-    def _train_window(self, window: schedule.Window) -> None:
-        """Trains a window's jobs in calls of a fixed size; the last call is padded by repetition.
+    def train_jobs(self, jobs: np.ndarray) -> dict[int, Upload]:
+        """Trains jobs in calls of a fixed size; the last call is padded by repetition.
 
         Every call is the same compiled program whatever the window, and each job's result depends
         on its own inputs alone.
+
+        Args:
+          jobs: int [n], numbers of jobs whose starting versions are live.
+
+        Returns:
+          Their uploads, by job.
         """
+        trained = {}
         limit = self.config.window_limit
         size = min(self._client_batch, limit) if limit else self._client_batch
-        for start in range(0, len(window.jobs), size):
-            jobs = window.jobs[start : start + size]
-            padded = np.resize(jobs, size)
+        if self.mesh is not None:
+            # An even share of a usual window for each device; more would only be padding.
+            usual = -(-self.schedule.num_arrivals // len(self.windows))
+            size = min(size, -(-usual // self.mesh.size)) * self.mesh.size
+        for start in range(0, len(jobs), size):
+            together = jobs[start : start + size]
+            padded = np.resize(together, size)
             indices = [
                 self._shards.batches(
                     int(self.schedule.client[job]),
@@ -277,10 +311,11 @@ class Simulation:
                 bases,
                 self._store,
                 self._labels,
-                jnp.asarray(np.stack(indices)),
-                jnp.asarray(padded, jnp.int32),
+                np.stack(indices).astype(np.int32),
+                padded.astype(np.int32),
             )
-            self._uploads.update(zip(jobs.tolist(), uploads, strict=False))
+            trained.update(zip(together.tolist(), uploads, strict=False))
+        return trained
 
 
 def _check_fit(config: Config, model: Model, dataset: data.Dataset) -> None:

@@ -418,6 +418,14 @@ def test_steps_that_the_guard_rejects_move_nothing():
         assert (float(optax.tree.norm(result.delta)) > 0) == (counted > 0)
 
 
+def test_samples_in_one_call():
+    """What stays in a CPU's cache: eight teachers' digits, one teacher's 28x28 images."""
+    assert distillation.default_teacher_batch(8, 16, (8, 8, 1)) == 8
+    assert distillation.default_teacher_batch(8, 64, (8, 8, 1)) == 4
+    assert distillation.default_teacher_batch(6, 64, (8, 8, 1)) == 3
+    assert distillation.default_teacher_batch(8, 32, (28, 28, 1)) == 1
+
+
 def test_absent_teachers_do_not_count():
     model, student, stacked, inputs = small_distillation()
     targets = distillation.teacher_logits(model, stacked, inputs)

@@ -226,7 +226,8 @@ def test_meta_gradients(golden, model, start):
     assert abs(along(fomaml) / along(maml) - 1) > 5e-3
 
 
-def test_distillation(golden, model, teachers):
+@pytest.mark.parametrize("in_one_call", [True, False])
+def test_distillation(golden, model, teachers, in_one_call):
     images = jnp.asarray(golden["distillation/images"]) / 255.0
     params, _ = teachers
     student = tree(golden, "student")
@@ -241,6 +242,7 @@ def test_distillation(golden, model, teachers):
         learning_rate=setting(golden, "lr_kd"),
         weight_decay=setting(golden, "wd"),
         temperature=setting(golden, "temperature"),
+        teacher_batch=images.shape[1] if in_one_call else 1,
     )
     close(result.losses, golden["distillation/losses"])
     # A difference of two nearly equal numbers: absolute error in units of the parameters.

@@ -79,7 +79,7 @@ def test_a_job_is_what_one_client_would_compute_alone():
     """The first upload of a window against a plain call on the client's own samples."""
     config = small("fedavg", client_batch=4)
     simulation = Simulation(config)
-    simulation._train_window(simulation.windows[0])
+    simulation.train_ahead()
     job = int(simulation.windows[0].jobs[2])
     client = int(simulation.schedule.client[job])
     positions = simulation._shards.batches(client, 0, steps=2, batch_size=8, seed=config.seed)
@@ -90,7 +90,7 @@ def test_a_job_is_what_one_client_would_compute_alone():
     alone = train(
         simulation.model, simulation.server.params, batches, lambda b: (*b, None), config.client_lr
     )
-    upload = simulation._uploads[job]
+    upload = simulation.uploads[job]
     for x, y in zip(
         *map(jax.tree.leaves, ((upload.params, upload.taps), (alone.params, alone.taps))),
         strict=True,
@@ -122,11 +122,11 @@ def test_a_cohort_moves_the_model_by_the_mean_of_its_updates():
     """FedAvg's first round, the mean taken in NumPy from the uploads themselves."""
     simulation = Simulation(small("fedavg", server_lr=1.4))
     start = jax.tree.map(np.asarray, simulation.server.params)
-    simulation._train_window(simulation.windows[0])
-    uploads = [upload.params for upload in simulation._uploads.values()]
+    simulation.train_ahead()
+    uploads = [upload.params for upload in simulation.uploads.values()]
     assert len(uploads) == 6
-    for _ in range(6):
-        simulation.server.submit(*simulation._uploads.popitem())
+    for job, upload in simulation.uploads.items():
+        simulation.server.submit(job, upload)
     mean = jax.tree.map(lambda s, *p: s + 1.4 * (np.mean(p, axis=0) - s), start, *uploads)
     for x, y in zip(*map(jax.tree.leaves, (simulation.server.params, mean)), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-6)

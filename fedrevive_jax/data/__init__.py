@@ -15,7 +15,7 @@ from fedrevive_jax.data.dataset import (
 from fedrevive_jax.data.texts import Texts
 
 __all__ = [
-    "SOURCES", "Dataset", "DatasetSpec", "Preprocessing", "Texts", "load", "spec",
+    "SOURCES", "Dataset", "DatasetSpec", "Preprocessing", "Texts", "load", "preprocessing", "spec",
     "split_sizes", "split_training",
 ]  # fmt: skip
 
@@ -78,6 +78,11 @@ def spec(config: Config) -> DatasetSpec:
             return DatasetSpec(loaded.input_shape, loaded.num_classes, count)
         return DatasetSpec((config.text_length,), loaded.num_classes, count)
     return DatasetSpec((config.text_length,), known.num_classes, known.training_samples)
+
+
+def preprocessing(config: Config) -> Preprocessing:
+    """How the images of the named data set become inputs."""
+    return getattr(_source(config), "PREPROCESSING", Preprocessing())
 
 
 def _source(config: Config) -> ModuleType:

@@ -1,16 +1,21 @@
 """Multi-teacher distillation of pool samples into the global parameters."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
-from fedrevive_jax import trees
+from fedrevive_jax import devices, trees
 from fedrevive_jax.dfkd import loss_guard, losses
 from fedrevive_jax.dfkd.loss_guard import LossGuard
 from fedrevive_jax.models import Model
 from fedrevive_jax.models.model import Params, as_inputs
+
+# Numbers of a call's inputs up to which a larger call is no slower on a CPU.
+CACHED_NUMBERS = 16_384
 
 
 class Distilled(NamedTuple):
@@ -34,6 +39,7 @@ def teacher_logits(
     teacher_params: Params,
     samples: Any,
     frozen: Any = (),
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Every teacher judges its own draw.
 
@@ -42,6 +48,7 @@ def teacher_logits(
       teacher_params: leaves [c, ...].
       samples: pytree of arrays [steps, c, b, ...].
       frozen: the model's frozen arrays.
+      mesh: the devices that share the teachers.
 
     Returns:
       [steps, c, b, classes].
@@ -51,13 +58,30 @@ def teacher_logits(
     def of_teacher(leaf):
         return leaf.swapaxes(0, 1).reshape(num_teachers, steps * batch, *leaf.shape[3:])
 
-    def judge(pair):
-        params, own = pair
-        return model.apply(params, as_inputs(own, frozen))[0]
+    def judge_in_turn(frozen, pairs):
+        def judge(pair):
+            params, own = pair
+            return model.apply(params, as_inputs(own, frozen))[0]
 
-    # One plain call per teacher: weights that differ per call would make grouped convolutions.
-    logits = jax.lax.map(judge, (teacher_params, jax.tree.map(of_teacher, samples)))
+        # One plain call per teacher: weights that differ per call would make grouped convolutions.
+        return jax.lax.map(judge, pairs)
+
+    pairs = (teacher_params, jax.tree.map(of_teacher, samples))
+    logits = devices.split(mesh, judge_in_turn)(frozen, pairs)
     return logits.reshape(num_teachers, steps, batch, -1).swapaxes(0, 1)
+
+
+def default_teacher_batch(num_teachers: int, batch: int, input_shape: tuple[int, ...]) -> int:
+    """How many teachers' samples pass through the student in one call where nobody says.
+
+    An accelerator takes all. On a CPU smaller calls stay in its caches: with one teacher in a call
+    a step of the ConvNet took 0.43 s instead of 0.66 s on two cores; the small images of digits
+    gain nothing.
+    """
+    if jax.default_backend() != "cpu":
+        return num_teachers
+    fits = max(CACHED_NUMBERS // (batch * math.prod(input_shape)), 1)
+    return max(size for size in range(1, fits + 1) if num_teachers % size == 0)
 
 
 def distil(
@@ -72,6 +96,8 @@ def distil(
     learning_rate: float,
     weight_decay: float,
     temperature: float,
+    teacher_batch: int = 0,
+    mesh: Mesh | None = None,
 ) -> Distilled:
     """Trains a student that starts at the global parameters.
 
@@ -90,20 +116,40 @@ def distil(
       learning_rate: lr_kd.
       weight_decay: L2 coefficient.
       temperature: T.
+      teacher_batch: teachers whose samples pass through the student in one call, a divisor of c;
+        the gradient is summed over the calls. 0: see `default_teacher_batch`.
+      mesh: the devices that share the samples of a call; the gradient is summed over them.
     """
     optimizer = optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
     targets = jax.lax.stop_gradient(targets)  # teachers are data
-    per_sample = present[:, None] / (present.sum() * targets.shape[2])
+    num_teachers, batch = targets.shape[1:3]
+    per_sample = jnp.broadcast_to(present[:, None] / (present.sum() * batch), (num_teachers, batch))
+    size = teacher_batch or default_teacher_batch(num_teachers, batch, model.input_shape)
 
-    def loss_fn(student, x, wanted):
+    def apply(shared, samples):
+        student, frozen = shared
+        return model.apply(student, as_inputs(samples, frozen))[0]
+
+    def loss_fn(student, x, wanted, per_sample):
         together = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), x)
-        logits, _ = model.apply(student, as_inputs(together, frozen))
+        logits = devices.split(mesh, apply)((student, frozen), together)
         divergence = losses.kl_divergence(wanted, logits.reshape(wanted.shape), temperature)
         return (per_sample * divergence).sum()
 
+    def loss_and_gradient(student, x, wanted):
+        parts = jax.tree.map(
+            lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), (x, wanted, per_sample)
+        )
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_fn)(student, *part)), None
+
+        zero = (jnp.zeros((), targets.dtype), jax.tree.map(jnp.zeros_like, student))
+        return jax.lax.scan(add, zero, parts)[0]
+
     def step(carry, batch):
         student, opt_state, guard, counted = carry
-        loss, grads = jax.value_and_grad(loss_fn)(student, *batch)
+        loss, grads = loss_and_gradient(student, *batch)
         counts, guard = loss_guard.check(guard, "distillation", loss)
         updates, new_state = optimizer.update(grads, opt_state, student)
         moved = (optax.apply_updates(student, updates), new_state)

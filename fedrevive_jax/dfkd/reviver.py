@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from fedrevive_jax import trees
 from fedrevive_jax.config import Config, ConfigError
@@ -80,6 +81,7 @@ def create(
     class_mixes: Any = None,
     real_samples: tuple[Any, Any] | None = None,
     seed_text: SeedText | None = None,
+    mesh: Mesh | None = None,
 ) -> Reviver:
     """Builds the reviver of a configuration.
 
@@ -92,26 +94,11 @@ def create(
       real_samples: (byte images or token ids, labels) that stand in for the pool: the
         data-dependent reference. Nothing is synthesised then.
       seed_text: labelled texts that synthesis of text starts from.
+      mesh: the devices that share teachers and samples.
     """
     synthesiser = None
     if real_samples is None:
-        maker = _make_maker(config, model, seed_text)
-        synthesiser = synthesis.make_synthesiser(
-            model,
-            maker,
-            augment,
-            batch=config.synthesis_batch,
-            steps=config.synthesis_steps,
-            # The prompts' published rate covers all inner steps at once.
-            meta_lr=config.generator_lr * (config.synthesis_steps if model.vocabulary else 1),
-            generator_lr=config.generator_lr,
-            latent_lr=config.latent_lr,
-            feature_weight=config.feature_weight,
-            one_hot_weight=config.one_hot_weight,
-            adversarial_weight=config.adversarial_weight,
-            meta=config.meta,
-            target_sampling=config.target_sampling,
-        )
+        synthesiser, maker = make_synthesiser(config, model, augment, seed_text, mesh)
 
     def init(params: Params) -> ReviverState:
         generator_state = None
@@ -170,7 +157,9 @@ def create(
         samples = augment(jax.tree.map(lambda leaf: leaf[flat], state.pool.samples), augment_key)
         shape = (steps, config.num_teachers, batch)
         samples = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), samples)
-        targets = distillation.teacher_logits(model, state.teachers.params, samples, state.frozen)
+        targets = distillation.teacher_logits(
+            model, state.teachers.params, samples, state.frozen, mesh
+        )
         result = distillation.distil(
             model,
             params,
@@ -182,6 +171,8 @@ def create(
             learning_rate=config.distillation_lr,
             weight_decay=config.distillation_weight_decay,
             temperature=config.distillation_temperature,
+            teacher_batch=config.teacher_batch,
+            mesh=mesh,
         )
         good = trees.all_finite(result.delta) & (result.counted > 0)
         zero = jax.tree.map(jnp.zeros_like, params)
@@ -234,6 +225,35 @@ def create(
         return state, Revival(delta, distilled, metrics)
 
     return Reviver(init, revive)
+
+
+def make_synthesiser(
+    config: Config,
+    model: Model,
+    augment: Callable[[Any, jax.Array], Any],
+    seed_text: SeedText | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[synthesis.Synthesiser, Maker]:
+    """The synthesis of a configuration, and what it optimises; arguments as those of `create`."""
+    maker = _make_maker(config, model, seed_text)
+    synthesiser = synthesis.make_synthesiser(
+        model,
+        maker,
+        augment,
+        batch=config.synthesis_batch,
+        steps=config.synthesis_steps,
+        # The prompts' published rate covers all inner steps at once.
+        meta_lr=config.generator_lr * (config.synthesis_steps if model.vocabulary else 1),
+        generator_lr=config.generator_lr,
+        latent_lr=config.latent_lr,
+        feature_weight=config.feature_weight,
+        one_hot_weight=config.one_hot_weight,
+        adversarial_weight=config.adversarial_weight,
+        meta=config.meta,
+        target_sampling=config.target_sampling,
+        mesh=mesh,
+    )
+    return synthesiser, maker
 
 
 def _make_maker(config: Config, model: Model, seed_text: SeedText | None) -> Maker:

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
-from fedrevive_jax import trees
+from fedrevive_jax import devices, trees
 from fedrevive_jax.dfkd import loss_guard, losses
 from fedrevive_jax.dfkd.loss_guard import LossGuard
 from fedrevive_jax.dfkd.maker import Maker
@@ -128,6 +129,7 @@ def make_synthesiser(
     adversarial_weight: float,
     meta: str,
     target_sampling: str,
+    mesh: Mesh | None = None,
 ) -> Synthesiser:
     """Builds the synthesis of arXiv 2511.00655: L = bn L_feat + oh L_ce + adv L_adv.
 
@@ -144,6 +146,7 @@ def make_synthesiser(
         `fomaml` sum_s dL/dphi at phi_s; `maml` d(sum_s L(phi_s))/d omega through the inner steps.
       target_sampling: `teachers` draws targets from the mean of the teachers' proxies, `uniform`
         over the classes.
+      mesh: the devices that share the teachers.
     """
     eps_root = MAML_EPS_ROOT if meta == "maml" else 0.0
     fast_adam = optax.adam(generator_lr, b1=B1, eps_root=eps_root)
@@ -171,13 +174,17 @@ def make_synthesiser(
         inputs = as_inputs(augment(samples, key), ensemble.frozen)
         weights = losses.teacher_weights(ensemble.proxies, drawn.targets)
 
-        def judge(teacher):
-            params, reference = teacher
-            logits, activations = model.apply(params, inputs)
-            return logits, maker.distance(activations, reference)
+        def judge_in_turn(inputs, teachers):
+            def judge(teacher):
+                params, reference = teacher
+                logits, activations = model.apply(params, inputs)
+                return logits, maker.distance(activations, reference)
 
-        # One plain call per teacher, see `distillation.teacher_logits`.
-        logits, distances = jax.lax.map(judge, (teacher_params, ensemble.taps))
+            # One plain call per teacher, see `distillation.teacher_logits`.
+            return jax.lax.map(judge, teachers)
+
+        teachers = (teacher_params, ensemble.taps)
+        logits, distances = devices.split(mesh, judge_in_turn)(inputs, teachers)
         feature = losses.feature_loss(weights, distances)
         one_hot = losses.one_hot_loss(weights, logits, drawn.targets)
         adversarial = losses.adversarial_loss(weights, logits, model.apply(student, inputs)[0])

@@ -23,5 +23,6 @@ def create(config: Config, ingredients: Ingredients) -> Method:
         frozen=ingredients.frozen,
         class_mixes=ingredients.class_mixes,
         real_samples=ingredients.real_samples,
+        mesh=ingredients.mesh,
     )
     return revived(config, revive)

@@ -25,6 +25,7 @@ def create(config: Config, ingredients: Ingredients) -> Method:
         frozen=ingredients.frozen,
         class_mixes=ingredients.class_mixes,
         seed_text=ingredients.seed_text,
+        mesh=ingredients.mesh,
     )
     return revived(config, revive)
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from fedrevive_jax import staleness, trees
 from fedrevive_jax.config import Config
@@ -36,6 +37,7 @@ class Ingredients(NamedTuple):
       class_mixes: true label histograms [N, classes], float32; a real federation has none.
       real_samples: held-out (byte images or token ids, labels), for the data-dependent reference.
       seed_text: labelled texts that synthesis of text starts from, see `dfkd.prompts`.
+      mesh: devices that share the work, see `devices`.
     """
 
     model: Model
@@ -44,6 +46,7 @@ class Ingredients(NamedTuple):
     class_mixes: Any = None
     real_samples: tuple[Any, Any] | None = None
     seed_text: Any = None
+    mesh: Mesh | None = None
 
 
 class Method(NamedTuple):

@@ -5,16 +5,26 @@ import importlib
 from fedrevive_jax.config import Config, ConfigError
 from fedrevive_jax.data.tokens import CLASSIFIER
 from fedrevive_jax.models import t5, t5_weights
-from fedrevive_jax.models.model import Model, from_flax, parameter_count, tap_statistics
+from fedrevive_jax.models.model import (
+    Model,
+    default_precision,
+    from_flax,
+    parameter_count,
+    tap_statistics,
+    with_precision,
+)
 
 __all__ = [
     "NETWORKS",
     "Model",
     "create",
+    "default_precision",
     "from_config",
     "from_flax",
     "parameter_count",
+    "t5_shape",
     "tap_statistics",
+    "with_precision",
 ]
 
 # name -> module with `build(num_classes, width, convolution) -> flax Module`, for images.
@@ -54,8 +64,12 @@ def _t5(config: Config, length: int, num_classes: int) -> Model:
         shape = t5_weights.read_shape(config.t5_weights)
         weights = t5_weights.read(config.t5_weights, shape)
         return t5.create(shape, length, num_classes, weights)
-    # In T5-small's proportions.
-    shape = t5.T5Shape(
+    return t5.create(t5_shape(config), length, num_classes)
+
+
+def t5_shape(config: Config) -> t5.T5Shape:
+    """Sizes of an encoder that starts at random, in T5-small's proportions."""
+    return t5.T5Shape(
         vocabulary=config.vocabulary_size,
         width=config.model_width,
         feed_forward=4 * config.model_width,
@@ -64,7 +78,6 @@ def _t5(config: Config, length: int, num_classes: int) -> Model:
         head_width=config.model_width // config.model_heads,
         classifier_token=CLASSIFIER,
     )
-    return t5.create(shape, length, num_classes)
 
 
 def create(

@@ -63,7 +63,9 @@ def _plain(
     if feature_group_count != 1 or dilated:
         raise ValueError(f"the {how} convolution knows neither groups nor dilation")
     if how == "winograd":
-        if _winograd_pays(inputs.shape, kernel.shape, window_strides, padding):
+        # Sums of rounded numbers would be rounded again: not in half precision.
+        whole = inputs.dtype != jnp.bfloat16
+        if whole and _winograd_pays(inputs.shape, kernel.shape, window_strides, padding):
             return winograd(inputs, kernel, padding[0][0])
         how = "patches"
     inputs = jnp.pad(inputs, ((0, 0), *padding, (0, 0)))
@@ -79,11 +81,15 @@ def _plain(
         ]
         for i, j in places
     ]
-    product = functools.partial(jnp.matmul, precision=precision)
+    # Half precision is summed in single, as units for it do.
+    sums = jnp.promote_types(inputs.dtype, jnp.float32)
+    product = functools.partial(jnp.matmul, precision=precision, preferred_element_type=sums)
     if how == "shifted":
-        return sum(product(x, kernel[place]) for x, place in zip(slices, places, strict=True))
-    features = kernel.shape[-1]
-    return product(jnp.concatenate(slices, axis=-1), kernel.reshape(-1, features))
+        result = sum(product(x, kernel[place]) for x, place in zip(slices, places, strict=True))
+    else:
+        flat = kernel.reshape(-1, kernel.shape[-1])
+        result = product(jnp.concatenate(slices, axis=-1), flat)
+    return result.astype(inputs.dtype)
 
 
 # --- Winograd's minimal filtering, F(2x2, 3x3) ---------------------------------------------------

@@ -84,4 +84,5 @@ def max_pool_2x2(inputs: jax.Array) -> jax.Array:
 def batch_statistics(activation: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mean and biased variance per channel over batch and space, [channels]."""
     axes = tuple(range(activation.ndim - 1))
+    activation = activation.astype(jnp.promote_types(activation.dtype, jnp.float32))
     return activation.mean(axes), activation.var(axes)

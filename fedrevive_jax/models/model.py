@@ -65,6 +65,40 @@ class Model(NamedTuple):
     vocabulary: Vocabulary | None = None
 
 
+def with_precision(model: Model, precision: str) -> Model:
+    """The model with its arithmetic in another precision.
+
+    Parameters, statistics, logits, losses and everything made of them stay float32; inputs,
+    weights and activations are rounded within each call.
+
+    Args:
+      model: computes in float32.
+      precision: `float32`, `bfloat16`, or `auto`, see `default_precision`.
+    """
+    if precision == "auto":
+        precision = default_precision()
+    if precision == "float32":
+        return model
+
+    def rounded(leaf):
+        return leaf.astype(jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf
+
+    def apply(params, inputs, key=None):
+        # The token table of a text stays as it is: only what is looked up in it is rounded.
+        content = inputs.content if isinstance(inputs, Text) else inputs
+        content = jax.tree.map(rounded, content)
+        inputs = Text(content, inputs.table) if isinstance(inputs, Text) else content
+        logits, activations = model.apply(jax.tree.map(rounded, params), inputs, key)
+        return logits.astype(jnp.float32), activations
+
+    return model._replace(apply=apply)
+
+
+def default_precision() -> str:
+    """What `auto` stands for: bfloat16 on accelerators, which have units for it."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
 def from_flax(
     name: str, module: nn.Module, input_shape: tuple[int, ...], num_classes: int
 ) -> Model:

@@ -71,8 +71,11 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        mean_square = (x**2).mean(axis=-1, keepdims=True)
-        return x * jax.lax.rsqrt(mean_square + self.epsilon) * scale[None, None]
+        # In single precision whatever the states are in.
+        single = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        mean_square = (single**2).mean(axis=-1, keepdims=True)
+        normalised = single * jax.lax.rsqrt(mean_square + self.epsilon)
+        return normalised.astype(x.dtype) * scale[None, None]
 
 
 def _projection(features: int, deviation: float, name: str) -> nn.Dense:
@@ -99,8 +102,9 @@ class EncoderLayer(nn.Module):
         query, key, value = (
             v.reshape(batch, length, shape.heads, shape.head_width) for v in (query, key, value)
         )
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) + bias
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), value)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=bias.dtype)
+        weights = jax.nn.softmax(scores + bias).astype(value.dtype)
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
         mixed = mixed.reshape(batch, length, inner)
         states = states + _projection(width, inner**-0.5, "output")(mixed)
 
@@ -123,8 +127,11 @@ class T5Classifier(nn.Module):
         deviation = nn.initializers.normal(shape.width**-0.5)
         table = self.param("relative_bias", deviation, (shape.buckets, shape.heads))
         buckets = position_buckets(length, shape.buckets, shape.max_distance)
+        states = states.astype(table.dtype)
         bias = table[buckets].transpose(2, 0, 1)[None]
-        lowest = jnp.finfo(states.dtype).min
+        # Weights of attention are in single precision whatever the states are in.
+        bias = bias.astype(jnp.promote_types(bias.dtype, jnp.float32))
+        lowest = jnp.finfo(bias.dtype).min
         bias = bias + jnp.where(mask, 0, lowest)[:, None, None, :]
         taps = []
         for i in range(shape.layers):

@@ -1,0 +1,98 @@
+"""Measures the parts of an arrival: python -m experiments.benchmark [--model=convnet --peer=torch].
+
+Random data of the preset's shapes, a warm-up, medians of several calls whose results are waited
+for. --peer=torch runs the same work, stage by stage, in eager PyTorch in the same process.
+--convolutions measures the ways to compute the model's convolutions instead. Any flag of
+experiments.main changes what is measured.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from experiments import flags as config_flags
+from fedrevive_jax.config import ConfigError
+
+PEER = flags.DEFINE_string("peer", None, "what to compare with: torch")
+REPEATS = flags.DEFINE_integer("repeats", 5, "calls of every stage")
+ARRIVALS = flags.DEFINE_integer("arrivals", 5, "whole arrivals that are timed")
+PEAK = flags.DEFINE_float(
+    "peak_tflops", None, "TFLOP/s of the device; default: published, or else measured"
+)
+JSON = flags.DEFINE_string("json", None, "file to write all figures to")
+CONVOLUTIONS = flags.DEFINE_bool("convolutions", False, "measure the ways of convolution")
+config_flags.define()
+flags.adopt_module_key_flags(config_flags)
+
+
+def main() -> None:
+    from fedrevive_jax.benchmark import convolution_table, measuring, report, stages
+
+    given = {name: value for name, value in config_flags.given_values().items() if value}
+    name = given.pop("model", None) or "convnet"
+    if name not in stages.WORKLOADS:
+        raise ConfigError(f"--model={name}: must be one of {', '.join(stages.WORKLOADS)}")
+    for field in ("dataset", "method", "workdir"):
+        if field in given:
+            raise ConfigError(f"--{field}={given[field]}: is fixed here; --model chooses the work")
+    if PEER.value not in (None, "torch"):
+        raise ConfigError(f"--peer={PEER.value}: must be torch")
+    for flag in (REPEATS, ARRIVALS):
+        if flag.value < 1:
+            raise ConfigError(f"--{flag.name}={flag.value}: must be at least 1")
+    if PEAK.value is not None and not PEAK.value > 0:
+        raise ConfigError(f"--peak_tflops={PEAK.value}: must be above 0")
+    if PEER.value:
+        _require_torch(name)
+    config, dataset = stages.workload(name, **given)
+    if CONVOLUTIONS.value:
+        if dataset.is_text:
+            raise ConfigError("--convolutions: t5 has none")
+        rows = convolution_table.measure(config, dataset, REPEATS.value, _say)
+        _write(rows)
+        print(convolution_table.table(rows), end="")
+        return
+    measured = stages.measure(
+        config, dataset, repeats=REPEATS.value, arrivals=ARRIVALS.value, say=_say
+    )
+    peers = {}
+    if PEER.value:
+        from fedrevive_jax.benchmark import torch_peer
+
+        _say("the same in PyTorch")
+        peers = torch_peer.measure(config, dataset, REPEATS.value)
+    if PEAK.value is not None:
+        peak = PEAK.value * 1e12, "given"
+    else:
+        peak = measuring.peak_flops(config.precision)
+    told = report.figures(measured, peers, peak)
+    _write(told)
+    print(report.table(told), end="")
+
+
+def _require_torch(name: str) -> None:
+    import importlib.util
+
+    for package in ("torch", *(["transformers"] if name == "t5" else [])):
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f"--peer=torch: needs {package}, pip install -e '.[parity]'")
+
+
+def _write(told) -> None:
+    if JSON.value:
+        try:
+            Path(JSON.value).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"--json={JSON.value}: cannot be written ({error.strerror})"
+            ) from None
+
+
+def _say(line: str) -> None:
+    print(f"{line} ...", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    config_flags.run(main)

@@ -1,0 +1,1 @@
+"""Measures how fast the parts of a run are, alone and beside PyTorch."""

@@ -1,0 +1,300 @@
+"""The stages of one FedRevive arrival, each timed alone, and whole arrivals of a simulation."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedrevive_jax import data, planning, schedule
+from fedrevive_jax.benchmark import measuring
+from fedrevive_jax.benchmark.measuring import Timing
+from fedrevive_jax.config import Config
+from fedrevive_jax.data.dataset import official_splits
+from fedrevive_jax.dfkd import distillation, loss_guard, reviver, synthesis
+from fedrevive_jax.local_training import initial_taps
+from fedrevive_jax.presets import resolve
+from fedrevive_jax.runner import settle
+from fedrevive_jax.simulator import Simulation
+
+# What is measured under each name: the data set whose preset it takes.
+WORKLOADS = {
+    "resnet18": "cifar10",
+    "convnet": "femnist",
+    "digits": "digits",
+    "t5": "newsgroups",
+}
+# A population that is small enough to start at once, and DFKD at every arrival but the first. None
+# of this changes the work of one arrival.
+STEADY = {
+    "partition": "dirichlet",
+    "freeze_versions": 0,
+    "warmup_versions": 0,
+    "beta_shape": "constant",
+    "beta_constant": 0.5,
+    "max_versions": 10_000,
+    "max_time": 1e6,
+}
+SAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of an arrival.
+
+    Attributes:
+      timing: seconds of one call.
+      flops: of one call, counted from the model's forward pass as XLA counts it.
+      times: calls for one arrival.
+    """
+
+    timing: Timing
+    flops: float
+    times: float = 1.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a benchmark of one model found.
+
+    Attributes:
+      config: what was measured.
+      stages: by name.
+      arrival: seconds of a whole arrival, synthesis by its share.
+      one_by_one: seconds of a client's job where jobs are trained one in a call.
+      host: seconds of the main thread's own work at an arrival.
+      schedule_rate: arrivals the clock plans in a second, over the preset's whole time.
+      compile_seconds, compilations: while warming up.
+      recompilations: programs compiled after that.
+      peak_bytes: see `measuring.peak_bytes`.
+      live_bytes: the most that arrays took between two calls.
+      planned_bytes: the plan's word on that.
+      live_versions: the most versions that were kept.
+    """
+
+    config: Config
+    stages: dict[str, Stage]
+    arrival: Timing
+    one_by_one: float
+    host: float
+    schedule_rate: float
+    compile_seconds: float
+    compilations: int
+    recompilations: int
+    peak_bytes: int
+    live_bytes: int
+    planned_bytes: int
+    live_versions: int
+
+    @property
+    def flops(self) -> float:
+        """Of one arrival."""
+        return sum(stage.flops * stage.times for stage in self.stages.values())
+
+
+def workload(name: str, **changes: Any) -> tuple[Config, data.Dataset]:
+    """The configuration and random data of the preset's shapes.
+
+    Args:
+      name: a key of `WORKLOADS`.
+      **changes: fields of `Config`.
+    """
+    config = settle(resolve(WORKLOADS[name], "fedrevive", **{**STEADY, **_population(), **changes}))
+    spec = data.spec(config)
+    rng = np.random.default_rng(config.seed)
+    count = 2 * SAMPLES
+    if len(spec.input_shape) == 1:
+        samples = rng.integers(1, config.vocabulary_size, (count, *spec.input_shape), np.int32)
+    else:
+        samples = rng.integers(0, 256, (count, *spec.input_shape), np.uint8)
+    labels = rng.integers(0, spec.num_classes, count).astype(np.int32)
+    dataset = data.Dataset(
+        f"random {config.dataset}",
+        spec.num_classes,
+        samples,
+        labels,
+        official_splits(SAMPLES, SAMPLES, config.seed),
+        data.preprocessing(config),
+    )
+    return config, dataset
+
+
+def _population() -> dict[str, int]:
+    # Jobs in flight: on an accelerator enough to fill a usual window.
+    concurrency = 8 if jax.default_backend() == "cpu" else 100
+    return {"num_clients": 2 * concurrency, "concurrency": concurrency}
+
+
+def measure(
+    config: Config, dataset: data.Dataset, *, repeats: int, arrivals: int, say: Callable
+) -> Measured:
+    """Runs a simulation past its start, then times whole arrivals and the stages.
+
+    Args:
+      config, dataset: see `workload`.
+      repeats: calls of each stage.
+      arrivals: whole arrivals that are timed; synthesis is due at every T_gen-th of them.
+      say: called with a line about what comes next.
+    """
+    say("planning the preset's whole schedule")
+    plan_seconds, planned = _time_schedule(config)
+    say("compiling, first arrivals")
+    with measuring.compilations() as warm_up:
+        simulation = Simulation(config, dataset)
+        # Everything has run once when a version has been distilled and another synthesised.
+        while simulation.server.version < config.generation_interval + 2:
+            jax.block_until_ready(simulation.advance().metrics)
+    say(f"{arrivals} arrivals")
+    with measuring.compilations() as steady:
+        whole = _Arrivals(simulation, arrivals)
+    say("stages")
+    stages = _stages(simulation, whole, repeats)
+    jobs = simulation.schedule.job[simulation.position :][: config.client_batch]
+    one = dataclasses.replace(config, client_batch=1, window_limit=1)
+    alone = stages["client training"].timing.median
+    if len(jobs) > 1:
+        single = Simulation(one, dataset)
+        call = lambda: single.train_jobs(single.schedule.job[:1])  # noqa: E731
+        alone = measuring.time_calls(call, repeats).median
+    told = planning.plan(config, dataset, simulation.model)
+    share = 1 / config.generation_interval
+    arrival = Timing(
+        stages["client training"].timing.median
+        + whole.step.median
+        + share * stages["synthesis"].timing.median,
+        whole.step.spread,
+    )
+    return Measured(
+        config=config,
+        stages=stages,
+        arrival=arrival,
+        one_by_one=alone,
+        host=whole.host,
+        schedule_rate=planned / plan_seconds,
+        compile_seconds=warm_up.seconds,
+        compilations=warm_up.count,
+        recompilations=steady.count,
+        peak_bytes=measuring.peak_bytes(),
+        live_bytes=whole.live_bytes,
+        planned_bytes=told["bytes_device"],
+        live_versions=whole.live_versions,
+    )
+
+
+class _Arrivals:
+    """Whole arrivals in turn; each waits for its device work, so that it can be timed alone.
+
+    Attributes:
+      step: seconds of a server step without synthesis.
+      host: seconds that the main thread itself was busy with an arrival, the median.
+      live_bytes, live_versions: the most between two calls.
+    """
+
+    def __init__(self, simulation: Simulation, count: int):
+        steps, host = [], []
+        self.live_bytes = self.live_versions = 0
+        interval = simulation.config.generation_interval
+        while len(steps) < count:
+            busy = time.thread_time()
+            simulation.train_ahead()
+            busy = time.thread_time() - busy
+            jax.block_until_ready(simulation.uploads)
+            self.live_bytes = max(self.live_bytes, measuring.live_bytes())
+            synthesises = simulation.server.version % interval == 0
+            start, since = time.perf_counter(), time.thread_time()
+            receipt = simulation.advance()
+            busy += time.thread_time() - since
+            jax.block_until_ready((receipt.metrics, simulation.server.params))
+            host.append(busy)
+            if not synthesises:
+                steps.append(time.perf_counter() - start)
+            self.live_versions = max(self.live_versions, len(simulation.server.live_versions))
+        self.step, self.host = Timing.of(steps), float(np.median(host))
+
+
+def _time_schedule(config: Config) -> tuple[float, int]:
+    """Seconds and arrivals of planning the preset's own population and time."""
+    preset = resolve(config.dataset, config.method, seed=config.seed)
+    start = time.perf_counter()
+    planned = schedule.from_config(preset)
+    return time.perf_counter() - start, planned.num_arrivals
+
+
+def _stages(simulation: Simulation, whole: _Arrivals, repeats: int) -> dict[str, Stage]:
+    config, model = simulation.config, simulation.model
+    forward = planning.forward_flops(model)
+    arithmetic = planning.flops_of_an_arrival(config, forward)
+    params = simulation.server.params
+    frozen, augment = simulation.frozen, simulation.feed.augment
+    keys = iter(jax.random.split(jax.random.key(config.seed), 100))
+
+    # Teachers that differ: the global model with a little noise.
+    def noisy(leaf):
+        shape = (config.num_teachers, *leaf.shape)
+        return leaf[None] + 1e-3 * jax.random.normal(next(keys), shape, leaf.dtype)
+
+    ring = jax.tree.map(noisy, params)
+    taps = jax.tree.map(
+        lambda leaf: jnp.repeat(leaf[None], config.num_teachers, axis=0), initial_taps(model)
+    )
+    mixes = jnp.full((config.num_teachers, model.num_classes), 1 / model.num_classes)
+    present = jnp.ones(config.num_teachers, bool)
+    guard = loss_guard.init()
+
+    synthesiser, maker = reviver.make_synthesiser(config, model, augment)
+    generator = synthesiser.init(maker.init(next(keys)))
+    drawn = synthesiser.draw(next(keys), mixes, present, frozen)
+    ensemble = synthesis.Ensemble(ring, taps, mixes, params, jnp.asarray(True), frozen)
+    synthesise = jax.jit(synthesiser.synthesise)
+
+    made = jax.jit(maker.make)(generator.params, drawn.latents, drawn.condition)
+    per_step = config.num_teachers * config.distillation_batch
+    shape = (config.distillation_steps, config.num_teachers, config.distillation_batch)
+    places = jnp.arange(config.distillation_steps * per_step) % config.synthesis_batch
+    samples = jax.jit(
+        lambda made, key: jax.tree.map(
+            lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]),
+            augment(jax.tree.map(lambda leaf: leaf[places], made), key),
+        )
+    )(made, next(keys))
+    judge = jax.jit(lambda ring, samples: distillation.teacher_logits(model, ring, samples, frozen))
+    targets = judge(ring, samples)
+    distil = jax.jit(
+        lambda params, samples, targets: distillation.distil(
+            model,
+            params,
+            samples,
+            targets,
+            present,
+            guard,
+            frozen=frozen,
+            learning_rate=config.distillation_lr,
+            weight_decay=config.distillation_weight_decay,
+            temperature=config.distillation_temperature,
+        )
+    )
+    jobs = simulation.schedule.job[simulation.position :][: config.client_batch]
+
+    def timed(call, flops, times=1.0, share=1):
+        timing = measuring.time_calls(call, repeats)
+        return Stage(Timing(timing.median / share, timing.spread / share), flops, times)
+
+    judged = arithmetic["distillation"] / 4
+    return {
+        "client training": timed(
+            lambda: simulation.train_jobs(jobs), arithmetic["client"], share=len(jobs)
+        ),
+        "teacher forward": timed(lambda: judge(ring, samples), judged),
+        "student distillation": timed(lambda: distil(params, samples, targets), 3 * judged),
+        "synthesis": timed(
+            lambda: synthesise(generator, drawn, ensemble, guard, jax.random.key(0)),
+            arithmetic["synthesis"],
+            1 / config.generation_interval,
+        ),
+        # All of the step but synthesis; teacher and student are a part of it.
+        "server step": Stage(whole.step, 0.0, 0.0),
+    }

@@ -1,0 +1,104 @@
+"""Several devices: a mesh with one axis, over which independent parts of the work are split.
+
+Jobs of a window, teachers and distillation samples do not depend on each other, so each device
+takes its part; everything that lives between calls is replicated. A mesh of None stands for the
+default device alone.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from fedrevive_jax.config import ConfigError
+
+AXIS = "clients"
+
+
+def create_mesh(devices: str) -> Mesh | None:
+    """The mesh that a configuration asks for.
+
+    Args:
+      devices: how many, or `auto` for all there are; 0 and 1 mean none. Of several processes each
+        contributes the same number.
+
+    Raises:
+      ConfigError: there are not so many, or processes would be left without one.
+    """
+    available, processes = jax.device_count(), jax.process_count()
+    count = available if devices == "auto" else max(int(devices), 1)
+    if count > available:
+        raise ConfigError(f"--mesh={devices}: there are {available} devices")
+    if count % processes:
+        raise ConfigError(
+            f"--mesh={devices}: must be auto or a multiple of {processes}, the number of processes"
+        )
+    if count == 1:
+        return None
+    of_each: dict[int, list[jax.Device]] = {}
+    for device in jax.devices():
+        of_each.setdefault(device.process_index, []).append(device)
+    chosen = [device for own in of_each.values() for device in own[: count // processes]]
+    return jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=chosen)
+
+
+def replicate(mesh: Mesh | None, tree: Any) -> Any:
+    """The same arrays on every device of the mesh; every process must hold equal values."""
+    if mesh is None:
+        return tree
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def place(leaf):
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, everywhere, lambda index: host[index])
+
+    return jax.tree.map(place, tree)
+
+
+def jit(mesh: Mesh | None, function: Callable, **options: Any) -> Callable:
+    """`jax.jit` with results that are replicated, like everything else between two calls.
+
+    So one program serves whatever it is called with, and no call moves an array implicitly.
+    """
+    if mesh is None:
+        return jax.jit(function, **options)
+    return jax.jit(function, out_shardings=NamedSharding(mesh, PartitionSpec()), **options)
+
+
+def split(mesh: Mesh | None, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """`function` with its second argument and its result split over the devices.
+
+    The leading axis is padded by repetition where the devices do not divide it; the padding is cut
+    off again. Differentiable: what every device contributes to the gradient of `shared` is summed.
+
+    Args:
+      mesh: the mesh; None gives `function` itself.
+      function: (shared, part) -> result, where the leaves of part and result have one leading axis,
+        along which each result depends on its own part alone.
+
+    Returns:
+      A function of the same arguments; its result is replicated.
+    """
+    if mesh is None:
+        return function
+    everywhere, along = PartitionSpec(), PartitionSpec(AXIS)
+    # Inside, nothing communicates, so there is no replication to be tracked; and the scans of
+    # `function` may start from constants.
+    on_device = jax.shard_map(
+        function, mesh=mesh, in_specs=(everywhere, along), out_specs=along, check_vma=False
+    )
+
+    def apply(shared, part):
+        count = len(jax.tree.leaves(part)[0])
+        missing = -count % mesh.size
+        if missing:
+            places = np.arange(count + missing) % count
+            part = jax.tree.map(lambda leaf: leaf[places], part)
+        whole = jax.lax.with_sharding_constraint(
+            on_device(shared, part), NamedSharding(mesh, everywhere)
+        )
+        return jax.tree.map(lambda leaf: leaf[:count], whole)
+
+    return apply

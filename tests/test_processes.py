@@ -1,0 +1,145 @@
+"""Several processes that compute together: two of them on this machine, joined by JAX."""
+
+import dataclasses
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from fedrevive_jax import processes, record, restore, runner
+from fedrevive_jax.config import ConfigError
+from fedrevive_jax.models import create
+from tests.test_simulator import SMALL, small
+
+# With distillation, so that everything that is ever split is; teachers that two do not divide.
+METHOD = "dd_fedrevive"
+RUN = {"max_time": 5.0, "checkpoint_every": 7, "eval_every": 4, "client_batch": 2}
+
+
+def two(folder, *others, **second):
+    """Runs the command as two processes; `second` changes flags of the second one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = {
+        **SMALL, **RUN, "method": METHOD, "workdir": folder, "mesh": "auto",
+        "coordinator_address": address, "num_processes": 2,
+    }  # fmt: skip
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "experiments.main", *others]
+            + [f"--{name}={value}" for name, value in {**flags, **own, "process_id": i}.items()],
+            env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i, own in enumerate(({}, second))
+    ]
+    ends = [process.communicate() for process in started]
+    return [
+        subprocess.CompletedProcess(p.args, p.returncode, *end)
+        for p, end in zip(started, ends, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The configuration of a run by one process, and the folder of the same run by two."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = small(METHOD, **RUN, workdir=str(folder / "one"))
+    runner.run(config, keep_record=True)
+    first, second = two(folder / "two")
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert "accuracy" in first.stdout
+    assert "accuracy" not in second.stdout
+    return config, folder / "two"
+
+
+def rows(folder):
+    return record.read_rows(folder / record.ARRIVALS)
+
+
+def assert_same_run(folder, expected):
+    """The same arrivals; parameters and losses agree as when jobs are trained together."""
+    assert len(rows(folder)) == len(rows(expected)) > 10
+    for a, b in zip(rows(folder), rows(expected), strict=True):
+        assert {**a, "loss": 0} == {**b, "loss": 0}
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+    model = create("digitsnet", input_shape=(8, 8, 1), num_classes=10, width=4)
+    (version, params), (same, others) = (restore.read_params(f, model) for f in (folder, expected))
+    assert version == same
+    for a, b in zip(*map(jax.tree.leaves, (params, others)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+    evaluations = [
+        [row["version"] for row in runner.read_evaluations(f)] for f in (folder, expected)
+    ]
+    assert evaluations[0] == evaluations[1]
+
+
+def cut(folder, to):
+    """A copy of a finished run, as if it had been interrupted after its last checkpoint but one."""
+    shutil.copytree(folder, to)
+    (to / record.SUMMARY).unlink()
+    steps = sorted((to / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    shutil.rmtree(steps[-1])
+    return int(steps[-2].name)
+
+
+def test_two_processes_finish_the_run_of_one(runs):
+    config, folder = runs
+    assert_same_run(folder, config.run_dir)
+    assert record.read_json(folder / record.SUMMARY)["devices"] == 2
+    assert any(row["beta"] > 0 for row in rows(folder))
+
+
+def test_two_continue_what_one_began(runs, tmp_path):
+    config, _ = runs
+    version = cut(config.run_dir, tmp_path / "run")
+    first, second = two(tmp_path / "run")
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert f"continued from version {version}" in first.stdout
+    assert_same_run(tmp_path / "run", config.run_dir)
+
+
+def test_one_continues_what_two_began(runs, tmp_path):
+    config, folder = runs
+    version = cut(folder, tmp_path / "run")
+    config = dataclasses.replace(config, workdir=str(tmp_path / "run"))
+    assert runner.run(config, keep_record=True).resumed_version == version
+    assert_same_run(tmp_path / "run", folder)
+
+
+def test_an_error_of_one_process_ends_both(tmp_path):
+    """The folder is the first one's business; a flag that differs is noticed by the second."""
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for message, ends in (
+        ("holds thesis.tex but no config.json", two(tmp_path)),
+        ("--seed: '1', but '0' on process 0".replace("'", ""), two(tmp_path / "a", seed=1)),
+    ):
+        assert [end.returncode for end in ends] == [1, 1]
+        for end in ends:
+            last = end.stderr.splitlines()[-1]
+            assert last.startswith("error: ")
+            assert message in last
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("maybe",), "--distributed=maybe: must be one of auto, on, off"),
+        (("off", None, "2"), "--num_processes=2: needs --distributed=auto or on"),
+        (("on", "host"), "--coordinator_address=host: must be host:port"),
+        (("auto", "host:1", "two"), "--num_processes=two: must be a whole number"),
+        (("on", "host:1", "2", "-1"), "--process_id=-1: must be a whole number"),
+    ],
+)
+def test_flags_that_make_no_sense(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        processes.join(*arguments)
