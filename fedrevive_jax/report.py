@@ -182,7 +182,8 @@ def _settings(groups: Mapping[str, Sequence[Run]]) -> list[list[str]]:
     names = [
         name
         for name in configs[0]
-        if name not in ("method", "seed", *LOCATION_FIELDS, *DEVICE_FIELDS) and len({c[name] for c in configs}) > 1
+        if name not in ("method", "seed", *LOCATION_FIELDS, *DEVICE_FIELDS)
+        and len({c[name] for c in configs}) > 1
     ]
     lines = [["", *groups]]
     for name in names:
