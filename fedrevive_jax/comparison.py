@@ -93,6 +93,13 @@ def last_mean(evaluations: Sequence[Mapping[str, Any]], count: int = RECENT) -> 
     return statistics.fmean(row["accuracy"] for row in evaluations[-count:])
 
 
+def last_quarter(evaluations: Sequence[Mapping[str, Any]]) -> float:
+    """Mean accuracy over the last quarter of a run's simulated time: the same time for all methods,
+    also for those that make few versions and are evaluated seldom."""
+    since = 0.75 * evaluations[-1]["time"]
+    return statistics.fmean(row["accuracy"] for row in evaluations if row["time"] >= since)
+
+
 def time_to(evaluations: Sequence[Mapping[str, Any]], target: float) -> float:
     """Simulated time of the first evaluation at or above an accuracy; infinite if there is none."""
     return next((row["time"] for row in evaluations if row["accuracy"] >= target), math.inf)
@@ -133,6 +140,7 @@ def figures(run: Run, targets: Sequence[float] = (), horizon: float | None = Non
         "final": lambda: rows[-1]["accuracy"],
         "best": lambda: max(row["accuracy"] for row in rows),
         "last ten": lambda: last_mean(rows),
+        "last quarter": lambda: last_quarter(rows),
         "area": lambda: area(rows, end),
         **{f"time to {t:g}": lambda t=t: time_to(rows, t) for t in targets},
         "versions": lambda: recorded("versions"),

@@ -16,7 +16,8 @@ from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS
 NOTES = (
     "Figures are mean ± standard deviation over seeds, on the split that is named above.",
     "final: the last evaluation; best: the highest; last ten: the mean of the last ten evaluations "
-    "(a single one is noisy under asynchrony); area: the mean accuracy over the simulated time "
+    "(a single one is noisy under asynchrony); last quarter: the mean over the last quarter of the "
+    "run's simulated time; area: the mean accuracy over the simulated time "
     "that all runs cover.",
     "time to a: simulated time of the first evaluation at accuracy a or above; in brackets how "
     "many seeds got there, if not all, and then the mean is over those.",

@@ -49,6 +49,7 @@ def test_figures_by_hand():
     told = comparison.figures(run, (0.3, 0.6), horizon=4.0)
     assert told == {
         "final": 0.3, "best": 0.5, "last ten": pytest.approx(0.3), "area": pytest.approx(0.35),
+        "last quarter": 0.3,
         "time to 0.3": 1.0, "time to 0.6": math.inf, "versions": 7.0, "staleness": 1.5,
         "server ms": 2.0, "sent MB": 3.0, "seconds": 4.0,
     }  # fmt: skip
@@ -56,6 +57,7 @@ def test_figures_by_hand():
     assert comparison.area(run.evaluations, 1.0) == pytest.approx(0.3)
     assert comparison.area(run.evaluations, 2.0) == pytest.approx((0.3 + 0.45) / 2)
     many = evaluations(*((float(i), i / 100) for i in range(30)))
+    assert comparison.last_quarter(many) == pytest.approx(np.mean(np.arange(22, 30)) / 100)
     assert comparison.last_mean(many) == pytest.approx(0.245)
     lost = comparison.figures(recorded(diverged=True), (0.5,))
     assert lost.keys() == {*told, "time to 0.5"} - {"time to 0.3", "time to 0.6"}
