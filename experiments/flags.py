@@ -1,6 +1,7 @@
 """absl flags, one for each field of the configuration, and how user errors are shown."""
 
 import dataclasses
+import logging as standard_logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -51,6 +52,7 @@ def run(main: Callable[[], int | None]) -> None:
         del argv
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.ERROR)  # libraries log every step they take
+        _show_warnings()
         try:
             return main()
         except UserError as error:
@@ -65,6 +67,16 @@ def run(main: Callable[[], int | None]) -> None:
 
     app.define_help_flags()
     app.run(guarded, flags_parser=parse)
+
+
+def _show_warnings() -> None:
+    """The package's own warnings are for the user: one line each on standard error."""
+    handler = standard_logging.StreamHandler()
+    handler.setFormatter(standard_logging.Formatter("warning: %(message)s"))
+    logger = standard_logging.getLogger("fedrevive_jax")
+    logger.setLevel(standard_logging.WARNING)
+    logger.addHandler(handler)
+    logger.propagate = False
 
 
 def fail(message: str) -> None:

@@ -1,19 +1,26 @@
 """Runs a method on a data set: python -m experiments.main [--dataset=... --method=... ...].
 
-The same command run again continues an unfinished run, and does nothing to a finished one. On
-several hosts the same command is run on each.
+The same command run again continues an unfinished run, and does nothing to a finished one. A run
+that gets SIGTERM or SIGINT saves and ends with status 143 or 130. On several hosts the same command
+is run on each.
 """
 
 import json
+import sys
 
 from absl import flags
 
 from experiments import flags as config_flags
 from fedrevive_jax import processes
+from fedrevive_jax.config import Config, ConfigError
+from fedrevive_jax.interruption import InterruptedRunError, Interruption
 from fedrevive_jax.presets import resolve
 
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the plan as JSON; no training")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "start afresh in a folder that holds a run")
+GRACE = flags.DEFINE_float(
+    "grace", 8.0, "seconds after SIGTERM or SIGINT in which the run saves; then it ends anyway"
+)
 DISTRIBUTED = flags.DEFINE_string(
     "distributed",
     "auto",
@@ -33,22 +40,35 @@ config_flags.define()
 flags.adopt_module_key_flags(config_flags)
 
 
-def main() -> None:
+def main() -> int:
+    if GRACE.value <= 0:
+        raise ConfigError(f"--grace={GRACE.value:g}: must be above 0")
     config = resolve(**config_flags.given_values())
     if DRY_RUN.value:
         from fedrevive_jax.planning import plan
 
         print(json.dumps(plan(config), indent=2))
-        return
-
+        return 0
     processes.join(DISTRIBUTED.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    # After joining: JAX's own service would take SIGTERM away again.
+    with Interruption(GRACE.value) as interruption:
+        try:
+            _run(config, interruption)
+        except InterruptedRunError as message:
+            print(message, file=sys.stderr)
+    return interruption.status
+
+
+def _run(config: Config, interruption: Interruption) -> None:
     from fedrevive_jax import runner
 
     if processes.first(lambda: runner.is_finished(config, OVERWRITE.value)):
         if processes.is_first():
             print(f"{config.run_dir} holds this run, finished; nothing to do")
         return
-    result = runner.run(config, keep_record=True, overwrite=OVERWRITE.value)
+    result = runner.run(
+        config, keep_record=True, overwrite=OVERWRITE.value, interruption=interruption
+    )
     if not processes.is_first():
         return
     if result.resumed_version is not None:

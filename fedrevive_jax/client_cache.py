@@ -37,17 +37,16 @@ class NoCache:
         """Keeps an entry, arrays on the device."""
 
     def snapshot(self) -> Any:
-        """All entries, a pytree of arrays [N, ...]. Read those of a device before the next `store`,
-        which donates them; those of the host are a copy."""
+        """All entries, a pytree of arrays [N, ...]. Read them before the next `store`, which may
+        change them; a `np.memmap` among them is a copy that nobody changes."""
         return ()
 
     def shapes(self) -> Any:
-        """The structure of a snapshot: NumPy arrays without memory of their own where the entries
-        are to be restored on the host, else `jax.ShapeDtypeStruct`s."""
+        """The structure of a snapshot, `jax.ShapeDtypeStruct`s."""
         return ()
 
     def restore(self, arrays: Any) -> None:
-        """Takes over a snapshot."""
+        """Takes over a snapshot, arrays of JAX or NumPy."""
 
 
 class DeviceCache:
@@ -82,7 +81,7 @@ class DeviceCache:
         return jax.eval_shape(lambda: self._rows)
 
     def restore(self, arrays: Any) -> None:
-        self._rows = devices.replicate(self._mesh, arrays)
+        self._rows = devices.replicate(self._mesh, jax.tree.map(jnp.asarray, arrays))
 
 
 class HostCache:
@@ -117,12 +116,11 @@ class HostCache:
     def snapshot(self) -> Any:
         while self._under_way:
             self._take_down(*self._under_way.popitem(last=False))
-        return jax.tree.map(self._copy, self._rows)
+        # On disk because there is no room elsewhere, so whoever keeps a snapshot must not copy it.
+        return self._rows if self._folder is None else jax.tree.map(self._copy, self._rows)
 
     def shapes(self) -> Any:
-        return jax.tree.map(
-            lambda rows: np.broadcast_to(np.zeros((), rows.dtype), rows.shape), self._rows
-        )
+        return jax.tree.map(lambda rows: jax.ShapeDtypeStruct(rows.shape, rows.dtype), self._rows)
 
     def restore(self, arrays: Any) -> None:
         self._under_way.clear()

@@ -219,8 +219,8 @@ class Config:
     distillation_steps: int = _field(10, "K_KD, student steps at one arrival", at_least=1)
     distillation_batch: int = _field(32, "images per teacher and student step", at_least=1)
     teacher_batch: int = _field(
-        0, "teachers whose images pass through the student in one call, a divisor of --num_teachers; "
-        "0: few on CPU, all elsewhere", at_least=0,
+        0, "teachers whose images pass through the student in one call, a divisor of "
+        "--num_teachers; 0: few on CPU, all elsewhere", at_least=0,
     )  # fmt: skip
     distillation_lr: float = _field(1e-4, "lr_kd, rate of the student", above=0)
     distillation_temperature: float = _field(1.0, "temperature of the distillation", above=0)
@@ -240,6 +240,12 @@ class Config:
         200, "versions between two checkpoints; one more is written at the end", at_least=1
     )
     checkpoint_keep: int = _field(2, "newest checkpoints that are kept", at_least=1)
+    checkpoint_mode: str = _field(
+        "exact",
+        "exact: continue bit for bit; params: smaller checkpoints without stale versions and "
+        "uploads under way, whose jobs start again from the newest version",
+        choices=("exact", "params"),
+    )
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -4,20 +4,27 @@ config.json, metrics.jsonl, arrivals.jsonl, summary.json, TensorBoard events, pi
 and what `derived` keeps.
 """
 
+import errno
 import json
 import math
 import os
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS, Config, ConfigError
+from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS, Config, ConfigError, UserError
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 ARRIVALS = "arrivals.jsonl"
 SUMMARY = "summary.json"
 EVENTS = "tensorboard"
+
+
+class RecordError(UserError):
+    """The record of a run cannot be written any more."""
 
 
 def write_whole(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
@@ -50,7 +57,10 @@ def read_json(path: Path) -> Any:
 
 
 class Rows:
-    """A file of JSON rows; `flush` makes the appended ones durable."""
+    """A file of JSON rows; `flush` writes the appended ones and makes them durable.
+
+    Rows are written whole, many at a time, so that whoever reads the file finds complete lines.
+    """
 
     def __init__(self, path: Path, size: int = 0):
         """Opens the file and cuts it to `size` bytes, the end of the last row that counts.
@@ -58,8 +68,10 @@ class Rows:
         Raises:
           ConfigError: the file is shorter than that: rows that counted are gone.
         """
-        self._stream = path.open("ab")
-        if self._stream.tell() < size:
+        self._path = path
+        self._waiting: list[bytes] = []
+        self._stream = path.open("ab", buffering=0)
+        if self._stream.seek(0, os.SEEK_END) < size:
             self._stream.close()
             raise ConfigError(
                 f"--workdir={path.parent}: {path.name} is shorter than its checkpoint says; use "
@@ -73,17 +85,66 @@ class Rows:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in row.items()
         }
-        self._stream.write((json.dumps(clean) + "\n").encode())
+        self._waiting.append((json.dumps(clean) + "\n").encode())
 
     def flush(self) -> int:
-        """Makes all rows durable and returns the size of the file in bytes."""
-        self._stream.flush()
+        """Makes all rows durable and returns the size of the file in bytes.
+
+        Raises:
+          OSError: they cannot be written, or the file has been removed.
+        """
+        rest, self._waiting = memoryview(b"".join(self._waiting)), []
+        while rest:
+            rest = rest[self._stream.write(rest) :]
         os.fsync(self._stream.fileno())
-        return os.fstat(self._stream.fileno()).st_size
+        state = os.fstat(self._stream.fileno())
+        if state.st_nlink == 0:
+            raise FileNotFoundError(errno.ENOENT, "removed while the run goes on", str(self._path))
+        return state.st_size
 
     def close(self) -> None:
-        self.flush()
-        self._stream.close()
+        try:
+            self.flush()
+        finally:
+            self._stream.close()
+
+
+class Events:
+    """TensorBoard events of a run, begun anew each time the run is opened.
+
+    They are written by the thread that adds them: the queue of tensorboardX's own writer blocks for
+    ever once its thread has failed, as it does on a full disk.
+    """
+
+    def __init__(self, folder: Path):
+        from tensorboardX.event_file_writer import EventsWriter
+
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir()
+        self._writer = EventsWriter(str(folder / "events"))
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Adds the numbers of a row of metrics.jsonl at its version."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        prefix = "" if row["kind"] == "evaluation" else "dfkd/"
+        for name, value in row.items():
+            if name not in ("kind", "version") and value is not None and math.isfinite(value):
+                self._writer.write_event(
+                    Event(
+                        wall_time=time.time(),
+                        step=row["version"],
+                        summary=scalar(prefix + name, value),
+                    )
+                )
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Watches a simulation: evaluates it, keeps its record on disk, writes checkpoints."""
 
-import shutil
+import contextlib
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedrevive_jax import plots, processes, record
-from fedrevive_jax.checkpoint import Checkpoints
+from fedrevive_jax.checkpoint import Checkpoints, Saved
 from fedrevive_jax.config import UserError
 from fedrevive_jax.dfkd.pool import Pool
 from fedrevive_jax.models.model import Params
@@ -21,6 +22,8 @@ from fedrevive_jax.simulator import Simulation
 
 # Training losses in a row that are not finite before a run counts as diverged.
 DIVERGED_AFTER = 10
+
+_LOG = logging.getLogger(__name__)
 
 
 class DivergenceError(UserError):
@@ -60,35 +63,49 @@ class Recorder:
         self._wall_before = 0.0
         self._began = time.monotonic()
         self._resumed: int | None = None
+        self._saved_position: int | None = None
         self._broken_losses = 0
         self._checkpoints = self._metrics = self._arrivals = self._events = None
         if run_dir is not None:
             self._checkpoints = Checkpoints(run_dir, self._config.checkpoint_keep)
 
     def resume(self) -> None:
-        """Continues from the newest checkpoint, cutting the rows that came after it.
+        """Continues from the newest checkpoint that is whole, cutting the rows that came after it.
 
         The process that has the folder shares what it finds there.
+
+        Raises:
+          ConfigError: the checkpoints are of another plan or other data, or none is whole.
         """
         sizes = {record.METRICS: 0, record.ARRIVALS: 0}
-        found = processes.first(self._load)
+        found = processes.first(self._newest)
         if found is not None:
-            self._resumed, saved, params, arrays = found
-            self._simulation.restore(saved["simulation"], params, arrays)
+            self._resumed, (saved, params, arrays) = found
+            simulation = self._simulation
+            simulation.restore(saved["simulation"], params, arrays)
             sizes, self._wall_before = saved["sizes"], saved["wall_seconds"]
+            self._saved_position = simulation.position
+            if simulation.jobs_restarted and self._run_dir is not None:
+                _LOG.warning(
+                    "continued from version %d with --checkpoint_mode=params: not exact, the jobs "
+                    "in flight start again from it (%d in the whole run)",
+                    self._resumed,
+                    simulation.jobs_restarted,
+                )
         self._evaluations = processes.first(lambda: self._open(sizes))
 
-    def _load(self) -> tuple[int, dict[str, Any], Params, dict[str, Any]] | None:
-        """The newest checkpoint: version, plain record, parameters, all other arrays."""
-        steps = self._checkpoints.steps() if self._checkpoints is not None else []
-        if not steps:
-            return None
-        simulation, step = self._simulation, steps[-1]
-        saved = self._checkpoints.record(step)
-        params, arrays = self._checkpoints.state(
-            step, simulation.server.params, simulation.shapes(saved["simulation"])
+    def _newest(self) -> tuple[int, Saved] | None:
+        """The newest checkpoint that is whole, and its version."""
+        return None if self._checkpoints is None else self._checkpoints.newest_good(self._load)
+
+    def _load(self, step: int) -> Saved:
+        simulation = self._simulation
+        simulation.check(self._checkpoints.record(step)["simulation"])
+        return self._checkpoints.load(
+            step,
+            simulation.server.params,
+            lambda saved: simulation.shapes(saved["simulation"]),
         )
-        return step, saved, params, arrays
 
     def _open(self, sizes: dict[str, int]) -> list[dict[str, Any]]:
         """Opens the files of rows at the sizes that count; returns the evaluations in them."""
@@ -96,7 +113,9 @@ class Recorder:
             return []
         self._metrics = record.Rows(self._run_dir / record.METRICS, sizes[record.METRICS])
         self._arrivals = record.Rows(self._run_dir / record.ARRIVALS, sizes[record.ARRIVALS])
-        self._open_events()
+        self._events = record.Events(self._run_dir / record.EVENTS)
+        for row in record.read_rows(self._run_dir / record.METRICS):
+            self._events.add(row)
         return read_evaluations(self._run_dir)
 
     def start(self) -> None:
@@ -119,6 +138,14 @@ class Recorder:
         if receipt.new_version % config.checkpoint_every == 0:
             self._save()
 
+    def save_now(self) -> str:
+        """Saves where the run stands, waits until that is on disk, and tells it in words."""
+        if self._run_dir is None:
+            return "nothing was saved"
+        self._save()
+        self._checkpoints.wait()
+        return f"saved at version {self._simulation.server.version}"
+
     def finish(self) -> Result:
         """The last evaluation, the last checkpoint, pictures, and the summary."""
         simulation, clock = self._simulation, self._simulation.schedule
@@ -138,6 +165,7 @@ class Recorder:
             "versions": simulation.server.version,
             "arrivals": clock.num_arrivals,
             "windows": len(simulation.windows),
+            "jobs_restarted": simulation.jobs_restarted,
             "simulated_time": end,
             "wall_seconds": self._wall_seconds(),
             "server_seconds_per_arrival": _mean_or_none(simulation.step_seconds),
@@ -155,9 +183,10 @@ class Recorder:
 
     def close(self) -> None:
         """Makes everything durable; errors of a save under way are raised."""
-        for stream in (self._metrics, self._arrivals, self._events, self._checkpoints):
-            if stream is not None:
-                stream.close()
+        with contextlib.ExitStack() as stack:
+            for stream in (self._metrics, self._arrivals, self._events, self._checkpoints):
+                if stream is not None:
+                    stack.callback(stream.close)
 
     def news(self) -> str:
         """Where the run stands, for a progress bar."""
@@ -187,6 +216,7 @@ class Recorder:
         if self._run_dir is not None:
             self._add_metrics({"kind": "evaluation", **row})
             self._metrics.flush()
+            self._events.flush()
 
     def _fetch(self) -> None:
         """Brings the device results of the pending arrivals to the host and writes their rows.
@@ -211,6 +241,7 @@ class Recorder:
         if self._run_dir is not None:
             self._arrivals.flush()
             self._metrics.flush()
+            self._checkpoints.check()
 
     def _write_arrival(
         self, index: int, receipt: Receipt, loss: float, accepted: bool, metrics
@@ -235,21 +266,11 @@ class Recorder:
 
     def _add_metrics(self, row: dict[str, Any]) -> None:
         self._metrics.append(row)
-        _add_events(self._events, row)
-
-    def _open_events(self) -> None:
-        """Starts the TensorBoard events anew from the rows that count."""
-        from tensorboardX import SummaryWriter
-
-        folder = self._run_dir / record.EVENTS
-        if folder.exists():
-            shutil.rmtree(folder)
-        self._events = SummaryWriter(str(folder), write_to_disk=True)
-        for row in record.read_rows(self._run_dir / record.METRICS):
-            _add_events(self._events, row)
+        self._events.add(row)
 
     def _save(self) -> None:
-        if self._run_dir is None:
+        """Saves where the run stands, unless that is the last thing that was saved."""
+        if self._run_dir is None or self._saved_position == self._simulation.position:
             return
         self._fetch()
         plain, arrays = self._simulation.snapshot()
@@ -264,6 +285,7 @@ class Recorder:
             },
         }
         self._checkpoints.save(saved, params, arrays)
+        self._saved_position = self._simulation.position
 
     def _pictures(self) -> None:
         config, simulation = self._config, self._simulation
@@ -295,13 +317,6 @@ def _synthetic_pools(state: Any) -> list[Pool]:
 
 def _are_made_images(samples: Any) -> bool:
     return isinstance(samples, jax.Array) and jnp.issubdtype(samples.dtype, jnp.floating)
-
-
-def _add_events(events, row: dict[str, Any]) -> None:
-    prefix = "" if row["kind"] == "evaluation" else "dfkd/"
-    for name, value in row.items():
-        if name not in ("kind", "version") and value is not None and np.isfinite(value):
-            events.add_scalar(prefix + name, value, row["version"])
 
 
 def read_evaluations(folder: Path) -> list[dict[str, Any]]:

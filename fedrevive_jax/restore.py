@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from fedrevive_jax import data, derived, models, record
 from fedrevive_jax import feed as feeds
+from fedrevive_jax.archive import CorruptError
 from fedrevive_jax.checkpoint import Checkpoints
 from fedrevive_jax.config import Config, ConfigError
 from fedrevive_jax.evaluation import make_evaluator
@@ -37,21 +38,29 @@ def read_config(folder: Path) -> Config:
 def read_params(
     folder: Path, model: Model, step: int | None = None, flag: str = "workdir"
 ) -> tuple[int, Params]:
-    """The global model of a checkpoint: (version, parameters); the newest where no step is given.
+    """The global model of a checkpoint: (version, parameters).
+
+    Without a step it is the newest checkpoint that is whole; of newer ones that are not, a warning
+    is logged.
 
     Raises:
-      ConfigError: there is no such checkpoint, or it is of another model; `flag` is blamed.
+      ConfigError: there is no such checkpoint, it is corrupt or of another model; `flag` is blamed.
     """
     checkpoints = Checkpoints(folder, read_only=True, flag=flag)
-    try:
-        steps = checkpoints.steps()
-        if not steps:
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    if step is None:
+        found = checkpoints.newest_good(lambda step: checkpoints.params(step, shapes))
+        if found is None:
             raise ConfigError(f"--{flag}={folder}: holds no checkpoint")
-        step = steps[-1] if step is None else step
-        shapes = jax.eval_shape(model.init, jax.random.key(0))
-        return step, checkpoints.params(step, shapes)
-    finally:
-        checkpoints.close()
+        step, params = found
+    else:
+        try:
+            params = checkpoints.params(step, shapes)
+        except CorruptError as error:
+            raise ConfigError(
+                f"--{flag}={folder}: checkpoint {step} is corrupt ({error})"
+            ) from None
+    return step, jax.tree.map(jnp.asarray, params)
 
 
 def evaluate_checkpoint(

@@ -6,12 +6,16 @@ import errno
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from fedrevive_jax import data, derived, processes, record
+import jax
+
+from fedrevive_jax import data, derived, lock, processes, record
 from fedrevive_jax.checkpoint import FOLDER as CHECKPOINTS
-from fedrevive_jax.checkpoint import has_checkpoint
+from fedrevive_jax.checkpoint import describe_newest, has_checkpoint
 from fedrevive_jax.config import INPUT_FIELDS, LOCATION_FIELDS, Config, ConfigError
+from fedrevive_jax.interruption import InterruptedRunError, Interruption
 from fedrevive_jax.models import Model, convolutions, default_precision
 from fedrevive_jax.recorder import DivergenceError, Recorder, Result, read_evaluations
 from fedrevive_jax.restore import read_params
@@ -27,6 +31,7 @@ def run(
     model: Model | None = None,
     keep_record: bool = False,
     overwrite: bool = False,
+    interruption: Interruption | None = None,
 ) -> Result:
     """Runs a configuration to its end.
 
@@ -39,11 +44,14 @@ def run(
       keep_record: write `config.run_dir`, and continue from its newest checkpoint if there is one.
         A finished run is read, not run again.
       overwrite: start afresh in a folder that holds a run.
+      interruption: asks the run to save and stop; no signal is handled without it.
 
     Raises:
-      ConfigError: the data, or the folder, is not what the configuration needs. Nothing has been
-        trained or written then.
+      ConfigError: the data, or the folder, is not what the configuration needs, or another process
+        writes it. Nothing has been trained or written then.
       DivergenceError: training has diverged; the newest checkpoint is intact.
+      RecordError, CheckpointError: the folder cannot be written any more; likewise.
+      InterruptedRunError: the run was asked to stop, and has saved.
     """
     config = settle(config)
     processes.agree(lambda: _computed(config))
@@ -59,21 +67,31 @@ def run(
     processes.agree(lambda: {"the plan, the data or a file that is read": simulation.fingerprint})
     if finished:
         return processes.first(lambda: _read_finished(simulation))
+    with contextlib.ExitStack() as stack:
 
-    def open_folder() -> None:
-        _open_run_dir(config, overwrite)
-        derived.write(config.run_dir, simulation.derived)
+        def open_folder() -> None:
+            stack.enter_context(_opened(config, overwrite))
+            derived.write(config.run_dir, simulation.derived)
 
-    if keep_record:
-        processes.first(open_folder)
-    writes = keep_record and processes.is_first()
-    recorder = Recorder(simulation, config.run_dir if writes else None)
+        if keep_record:
+            processes.first(open_folder)
+        folder = config.run_dir if keep_record and processes.is_first() else None
+        stack.enter_context(_told(config.run_dir))
+        return _play(simulation, folder, interruption)
+
+
+def _play(simulation: Simulation, folder: Path | None, interruption: Interruption | None) -> Result:
+    """Processes all arrivals that are left, and records them where there is a folder."""
+    recorder = Recorder(simulation, folder)
     with contextlib.closing(recorder):
         recorder.resume()
         with _progress_bar(simulation) as progress:
             recorder.start()
-            for receipt in simulation.arrivals():
-                recorder.observe(receipt)
+            while not simulation.finished:
+                # Several processes would have to agree on the arrival at which they stop.
+                if interruption and interruption.requested and jax.process_count() == 1:
+                    raise InterruptedRunError(f"interrupted: {recorder.save_now()}")
+                recorder.observe(simulation.advance())
                 if not progress.disable:
                     progress.set_postfix_str(recorder.news(), refresh=False)
                 progress.update(1)
@@ -114,7 +132,7 @@ def is_finished(config: Config, overwrite: bool = False) -> bool:
     except OSError as error:
         raise ConfigError(f"--workdir={folder}: cannot be read ({error.strerror})") from None
     recorded = record.CONFIG in contents
-    foreign = contents - {record.CONFIG + ".partial"}
+    foreign = contents - {record.CONFIG + ".partial", lock.NAME}
     if foreign and not recorded:
         raise ConfigError(
             f"--workdir={folder}: holds {min(foreign)} but no {record.CONFIG}; give an empty or "
@@ -137,28 +155,59 @@ def _computed(config: Config) -> dict[str, object]:
     return {f"--{name}": values[name] for name in values if name not in LOCATION_FIELDS}
 
 
-def _open_run_dir(config: Config, overwrite: bool) -> None:
-    """Makes the run's folder, empties it if it is to be overwritten, and writes config.json."""
+@contextlib.contextmanager
+def _opened(config: Config, overwrite: bool) -> Iterator[None]:
+    """Makes the run's folder and holds it alone; empties it if it is to be overwritten.
+
+    Raises:
+      ConfigError: it cannot be written, or another process holds it.
+    """
     folder = config.run_dir
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            stack.enter_context(lock.exclusive(folder))
+            _prepare(config, overwrite)
+        except OSError as error:
+            raise ConfigError(f"--workdir={folder}: cannot be written ({error.strerror})") from None
+        yield
+
+
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """A disk that is full, or a folder that is gone, becomes one line.
+
+    Raises:
+      RecordError: instead of an OSError.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        if overwrite:
-            # In an order in which a run that is interrupted here is never taken for whole: first
-            # what says that it is finished, then what it would continue from. The configuration
-            # goes last, because without it the folder would be refused as foreign.
-            order = (record.SUMMARY, CHECKPOINTS, "", record.CONFIG)
-
-            def place(path: Path) -> int:
-                return order.index(path.name if path.name in order else "")
-
-            for path in sorted(folder.iterdir(), key=place):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if not (folder / record.CONFIG).exists():
-            record.write_json(folder / record.CONFIG, config.as_dict())
+        yield
     except OSError as error:
-        raise ConfigError(f"--workdir={folder}: cannot be written ({error.strerror})") from None
+        raise record.RecordError(
+            f"--workdir={folder}: cannot be written any more ({error.strerror or error}); "
+            f"{describe_newest(folder)}"
+        ) from error
+
+
+def _prepare(config: Config, overwrite: bool) -> None:
+    """Empties a run's folder if it is to be overwritten, and writes config.json."""
+    folder = config.run_dir
+    if overwrite:
+        # In an order in which a run that is interrupted here is never taken for whole: first what
+        # says that it is finished, then what it would continue from. The configuration goes last,
+        # because without it the folder would be refused as foreign.
+        order = (record.SUMMARY, CHECKPOINTS, "", record.CONFIG)
+
+        def place(path: Path) -> int:
+            return order.index(path.name if path.name in order else "")
+
+        held = {folder / lock.NAME}
+        for path in sorted(set(folder.iterdir()) - held, key=place):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if not (folder / record.CONFIG).exists():
+        record.write_json(folder / record.CONFIG, config.as_dict())
 
 
 def _progress_bar(simulation: Simulation):

@@ -245,7 +245,37 @@ class Window:
     jobs: np.ndarray
 
 
-def plan_windows(schedule: Schedule, limit: int = 0) -> list[Window]:
+def in_flight(schedule: Schedule, position: int) -> np.ndarray:
+    """Which jobs are handed out and have not arrived once `position` arrivals are processed.
+
+    Returns:
+      bool array [jobs].
+    """
+    handed_out = schedule.jobs_started[position - 1] if position else schedule.initial_jobs
+    arrived = (schedule.arrival_of_job >= 0) & (schedule.arrival_of_job < position)
+    return (np.arange(len(schedule.client)) < handed_out) & ~arrived
+
+
+def restart_in_flight(schedule: Schedule, position: int, version: int) -> Schedule:
+    """The plan if the jobs in flight after `position` arrivals start again from another version.
+
+    Nobody works longer or arrives otherwise: only what these jobs start from, and so the staleness
+    of their arrivals, is another.
+
+    Args:
+      schedule: the plan.
+      position: arrivals processed so far.
+      version: the version that these jobs start from now.
+    """
+    jobs = in_flight(schedule, position)
+    arrivals = schedule.arrival_of_job[jobs & (schedule.arrival_of_job >= 0)]
+    base_version, staleness = schedule.base_version.copy(), schedule.staleness.copy()
+    staleness[arrivals] += base_version[schedule.job[arrivals]] - version
+    base_version[jobs] = version
+    return dataclasses.replace(schedule, base_version=base_version, staleness=staleness)
+
+
+def plan_windows(schedule: Schedule, limit: int = 0, start: int = 0) -> list[Window]:
     """Groups jobs so that each group can be trained in one batched call, exactly.
 
     Walk the arrivals; when the next one belongs to a job that is not trained yet, train every job
@@ -255,17 +285,19 @@ def plan_windows(schedule: Schedule, limit: int = 0) -> list[Window]:
     Args:
       schedule: the virtual clock's plan.
       limit: most jobs in a window, those that arrive first; 0 is no limit.
+      start: arrivals before this one are processed already; no job that is in flight then has been
+        trained.
     """
     windows = []
     waiting: list[int] = []  # arrival indices of jobs in flight that are not trained yet
     trained = np.zeros(schedule.num_arrivals, bool)
     handed_out = 0
-    for arrival in range(schedule.num_arrivals):
-        in_flight = schedule.jobs_started[arrival - 1] if arrival else schedule.initial_jobs
-        for index in schedule.arrival_of_job[handed_out:in_flight]:
-            if index >= 0:
+    for arrival in range(start, schedule.num_arrivals):
+        started = schedule.jobs_started[arrival - 1] if arrival else schedule.initial_jobs
+        for index in schedule.arrival_of_job[handed_out:started]:
+            if index >= start:
                 heapq.heappush(waiting, int(index))
-        handed_out = in_flight
+        handed_out = started
         if not trained[arrival]:
             count = min(limit or len(waiting), len(waiting))
             arrivals = [heapq.heappop(waiting) for _ in range(count)]

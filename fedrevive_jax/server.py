@@ -197,8 +197,17 @@ class Server:
             metrics,
         )
 
-    def snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Everything an exact continuation needs: (plain record, pytree of arrays)."""
+    def snapshot(self, exact: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Everything a continuation needs: (plain record, pytree of arrays).
+
+        Args:
+          exact: keep the stale versions. Otherwise the jobs in flight are those of a server that
+            has handed them out again, all from the newest version.
+        """
+        if not exact:
+            record, arrays = self.snapshot()
+            jobs = [[job, client, self.version] for job, client, _ in record["jobs"]]
+            return {**record, "jobs": jobs, "stale_versions": []}, {**arrays, "stale": {}}
         record = {
             "version": self.version,
             "buffered": self._buffered,

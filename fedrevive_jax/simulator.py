@@ -54,6 +54,8 @@ class Simulation:
       server: the server core.
       position: arrivals processed so far.
       step_seconds: what a sample of the server steps took since this object was made.
+      jobs_restarted: jobs that were in flight when the run was continued from a checkpoint that
+        does not hold them, and started again. 0: the run is exactly what was planned.
     """
 
     def __init__(
@@ -91,11 +93,11 @@ class Simulation:
             seed=config.seed,
             groups=self.dataset.groups,
         )
-        self.schedule = schedule.from_config(config)
-        self.windows = schedule.plan_windows(self.schedule, config.window_limit)
         self.position = 0
         self.step_seconds: list[float] = []
-        self._first_of_window = {window.first_arrival: window for window in self.windows}
+        self.jobs_restarted = 0
+        self._planned = schedule.from_config(config)
+        self._follow(self._planned, [])
         self._uploads: dict[int, Upload] = {}
 
         init_key = jax_key(config.seed, Stream.MODEL_INIT)
@@ -211,7 +213,7 @@ class Simulation:
     def fingerprint(self) -> str:
         """A digest of the plan, of who holds what, of the data, and of the files that are read."""
         digest = hashlib.sha256()
-        plan = self.schedule
+        plan = self._planned
         for array in (
             plan.job,
             plan.time,
@@ -226,16 +228,36 @@ class Simulation:
         return digest.hexdigest()
 
     def snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Everything an exact continuation needs: (plain record, pytree of arrays)."""
-        record, arrays = self.server.snapshot()
-        uploads = {str(job): upload._asdict() for job, upload in self._uploads.items()}
+        """Everything a continuation needs: (plain record, pytree of arrays).
+
+        With `checkpoint_mode=params` it is the snapshot of a simulation whose jobs in flight have
+        just started again from the newest version, so that no other version and no upload is part
+        of it; this simulation itself goes on as it was.
+        """
+        exact = self.config.checkpoint_mode == "exact"
+        record, arrays = self.server.snapshot(exact)
+        uploads = {job: upload._asdict() for job, upload in self._uploads.items() if exact}
+        now = [] if exact else [[self.position, self.server.version]]
         record = {
             **record,
             "position": self.position,
-            "uploads": sorted(self._uploads),
+            "uploads": sorted(uploads),
+            "restarts": self._restarts + now,
             "fingerprint": self.fingerprint,
         }
-        return record, {**arrays, "uploads": uploads}
+        return record, {**arrays, "uploads": {str(job): tree for job, tree in uploads.items()}}
+
+    def check(self, record: dict[str, Any]) -> None:
+        """Whether a snapshot is one of this simulation.
+
+        Raises:
+          ConfigError: it belongs to another plan or to other data.
+        """
+        if record["fingerprint"] != self.fingerprint:
+            raise ConfigError(
+                f"--workdir={self.config.run_dir}: the checkpoint belongs to another plan or other "
+                "data (a file that the run reads has changed); use --overwrite to start afresh"
+            )
 
     def shapes(self, record: dict[str, Any]) -> dict[str, Any]:
         """The structure and shapes of a snapshot's arrays, told from its record."""
@@ -252,20 +274,31 @@ class Simulation:
         return {**self.server.shapes(record), "uploads": uploads}
 
     def restore(self, record: dict[str, Any], params: Params, arrays: dict[str, Any]) -> None:
-        """Continues from a snapshot and the parameters of its newest version.
+        """Continues from a snapshot of this simulation, see `check`.
 
-        Raises:
-          ConfigError: the snapshot belongs to another plan or to other data.
+        Args:
+          record: the snapshot's plain record.
+          params: the parameters of its newest version, arrays of JAX or NumPy.
+          arrays: all its other arrays.
         """
-        if record["fingerprint"] != self.fingerprint:
-            raise ConfigError(
-                f"--workdir={self.config.run_dir}: the checkpoint belongs to another plan or other "
-                "data (a file that the run reads has changed); use --overwrite to start afresh"
-            )
+        cache = arrays["cache"]  # which may have no room on the device
+        params, arrays = jax.tree.map(jnp.asarray, (params, {**arrays, "cache": ()}))
+        self._follow(self._planned, record["restarts"])
         uploads = devices.replicate(self.mesh, arrays["uploads"])
-        self.server.restore(record, params, arrays)
+        self.server.restore(record, params, {**arrays, "cache": cache})
         self._uploads = {int(job): Upload(**upload) for job, upload in uploads.items()}
         self.position = record["position"]
+
+    def _follow(self, plan: schedule.Schedule, restarts: list[list[int]]) -> None:
+        """Takes over a plan, with what (position, version) the jobs in flight were restarted at."""
+        self._restarts, self.jobs_restarted = restarts, 0
+        for position, version in restarts:
+            self.jobs_restarted += int(schedule.in_flight(plan, position).sum())
+            plan = schedule.restart_in_flight(plan, position, version)
+        self.schedule = plan
+        start = restarts[-1][0] if restarts else 0
+        self.windows = schedule.plan_windows(plan, self.config.window_limit, start)
+        self._first_of_window = {window.first_arrival: window for window in self.windows}
 
     def _hand_out(self, up_to: int) -> None:
         """Dispatches planned jobs until `up_to` are handed out."""

@@ -324,8 +324,10 @@ def test_where_the_memory_lives_changes_nothing(tmp_path):
         assert half > 2 * client_cache.UNDER_WAY
         while simulation.position < half or simulation.server.snapshot()[0]["buffered"] == 0:
             simulation.advance()
+        (tmp_path / memory).mkdir()
         checkpoints = Checkpoints(tmp_path / memory)
         record, arrays = simulation.snapshot()
+        assert isinstance(jax.tree.leaves(arrays["cache"])[0], np.memmap) == (memory == "disk")
         saved = {"version": record["version"], "simulation": record}
         checkpoints.save(saved, simulation.server.params, arrays)
         for _ in simulation.arrivals():  # while the checkpoint may still be being written
@@ -333,13 +335,12 @@ def test_where_the_memory_lives_changes_nothing(tmp_path):
         checkpoints.wait()
 
         continued = Simulation(own)
-        read = checkpoints.record(record["version"])["simulation"]
-        params, arrays = checkpoints.state(
-            record["version"], continued.server.params, continued.shapes(read)
+        read, params, arrays = checkpoints.load(
+            record["version"],
+            continued.server.params,
+            lambda saved, simulation=continued: simulation.shapes(saved["simulation"]),
         )
-        on_host = isinstance(jax.tree.leaves(arrays["cache"])[0], np.ndarray)
-        assert on_host == (memory != "device")
-        continued.restore(read, params, arrays)
+        continued.restore(read["simulation"], params, arrays)
         for _ in continued.arrivals():
             pass
         checkpoints.close()
@@ -374,7 +375,8 @@ def test_a_cache_gives_what_was_stored(memory, tmp_path):
         cache.store(client, value(number))
         expected[client] = number
         np.testing.assert_array_equal(cache.fetch(client)["w"], value(number)["w"])
-    snapshot = jax.tree.map(np.array if memory == "device" else np.asarray, cache.snapshot())
+    copied = np.asarray if memory == "disk" else np.array
+    snapshot = jax.tree.map(copied, cache.snapshot())
     for client in range(3, 3 + client_cache.UNDER_WAY + 2):  # so many that some come down
         cache.store(client, value(99))
     assert cache.fetch(3)["w"].dtype == jnp.bfloat16

@@ -13,7 +13,7 @@ from fedrevive_jax.dfkd import distillation, loss_guard, losses, pool, proxy, sy
 from fedrevive_jax.dfkd.generator import Generator, image_maker
 from fedrevive_jax.dfkd.reviver import create
 from fedrevive_jax.models import create as create_model
-from fedrevive_jax.models.model import tap_statistics
+from fedrevive_jax.models.model import per_call, tap_statistics
 from fedrevive_jax.presets import resolve
 from tests.toys import KEY, arrival, scalar_model, scalar_upload
 
@@ -420,10 +420,10 @@ def test_steps_that_the_guard_rejects_move_nothing():
 
 def test_samples_in_one_call():
     """What stays in a CPU's cache: eight teachers' digits, one teacher's 28x28 images."""
-    assert distillation.default_teacher_batch(8, 16, (8, 8, 1)) == 8
-    assert distillation.default_teacher_batch(8, 64, (8, 8, 1)) == 4
-    assert distillation.default_teacher_batch(6, 64, (8, 8, 1)) == 3
-    assert distillation.default_teacher_batch(8, 32, (28, 28, 1)) == 1
+    assert per_call(8, 16, (8, 8, 1)) == 8
+    assert per_call(8, 64, (8, 8, 1)) == 4
+    assert per_call(6, 64, (8, 8, 1)) == 3
+    assert per_call(8, 32, (28, 28, 1)) == 1
 
 
 def test_absent_teachers_do_not_count():

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +14,13 @@ import numpy as np
 import pytest
 
 from fedrevive_jax import data, derived, record, restore, runner
-from fedrevive_jax.checkpoint import Checkpoints
+from fedrevive_jax.checkpoint import CheckpointError, Checkpoints
 from fedrevive_jax.config import ConfigError
 from fedrevive_jax.data import tokens
 from fedrevive_jax.presets import resolve
+from fedrevive_jax.record import RecordError
 from fedrevive_jax.simulator import Simulation
+from tests import killed_run
 from tests.test_simulator import small
 
 RUN = {"max_time": 5.0, "checkpoint_every": 7, "eval_every": 4}
@@ -40,13 +45,12 @@ def final_state(config):
     """All arrays of the newest checkpoint."""
     simulation = Simulation(config)
     checkpoints = Checkpoints(config.run_dir, read_only=True)
-    step = checkpoints.steps()[-1]
-    saved = checkpoints.record(step)
-    state = checkpoints.state(
-        step, simulation.server.params, simulation.shapes(saved["simulation"])
+    saved = checkpoints.load(
+        checkpoints.steps()[-1],
+        simulation.server.params,
+        lambda saved: simulation.shapes(saved["simulation"]),
     )
-    checkpoints.close()
-    return saved["simulation"], state
+    return saved.record["simulation"], (saved.params, saved.arrays)
 
 
 def metrics_without_wall(config):
@@ -60,7 +64,8 @@ def test_the_record(whole):
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "config.json", "metrics.jsonl", "arrivals.jsonl", "summary.json", "tensorboard",
-        "clients.npz", "origin.json", "curves.png", "synthetic.png", "checkpoints",
+        "clients.npz", "origin.json", "curves.png", "synthetic.png", "checkpoints", "live",
+        "run.lock",
     }  # fmt: skip
     assert restore.read_config(folder) == runner.settle(config)
     summary = json.loads((folder / "summary.json").read_text())
@@ -94,35 +99,8 @@ def test_the_record(whole):
     assert sum(path.stat().st_size for path in events) > 0
 
 
-@pytest.mark.parametrize(
-    ("method", "arrival", "continues_from", "settings"),
-    [
-        ("fedrevive", 3, None, {}),
-        ("fedrevive", 16, 14, {}),
-        ("fedbuff", 17, 7, {"max_time": 8.0, "server_optimizer": "adam", "server_lr": 0.01}),
-        ("dd_fedrevive", 10, 7, {"server_optimizer": "momentum"}),
-    ],
-)
-def test_killed_and_continued_equals_uninterrupted(
-    whole, tmp_path, method, arrival, continues_from, settings
-):
-    """Killed by SIGKILL at an arrival, started again: bit for bit the same end."""
-    if method == "fedrevive":
-        reference = whole[0]
-    else:
-        reference = config_in(tmp_path / "whole", method, **settings)
-        finish(reference)
-    config = dataclasses.replace(reference, workdir=str(tmp_path / "killed"))
-    (tmp_path / "config.json").write_text(json.dumps(config.as_dict()))
-    arguments = [str(arrival), str(tmp_path / "config.json")]
-    killed = subprocess.run(
-        [sys.executable, "-m", "tests.killed_run", *arguments], capture_output=True, check=False
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert not (config.run_dir / record.SUMMARY).exists()
-
-    result = finish(config)
-    assert result.resumed_version == continues_from
+def assert_same_end(config, reference):
+    """Bit for bit, rows included; but for the time that it took."""
     plain, state = final_state(config)
     expected_plain, expected_state = final_state(reference)
     assert plain == expected_plain
@@ -131,6 +109,146 @@ def test_killed_and_continued_equals_uninterrupted(
     arrivals = [(c.run_dir / record.ARRIVALS).read_bytes() for c in (config, reference)]
     assert arrivals[0] == arrivals[1]
     assert metrics_without_wall(config) == metrics_without_wall(reference)
+
+
+KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
+
+
+@pytest.mark.parametrize(
+    ("method", "signals", "settings"),
+    [
+        ("fedrevive", (KILL, TERM, KILL, INT, KILL), {}),
+        (
+            "fedbuff",
+            (KILL, INT, KILL, TERM),
+            {"max_time": 8.0, "server_optimizer": "adam", "server_lr": 0.01},
+        ),
+    ],
+)
+def test_killed_and_continued_equals_uninterrupted(whole, tmp_path, method, signals, settings):
+    """The same command again and again, each time ended at a random moment; the same end.
+
+    Moments are changes of files, inside a save, too, arrivals and evaluations. After SIGKILL the
+    run is where it was saved last; SIGTERM and SIGINT save.
+    """
+    if method == "fedrevive":
+        reference = whole[0]
+    else:
+        reference = config_in(tmp_path / "whole", method, **settings)
+        assert reference.buffer_size > 1
+        finish(reference)
+    config = dataclasses.replace(reference, workdir=str(tmp_path / "killed"))
+    flags = [*killed_run.as_flags(runner.settle(config)), "--grace=300"]
+    rng = random.Random(method)
+    saved = 0
+    for number in signals:
+        ended = killed_run.start(rng.randrange(1, 80), number, *flags)
+        assert not (config.run_dir / record.SUMMARY).exists()
+        if number is KILL:
+            assert ended.returncode == -KILL, ended.stderr
+        else:
+            assert ended.returncode == 128 + number, ended.stderr
+            saved = int(ended.stderr.partition("interrupted: saved at version ")[2])
+        steps = Checkpoints(config.run_dir, read_only=True).steps()
+        assert max(steps, default=0) >= saved
+        rows = record.read_rows(config.run_dir / record.ARRIVALS)
+        assert [row["index"] for row in rows] == list(range(len(rows)))
+    result = finish(config)
+    assert result.resumed_version >= saved > 0
+    assert_same_end(config, reference)
+
+
+def test_a_momentum_is_part_of_what_is_continued(tmp_path, monkeypatch):
+    reference = config_in(tmp_path / "whole", "dd_fedrevive", server_optimizer="momentum")
+    finish(reference)
+    config = dataclasses.replace(reference, workdir=str(tmp_path / "stopped"))
+    monkeypatch.setattr(Simulation, "advance", _interrupt_at(10))
+    with pytest.raises(KeyboardInterrupt):
+        finish(config)
+    monkeypatch.undo()
+    assert finish(config).resumed_version == 7
+    assert_same_end(config, reference)
+
+
+def test_a_corrupt_checkpoint_is_passed_over_and_the_end_is_the_same(whole, tmp_path, caplog):
+    config = dataclasses.replace(whole[0], workdir=str(tmp_path / "run"))
+    shutil.copytree(whole[0].run_dir, config.run_dir)
+    (config.run_dir / record.SUMMARY).unlink()
+    older, newest = Checkpoints(config.run_dir, read_only=True).steps()
+    state = config.run_dir / "checkpoints" / str(newest) / "state.npz"
+    raw = bytearray(state.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    state.write_bytes(raw)
+    assert restore.read_params(config.run_dir, Simulation(config).model)[0] == newest
+    assert finish(config).resumed_version == older
+    assert f"checkpoint {newest} is corrupt (the checksum of state.npz failed)" in caplog.text
+    assert_same_end(config, whole[0])
+    # An evaluation reads the global model alone, and guards that.
+    next((config.run_dir / "checkpoints" / str(newest) / "params").rglob("*/d/*")).unlink()
+    model = Simulation(config).model
+    assert restore.read_params(config.run_dir, model)[0] == older
+    with pytest.raises(ConfigError, match=rf"checkpoint {newest} is corrupt \(.* is missing\)"):
+        restore.read_params(config.run_dir, model, step=newest)
+
+
+def test_small_checkpoints_continue_with_jobs_that_start_again(tmp_path, monkeypatch, caplog):
+    """The plan holds but for what the restarted jobs start from; rows and record agree with it."""
+    config = config_in(tmp_path / "run", "fedbuff", checkpoint_mode="params", buffer_size=1)
+    plan = Simulation(config).schedule
+    for arrival in (10, 17):
+        monkeypatch.setattr(Simulation, "advance", _interrupt_at(arrival))
+        with pytest.raises(KeyboardInterrupt):
+            finish(config)
+        monkeypatch.undo()
+    assert not list((config.run_dir / "live").iterdir())
+    result = finish(config)
+    assert result.resumed_version == 14
+    assert "with --checkpoint_mode=params: not exact" in caplog.text
+    assert result.summary["jobs_restarted"] == 2 * config.concurrency
+
+    rows = record.read_rows(config.run_dir / record.ARRIVALS)
+    assert [row["index"] for row in rows] == list(range(plan.num_arrivals))
+    assert [row["client"] for row in rows] == plan.client[plan.job].tolist()
+    assert [row["time"] for row in rows] == plan.time.tolist()
+    for row, job in zip(rows, plan.job, strict=True):
+        # In flight at version 7 or 14: handed out before, arriving after.
+        restarts = [v for v in (7, 14) if plan.base_version[job] <= v <= row["index"]]
+        base = restarts[-1] if restarts else plan.base_version[job]
+        assert (row["base_version"], row["version"]) == (base, row["index"])
+        assert row["staleness"] == row["version"] - base
+    assert result.summary["staleness_mean"] == np.mean([row["staleness"] for row in rows])
+
+
+@pytest.mark.parametrize("what", ["removed", "full"])
+def test_a_folder_that_fails_under_a_run_ends_it_with_one_line(tmp_path, monkeypatch, what):
+    config = config_in(tmp_path / "run", "fedbuff", buffer_size=1)
+    advance = Simulation.advance
+
+    def fail(self):
+        if self.position == 9:
+            if what == "removed":
+                shutil.rmtree(config.run_dir)
+            else:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
+        return advance(self)
+
+    monkeypatch.setattr(Simulation, "advance", fail)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises((RecordError, CheckpointError)) as raised:
+            finish(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    message = str(raised.value)
+    assert message.startswith(f"--workdir={config.run_dir}: ")
+    assert len(message.splitlines()) == 1
+    if what == "removed":
+        assert message.endswith("there is none on disk")
+        assert not config.run_dir.exists()
+        return
+    assert message.endswith("(File too large); the newest on disk is of version 7")
+    monkeypatch.undo()
+    assert finish(config).resumed_version == 7
 
 
 def test_a_finished_run_is_left_alone(whole):
@@ -319,8 +437,13 @@ def test_a_run_without_a_checkpoint_starts_from_the_data_as_they_are(tmp_path, m
 
 def test_a_checkpoint_of_something_else_is_named(tmp_path):
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="its checkpoint 5 is no model of this package"):
-        restore.read_params(tmp_path, Simulation(small("fedbuff")).model)
+    model = Simulation(small("fedbuff")).model
+    with pytest.raises(ConfigError, match="no checkpoint is whole; corrupt: 5"):
+        restore.read_params(tmp_path, model)
+    with pytest.raises(
+        ConfigError, match=r"checkpoint 5 is corrupt \(record.json or its checksum is missing\)"
+    ):
+        restore.read_params(tmp_path, model, step=5)
 
 
 def test_a_split_without_samples_is_named():

@@ -129,8 +129,8 @@ def table(told: dict[str, Any]) -> str:
         f"{told['model']}, width {told['width']}, {told['precision']}, convolution "
         f"{told['convolution']}, {told['client_batch']} jobs in a call. {versions}.",
         f"{told['arrivals_per_second']:.3g} arrivals/s; windows {told['window_ratio']:.2f} times "
-        f"as fast as one job in a call; host {told['host_milliseconds']:.2f} ms an arrival; schedule "
-        f"{told['schedule_arrivals_per_second']:,.0f} arrivals/s; peak "
+        f"as fast as one job in a call; host {told['host_milliseconds']:.2f} ms an arrival; "
+        f"schedule {told['schedule_arrivals_per_second']:,.0f} arrivals/s; peak "
         f"{told['peak_tflops']:.3g} TFLOP/s ({told['peak_source']}).",
         f"Compilations: {told['compilations']} in {told['compile_seconds']:.1f} s, "
         f"{told['recompilations']} after warm-up. Memory: arrays {told['live_bytes'] / 1e9:.3g} GB "

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedrevive_jax import data, planning, schedule
+from fedrevive_jax import data, models, planning, schedule
 from fedrevive_jax.benchmark import measuring
 from fedrevive_jax.benchmark.measuring import Timing
 from fedrevive_jax.config import Config
@@ -226,7 +226,11 @@ def _time_schedule(config: Config) -> tuple[float, int]:
 
 def _stages(simulation: Simulation, whole: _Arrivals, repeats: int) -> dict[str, Stage]:
     config, model = simulation.config, simulation.model
-    forward = planning.forward_flops(model)
+    # Counting is the same whatever way a convolution is computed; lax's form is counted.
+    plain = dataclasses.replace(config, convolution="lax")
+    forward = planning.forward_flops(
+        models.from_config(plain, model.input_shape, model.num_classes)
+    )
     arithmetic = planning.flops_of_an_arrival(config, forward)
     params = simulation.server.params
     frozen, augment = simulation.frozen, simulation.feed.augment

@@ -1,6 +1,5 @@
 """Multi-teacher distillation of pool samples into the global parameters."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -12,10 +11,7 @@ from fedrevive_jax import devices, trees
 from fedrevive_jax.dfkd import loss_guard, losses
 from fedrevive_jax.dfkd.loss_guard import LossGuard
 from fedrevive_jax.models import Model
-from fedrevive_jax.models.model import Params, as_inputs
-
-# Numbers of a call's inputs up to which a larger call is no slower on a CPU.
-CACHED_NUMBERS = 16_384
+from fedrevive_jax.models.model import Params, as_inputs, per_call
 
 
 class Distilled(NamedTuple):
@@ -58,10 +54,14 @@ def teacher_logits(
     def of_teacher(leaf):
         return leaf.swapaxes(0, 1).reshape(num_teachers, steps * batch, *leaf.shape[3:])
 
+    size = per_call(steps, batch, model.input_shape) * batch
+
     def judge_in_turn(frozen, pairs):
         def judge(pair):
             params, own = pair
-            return model.apply(params, as_inputs(own, frozen))[0]
+            calls = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), own)
+            logits = jax.lax.map(lambda x: model.apply(params, as_inputs(x, frozen))[0], calls)
+            return logits.reshape(-1, logits.shape[-1])
 
         # One plain call per teacher: weights that differ per call would make grouped convolutions.
         return jax.lax.map(judge, pairs)
@@ -69,19 +69,6 @@ def teacher_logits(
     pairs = (teacher_params, jax.tree.map(of_teacher, samples))
     logits = devices.split(mesh, judge_in_turn)(frozen, pairs)
     return logits.reshape(num_teachers, steps, batch, -1).swapaxes(0, 1)
-
-
-def default_teacher_batch(num_teachers: int, batch: int, input_shape: tuple[int, ...]) -> int:
-    """How many teachers' samples pass through the student in one call where nobody says.
-
-    An accelerator takes all. On a CPU smaller calls stay in its caches: with one teacher in a call
-    a step of the ConvNet took 0.43 s instead of 0.66 s on two cores; the small images of digits
-    gain nothing.
-    """
-    if jax.default_backend() != "cpu":
-        return num_teachers
-    fits = max(CACHED_NUMBERS // (batch * math.prod(input_shape)), 1)
-    return max(size for size in range(1, fits + 1) if num_teachers % size == 0)
 
 
 def distil(
@@ -117,14 +104,14 @@ def distil(
       weight_decay: L2 coefficient.
       temperature: T.
       teacher_batch: teachers whose samples pass through the student in one call, a divisor of c;
-        the gradient is summed over the calls. 0: see `default_teacher_batch`.
+        the gradient is summed over the calls. 0: see `model.per_call`.
       mesh: the devices that share the samples of a call; the gradient is summed over them.
     """
     optimizer = optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
     targets = jax.lax.stop_gradient(targets)  # teachers are data
     num_teachers, batch = targets.shape[1:3]
     per_sample = jnp.broadcast_to(present[:, None] / (present.sum() * batch), (num_teachers, batch))
-    size = teacher_batch or default_teacher_batch(num_teachers, batch, model.input_shape)
+    size = teacher_batch or per_call(num_teachers, batch, model.input_shape)
 
     def apply(shared, samples):
         student, frozen = shared

@@ -15,6 +15,10 @@ Params = Any  # a pytree of float arrays
 Taps = tuple[tuple[jax.Array, jax.Array], ...]
 
 
+# Numbers of a call's inputs up to which a larger call is no slower on a CPU.
+CACHED_NUMBERS = 16_384
+
+
 class Embedded(NamedTuple):
     """Text that has no tokens: embeddings float [b, length, d], mask bool [b, length]."""
 
@@ -120,6 +124,19 @@ def as_inputs(samples: Any, frozen: Any) -> Any:
     """
     is_text = isinstance(samples, Embedded) or jnp.issubdtype(samples.dtype, jnp.signedinteger)
     return Text(samples, frozen) if is_text else samples
+
+
+def per_call(count: int, batch: int, input_shape: tuple[int, ...]) -> int:
+    """How many of `count` equal batches go through a network in one call; a divisor of `count`.
+
+    An accelerator takes all. On a CPU smaller calls stay in its caches: with 32 images in a call,
+    not 256, a distillation step of the ConvNet took 0.43 s instead of 0.66 s on two cores; the
+    small images of digits gain nothing.
+    """
+    if jax.default_backend() != "cpu":
+        return count
+    fits = max(CACHED_NUMBERS // (batch * math.prod(input_shape)), 1)
+    return max(size for size in range(1, min(fits, count) + 1) if count % size == 0)
 
 
 def tap_statistics(activations: tuple[jax.Array, ...]) -> Taps:
