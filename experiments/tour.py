@@ -2,7 +2,7 @@
 
 From the data over the plan and one window of local training to server steps and images made without
 data; prints shapes and writes pictures. Any flag of `experiments.main` is taken; without flags it
-is FedRevive on the bundled digits, small, done in about a minute.
+is FedRevive on the bundled digits, short, done in a minute or two.
 """
 
 from pathlib import Path
