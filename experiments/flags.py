@@ -1,16 +1,28 @@
 """absl flags, one for each field of the configuration, and how user errors are shown."""
 
 import dataclasses
+import errno
+import hashlib
 import logging as standard_logging
+import os
+import platform
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from absl import app, flags, logging
 
 from fedrevive_jax import processes
-from fedrevive_jax.config import Config, UserError
+from fedrevive_jax.config import Config, ConfigError, UserError
 from fedrevive_jax.presets import SCALES
+
+COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache_dir",
+    None,
+    "folder that keeps compiled programs for the next start; off: none. Default: "
+    "JAX_COMPILATION_CACHE_DIR, or fedrevive_jax in the user's cache folder.",
+)
 
 
 def define() -> None:
@@ -54,6 +66,7 @@ def run(main: Callable[[], int | None]) -> None:
             logging.set_verbosity(logging.ERROR)  # libraries log every step they take
         _show_warnings()
         try:
+            keep_programs()
             return main()
         except UserError as error:
             return fail(str(error))
@@ -77,6 +90,48 @@ def _show_warnings() -> None:
     logger.setLevel(standard_logging.WARNING)
     logger.addHandler(handler)
     logger.propagate = False
+
+
+def keep_programs() -> None:
+    """Tells JAX, before it is imported, where to keep compiled programs.
+
+    Raises:
+      ConfigError: the folder that was asked for cannot be written.
+    """
+    given = COMPILATION_CACHE.value
+    if given == "off":
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+        return
+    if given is None and "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    if given == "":
+        raise ConfigError("--compilation_cache_dir=: must be a folder, or off")
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    folder = Path(given or caches / "fedrevive_jax").expanduser().absolute()
+    # A program is for one kind of processor; hosts of several kinds may share a home.
+    folder = folder / hashlib.sha256(_processor().encode()).hexdigest()[:16]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        if given:
+            raise ConfigError(
+                f"--compilation_cache_dir={given}: cannot be written ({error.strerror})"
+            ) from None
+        return  # nobody asked for it, and a run does without
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+def _processor() -> str:
+    """What tells kinds of processors apart."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    told = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
+    return "\n".join([platform.machine(), platform.processor(), *sorted(told)])
 
 
 def fail(message: str) -> None:

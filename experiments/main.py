@@ -17,6 +17,7 @@ from fedrevive_jax.interruption import InterruptedRunError, Interruption
 from fedrevive_jax.presets import resolve
 
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the plan as JSON; no training")
+PROFILE = flags.DEFINE_bool("profile", False, "trace a few windows into WORKDIR/profile")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "start afresh in a folder that holds a run")
 GRACE = flags.DEFINE_float(
     "grace", 8.0, "seconds after SIGTERM or SIGINT in which the run saves; then it ends anyway"
@@ -67,7 +68,11 @@ def _run(config: Config, interruption: Interruption) -> None:
             print(f"{config.run_dir} holds this run, finished; nothing to do")
         return
     result = runner.run(
-        config, keep_record=True, overwrite=OVERWRITE.value, interruption=interruption
+        config,
+        keep_record=True,
+        overwrite=OVERWRITE.value,
+        interruption=interruption,
+        profile=PROFILE.value,
     )
     if not processes.is_first():
         return

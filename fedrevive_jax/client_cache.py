@@ -81,7 +81,7 @@ class DeviceCache:
         return jax.eval_shape(lambda: self._rows)
 
     def restore(self, arrays: Any) -> None:
-        self._rows = devices.replicate(self._mesh, jax.tree.map(jnp.asarray, arrays))
+        self._rows = devices.replicate(self._mesh, arrays)
 
 
 class HostCache:

@@ -126,7 +126,14 @@ class Config:
     batch_size: int = _field(32, "samples of one training step", at_least=1)
     client_lr: float = _field(3e-4, "rate of the clients' Adam", above=0)
     client_batch: int = _field(
-        0, "jobs trained at once in one device call; 0: 1 on CPU, 16 elsewhere", at_least=0
+        0,
+        "jobs trained at once in one call of a device; 0: 1 or 2 on CPU, elsewhere what fits",
+        at_least=0,
+    )
+    version_memory: str = _field(
+        "auto",
+        "where stale versions and uploads wait; auto: on the device while it has room",
+        choices=("auto", "device", "host"),
     )
     window_limit: int = _field(
         0, "most jobs trained ahead together; 0: all that can be, 1: one at a time", at_least=0
@@ -328,7 +335,7 @@ class Config:
 # Where a run is written and where its data lie do not change what it computes.
 LOCATION_FIELDS = ("workdir", "data_dir", "cache_dir")
 # Nor do the devices, up to the rounding of sums.
-DEVICE_FIELDS = ("mesh",)
+DEVICE_FIELDS = ("mesh", "version_memory")
 # Files and folders that a run reads beside its data; recorded with their whole path.
 INPUT_FIELDS = ("t5_weights", "pretrained", "seed_text", "delay_trace")
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -45,9 +46,9 @@ def create_mesh(devices: str) -> Mesh | None:
 
 
 def replicate(mesh: Mesh | None, tree: Any) -> Any:
-    """The same arrays on every device of the mesh; every process must hold equal values."""
+    """Arrays of JAX or NumPy on every device of the mesh; every process must hold equal values."""
     if mesh is None:
-        return tree
+        return jax.tree.map(jnp.asarray, tree)
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def place(leaf):

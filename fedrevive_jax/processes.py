@@ -185,13 +185,6 @@ def agree(describe: Callable[[], dict[str, Any]]) -> None:
     together(check)
 
 
-def to_host(tree: Any) -> Any:
-    """Replicated arrays as this process's own, of NumPy, where there are several processes."""
-    import jax
-
-    return jax.tree.map(np.asarray, tree) if jax.process_count() > 1 else tree
-
-
 def _gather(text: str) -> list[str]:
     """Every process's text, cut to what travels at once."""
     from jax.experimental import multihost_utils

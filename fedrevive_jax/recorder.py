@@ -274,7 +274,6 @@ class Recorder:
             return
         self._fetch()
         plain, arrays = self._simulation.snapshot()
-        params, arrays = processes.to_host((self._simulation.server.params, arrays))
         saved = {
             "version": plain["version"],
             "simulation": plain,
@@ -284,7 +283,7 @@ class Recorder:
                 record.ARRIVALS: self._arrivals.flush(),
             },
         }
-        self._checkpoints.save(saved, params, arrays)
+        self._checkpoints.save(saved, self._simulation.server.params, arrays)
         self._saved_position = self._simulation.position
 
     def _pictures(self) -> None:
@@ -293,7 +292,7 @@ class Recorder:
         staleness = [row["staleness"] for row in record.read_rows(self._run_dir / record.ARRIVALS)]
         plots.curves(self._run_dir / "curves.png", title, self._evaluations, staleness)
         for pool in _synthetic_pools(simulation.server.method_state):
-            images, labels, added = jax.device_get(pool)
+            images, labels, added = jax.device_get(pool[:3])
             # Oldest first: the ring's next place is its oldest.
             order = np.roll(np.arange(len(labels)), -int(added) % len(labels))
             plots.synthetic(

@@ -17,9 +17,11 @@ from fedrevive_jax.checkpoint import describe_newest, has_checkpoint
 from fedrevive_jax.config import INPUT_FIELDS, LOCATION_FIELDS, Config, ConfigError
 from fedrevive_jax.interruption import InterruptedRunError, Interruption
 from fedrevive_jax.models import Model, convolutions, default_precision
+from fedrevive_jax.profiling import FOLDER as PROFILE
+from fedrevive_jax.profiling import WindowTrace
 from fedrevive_jax.recorder import DivergenceError, Recorder, Result, read_evaluations
 from fedrevive_jax.restore import read_params
-from fedrevive_jax.simulator import Simulation, default_client_batch
+from fedrevive_jax.simulator import Simulation
 
 __all__ = ["DivergenceError", "Result", "is_finished", "run", "settle"]
 
@@ -32,6 +34,7 @@ def run(
     keep_record: bool = False,
     overwrite: bool = False,
     interruption: Interruption | None = None,
+    profile: bool = False,
 ) -> Result:
     """Runs a configuration to its end.
 
@@ -45,6 +48,7 @@ def run(
         A finished run is read, not run again.
       overwrite: start afresh in a folder that holds a run.
       interruption: asks the run to save and stop; no signal is handled without it.
+      profile: trace a few windows into the folder `profile` of the record.
 
     Raises:
       ConfigError: the data, or the folder, is not what the configuration needs, or another process
@@ -77,20 +81,32 @@ def run(
             processes.first(open_folder)
         folder = config.run_dir if keep_record and processes.is_first() else None
         stack.enter_context(_told(config.run_dir))
-        return _play(simulation, folder, interruption)
+        return _play(simulation, folder, interruption, profile)
 
 
-def _play(simulation: Simulation, folder: Path | None, interruption: Interruption | None) -> Result:
+def _play(
+    simulation: Simulation,
+    folder: Path | None,
+    interruption: Interruption | None,
+    profile: bool,
+) -> Result:
     """Processes all arrivals that are left, and records them where there is a folder."""
     recorder = Recorder(simulation, folder)
-    with contextlib.closing(recorder):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(recorder))
         recorder.resume()
+        trace = None
+        if profile and folder is not None:
+            trace = WindowTrace(folder / PROFILE, simulation)
+            stack.enter_context(contextlib.closing(trace))
         with _progress_bar(simulation) as progress:
             recorder.start()
             while not simulation.finished:
                 # Several processes would have to agree on the arrival at which they stop.
                 if interruption and interruption.requested and jax.process_count() == 1:
                     raise InterruptedRunError(f"interrupted: {recorder.save_now()}")
+                if trace is not None:
+                    trace.before_arrival()
                 recorder.observe(simulation.advance())
                 if not progress.disable:
                     progress.set_postfix_str(recorder.news(), refresh=False)
@@ -112,7 +128,6 @@ def settle(config: Config) -> Config:
         **{name: str(Path(value).absolute()) for name, value in inputs.items()},
         convolution=convolutions.default() if how == "auto" else how,
         precision=default_precision() if config.precision == "auto" else config.precision,
-        client_batch=config.client_batch or default_client_batch(),
         workdir=str(config.run_dir),
     )
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from fedrevive_jax import devices, trees
 from fedrevive_jax.client_cache import ClientCache, NoCache
+from fedrevive_jax.memory import ON_DEVICE, Shelf
 from fedrevive_jax.messages import Arrival, Upload
 from fedrevive_jax.methods import Method
 from fedrevive_jax.models.model import Params, Taps
@@ -69,6 +70,7 @@ class Server:
         taps: Taps,
         seed: int,
         mesh: Mesh | None = None,
+        shelf: Shelf = ON_DEVICE,
         cache: ClientCache | None = None,
     ):
         """Starts at version 0.
@@ -79,16 +81,17 @@ class Server:
           taps: feature statistics shaped like those of an upload, see `initial_taps`.
           seed: determines the method's random draws.
           mesh: devices that share the method's work; versions and state are the same on all.
+          shelf: where stale versions wait.
           cache: what the method keeps of every client, see `client_cache.create`; None for a
             method that keeps nothing.
         """
         params = devices.replicate(mesh, params)
-        self._mesh = mesh
+        self._mesh, self._shelf = mesh, shelf
         self._method = method
         self._upload_shapes = _shapes(Upload(params, taps, jnp.zeros(())))
         self._state = devices.jit(mesh, method.init)(params)
         self._cache = NoCache() if cache is None else cache
-        self._versions = VersionStore(0, params)
+        self._versions = VersionStore(0, params, shelf)
         self._jobs: dict[int, Ticket] = {}
         self._next_job = 0
         self._buffered = 0
@@ -218,7 +221,7 @@ class Server:
         return record, {
             "method": self._state,
             "cache": self._cache.snapshot(),
-            "stale": {str(v): self._versions.get(v) for v in record["stale_versions"]},
+            "stale": {str(v): self._versions.stored(v) for v in record["stale_versions"]},
         }
 
     def shapes(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -239,7 +242,7 @@ class Server:
         stored = {int(v): tree for v, tree in stale.items()}
         stored[record["version"]] = params
         first, *later = sorted(stored)
-        self._versions = VersionStore(first, stored[first])
+        self._versions = VersionStore(first, stored[first], self._shelf)
         # References first: storing a newer version drops an older one that nobody refers to.
         for version in (first, *later):
             if version != first:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedrevive_jax import client_cache, data, devices, methods, models, schedule, trees
+from fedrevive_jax import client_cache, data, devices, memory, methods, models, schedule, trees
 from fedrevive_jax import feed as feeds
 from fedrevive_jax.config import Config, ConfigError
 from fedrevive_jax.data import seed_text
@@ -19,7 +19,9 @@ from fedrevive_jax.derived import Derived
 from fedrevive_jax.dfkd.prompts import SeedText
 from fedrevive_jax.evaluation import Evaluation, make_evaluator
 from fedrevive_jax.local_training import initial_taps, make_window_trainer
+from fedrevive_jax.memory import Shelf
 from fedrevive_jax.messages import Upload
+from fedrevive_jax.methods import Method
 from fedrevive_jax.models import Model, t5_weights
 from fedrevive_jax.models.model import Params
 from fedrevive_jax.partition import Shards, partition
@@ -33,14 +35,6 @@ NOTHING = Derived()
 TIMED_EVERY = 37
 
 
-def default_client_batch() -> int:
-    """Jobs trained in one call where the configuration leaves it open.
-
-    On a CPU one job already fills the cores and stays in the caches.
-    """
-    return 1 if jax.default_backend() == "cpu" else 16
-
-
 class Simulation:
     """One run in memory: the plan, the population, the server, and the uploads under way.
 
@@ -49,6 +43,7 @@ class Simulation:
       origin: where the first parameters, and for text the tokenizer, come from; for the record.
       feed: the data set on the device and the way from it to the model.
       frozen: arrays of the model that nobody trains.
+      client_batch: jobs that are trained in one call of a device.
       schedule, windows: the plan.
       mesh: the devices that compute together, or None.
       server: the server core.
@@ -127,14 +122,13 @@ class Simulation:
         )
         taps = initial_taps(self.model)
         method = methods.create(config, ingredients)
-        models_at_once = self.schedule.live_versions_max() + config.concurrency
-        cache = client_cache.create(
-            config,
-            jax.eval_shape(method.entry, params),
-            self.mesh,
-            beside=models_at_once * trees.nbytes(params),
-        )
-        self.server = Server(method, params, taps, config.seed, self.mesh, cache)
+        entry = jax.eval_shape(method.entry, params)
+        at_once = self.schedule.live_versions_max() + config.concurrency
+        waiting = at_once * trees.nbytes(params)
+        self._shelf, self.client_batch = self._use_of_memory(method, params, waiting)
+        beside = waiting if self._shelf.name == "device" else 0
+        cache = client_cache.create(config, entry, self.mesh, beside)
+        self.server = Server(method, params, taps, config.seed, self.mesh, self._shelf, cache)
         self._train = make_window_trainer(
             self.model,
             feed.training,
@@ -142,7 +136,6 @@ class Simulation:
             lambda job, step: jax_key(config.seed, Stream.AUGMENTATION, job, step),
             self.mesh,
         )
-        self._client_batch = config.client_batch or default_client_batch()
         self._evaluate = make_evaluator(self.model, feed.evaluation, config.eval_batch, self.mesh)
         self._hand_out(self.schedule.initial_jobs)
 
@@ -183,14 +176,15 @@ class Simulation:
         """Trains the window of the next arrival, if that arrival needs it and has none yet."""
         window = self._first_of_window.get(self.position)
         if window is not None and int(window.jobs[0]) not in self._uploads:
-            self._uploads.update(self.train_jobs(window.jobs))
+            trained = self.train_jobs(window.jobs)
+            self._uploads.update((job, self._shelf.store(own)) for job, own in trained.items())
 
     def advance(self) -> Receipt:
         """Processes the next arrival, training its window first when it needs one."""
         self.train_ahead()
         index = self.position
         job = int(self.schedule.job[index])
-        upload = self._uploads.pop(job)
+        upload = self._shelf.fetch(self._uploads.pop(job))
         timed = index % TIMED_EVERY == TIMED_EVERY - 1  # not the first step, which compiles
         if timed:
             jax.block_until_ready((upload, self.server.params, self.server.method_state))
@@ -281,12 +275,12 @@ class Simulation:
           params: the parameters of its newest version, arrays of JAX or NumPy.
           arrays: all its other arrays.
         """
-        cache = arrays["cache"]  # which may have no room on the device
-        params, arrays = jax.tree.map(jnp.asarray, (params, {**arrays, "cache": ()}))
         self._follow(self._planned, record["restarts"])
         uploads = devices.replicate(self.mesh, arrays["uploads"])
-        self.server.restore(record, params, {**arrays, "cache": cache})
-        self._uploads = {int(job): Upload(**upload) for job, upload in uploads.items()}
+        self.server.restore(record, params, arrays)
+        self._uploads = {
+            int(job): self._shelf.store(Upload(**upload)) for job, upload in uploads.items()
+        }
         self.position = record["position"]
 
     def _follow(self, plan: schedule.Schedule, restarts: list[list[int]]) -> None:
@@ -305,6 +299,21 @@ class Simulation:
         for client in self.schedule.client[self.server.next_job : up_to]:
             self.server.dispatch(int(client))
 
+    def _use_of_memory(self, method: Method, params: Params, waiting: int) -> tuple[Shelf, int]:
+        """Where versions and uploads, `waiting` bytes, wait; how many jobs are trained at once."""
+        config = self.config
+        used = waiting + trees.nbytes(
+            (jax.eval_shape(method.init, params), self.dataset.samples, self.frozen)
+        )
+        if config.cache_memory == "device":
+            used += config.num_clients * trees.nbytes(jax.eval_shape(method.entry, params))
+        job = memory.job_bytes(self.model, params, config.batch_size)
+        shelf = memory.choose_shelf(config, job, used, self.mesh)
+        if shelf.name == "host":
+            used -= waiting
+        batch = config.client_batch or memory.default_client_batch(self.model, config, job, used)
+        return shelf, batch
+
     def train_jobs(self, jobs: np.ndarray) -> dict[int, Upload]:
         """Trains jobs in calls of a fixed size; the last call is padded by repetition.
 
@@ -319,7 +328,7 @@ class Simulation:
         """
         trained = {}
         limit = self.config.window_limit
-        size = min(self._client_batch, limit) if limit else self._client_batch
+        size = min(self.client_batch, limit) if limit else self.client_batch
         if self.mesh is not None:
             # An even share of a usual window for each device; more would only be padding.
             usual = -(-self.schedule.num_arrivals // len(self.windows))

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from fedrevive_jax.memory import ON_DEVICE, Shelf
+
 
 class VersionNotFoundError(LookupError):
     """A version was asked for that was never stored or is gone."""
@@ -15,7 +17,9 @@ class VersionStore:
     donated to a compiled function: a donated buffer is deleted, and the next reader would fail.
     """
 
-    def __init__(self, version: int, params: Any):
+    def __init__(self, version: int, params: Any, shelf: Shelf = ON_DEVICE):
+        """Starts with one version; older ones will wait on the shelf."""
+        self._shelf = shelf
         self._params = {version: params}
         self._references = {version: 0}
         self._newest = version
@@ -31,7 +35,16 @@ class VersionStore:
         return tuple(sorted(self._params))
 
     def get(self, version: int) -> Any:
-        """Parameters of a version.
+        """Parameters of a version, on the device.
+
+        Raises:
+          VersionNotFoundError: it is not kept; the message names the live versions.
+        """
+        stored = self.stored(version)
+        return stored if version == self._newest else self._shelf.fetch(stored)
+
+    def stored(self, version: int) -> Any:
+        """Parameters of a version where they are.
 
         Raises:
           VersionNotFoundError: it is not kept; the message names the live versions.
@@ -55,11 +68,12 @@ class VersionStore:
         replaced, self._newest = self._newest, version
         self._params[version] = params
         self._references[version] = 0
+        self._params[replaced] = self._shelf.store(self._params[replaced])
         self._drop_if_unused(replaced)
 
     def acquire(self, version: int) -> None:
         """Adds a reference to a version that is kept."""
-        self.get(version)
+        self.stored(version)
         self._references[version] += 1
 
     def release(self, version: int) -> None:
@@ -68,7 +82,7 @@ class VersionStore:
         Raises:
           ValueError: the version has no references.
         """
-        self.get(version)
+        self.stored(version)
         if self._references[version] == 0:
             raise ValueError(f"version {version} has no references to release")
         self._references[version] -= 1

@@ -14,7 +14,13 @@ from fedrevive_jax.simulator import Simulation
 from tests.test_simulator import assert_same_params, rows, small
 
 # Three teachers, nine samples of a step, calls of odd numbers of jobs: no mesh divides them all.
-UNEVEN = {"client_batch": 3, "num_teachers": 3, "distillation_batch": 3, "max_time": 4.0}
+UNEVEN = {
+    "convolution": "lax",
+    "client_batch": 3,
+    "num_teachers": 3,
+    "distillation_batch": 3,
+    "max_time": 4.0,
+}
 
 
 def play(config):

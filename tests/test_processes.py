@@ -86,9 +86,9 @@ def cut(folder, to):
     """A copy of a finished run, as if it had been interrupted after its last checkpoint but one."""
     shutil.copytree(folder, to)
     (to / record.SUMMARY).unlink()
-    steps = sorted((to / "checkpoints").iterdir(), key=lambda path: int(path.name))
-    shutil.rmtree(steps[-1])
-    return int(steps[-2].name)
+    *_, version, newest = sorted(int(path.name) for path in (to / "checkpoints").iterdir())
+    shutil.rmtree(to / "checkpoints" / str(newest))
+    return version
 
 
 def test_two_processes_finish_the_run_of_one(runs):

@@ -44,7 +44,7 @@ def figures(
         "width": config.model_width,
         "precision": config.precision,
         "convolution": config.convolution,
-        "client_batch": config.client_batch,
+        "client_batch": measured.client_batch,
         "mesh": config.mesh,
         "stages": stages,
         "arrival_milliseconds": 1e3 * arrival,

@@ -74,6 +74,7 @@ class Measured:
       live_bytes: the most that arrays took between two calls.
       planned_bytes: the plan's word on that.
       live_versions: the most versions that were kept.
+      client_batch: jobs in one call of client training.
     """
 
     config: Config
@@ -89,6 +90,7 @@ class Measured:
     live_bytes: int
     planned_bytes: int
     live_versions: int
+    client_batch: int
 
     @property
     def flops(self) -> float:
@@ -153,7 +155,7 @@ def measure(
         whole = _Arrivals(simulation, arrivals)
     say("stages")
     stages = _stages(simulation, whole, repeats)
-    jobs = simulation.schedule.job[simulation.position :][: config.client_batch]
+    jobs = simulation.schedule.job[simulation.position :][: simulation.client_batch]
     one = dataclasses.replace(config, client_batch=1, window_limit=1)
     alone = stages["client training"].timing.median
     if len(jobs) > 1:
@@ -182,6 +184,7 @@ def measure(
         live_bytes=whole.live_bytes,
         planned_bytes=told["bytes_device"],
         live_versions=whole.live_versions,
+        client_batch=simulation.client_batch,
     )
 
 
@@ -281,7 +284,7 @@ def _stages(simulation: Simulation, whole: _Arrivals, repeats: int) -> dict[str,
             temperature=config.distillation_temperature,
         )
     )
-    jobs = simulation.schedule.job[simulation.position :][: config.client_batch]
+    jobs = simulation.schedule.job[simulation.position :][: simulation.client_batch]
 
     def timed(call, flops, times=1.0, share=1):
         timing = measuring.time_calls(call, repeats)

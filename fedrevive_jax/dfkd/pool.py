@@ -14,36 +14,46 @@ class Pool(NamedTuple):
         [0, 1], or `Embedded` texts; real: byte images or token ids.
       labels: int32 [size]; -1 marks an empty place.
       added: int32 [], samples added so far.
+      by_label: int32 [size], the places ordered by their labels, empty ones last. Kept because
+        samples are drawn at every arrival and added only now and then.
     """
 
     samples: Any
     labels: jax.Array
     added: jax.Array
+    by_label: jax.Array
 
 
 def empty(size: int, batch: Any) -> Pool:
     """A pool without samples, with room for `size` of those that a batch (or its shapes) holds."""
     samples = jax.tree.map(lambda leaf: jnp.zeros((size, *leaf.shape[1:]), leaf.dtype), batch)
-    return Pool(samples, jnp.full(size, -1, jnp.int32), jnp.zeros((), jnp.int32))
+    return _ordered(samples, jnp.full(size, -1, jnp.int32), jnp.zeros((), jnp.int32))
 
 
 def filled(samples: Any, labels: jax.Array) -> Pool:
     """A pool that holds exactly these samples."""
     labels = jnp.asarray(labels, jnp.int32)
-    return Pool(jax.tree.map(jnp.asarray, samples), labels, jnp.asarray(len(labels), jnp.int32))
+    added = jnp.asarray(len(labels), jnp.int32)
+    return _ordered(jax.tree.map(jnp.asarray, samples), labels, added)
 
 
 def add(pool: Pool, samples: Any, labels: jax.Array) -> Pool:
     """Adds a batch [b, ...] with labels [b]; the oldest samples make room."""
     size = len(pool.labels)
     places = (pool.added + jnp.arange(len(labels))) % size
-    return Pool(
+    return _ordered(
         jax.tree.map(lambda ring, new: ring.at[places].set(new), pool.samples, samples),
         pool.labels.at[places].set(labels),
         # Kept below 2 * size so that the counter never overflows; only its remainder and
         # whether it is zero matter.
         jnp.where(pool.added >= size, pool.added - size, pool.added) + len(labels),
     )
+
+
+def _ordered(samples: Any, labels: jax.Array, added: jax.Array) -> Pool:
+    last = jnp.iinfo(labels.dtype).max
+    order = jnp.argsort(jnp.where(labels < 0, last, labels))
+    return Pool(samples, labels, added, order.astype(jnp.int32))
 
 
 def draw(pool: Pool, mixes: jax.Array, count: int, key: jax.Array) -> jax.Array:
@@ -64,10 +74,8 @@ def draw(pool: Pool, mixes: jax.Array, count: int, key: jax.Array) -> jax.Array:
     """
     num_mixes, num_classes = mixes.shape
     size = len(pool.labels)
-    # Empty places sort behind all labels.
-    sortable = jnp.where(pool.labels < 0, num_classes, pool.labels)
-    by_label = jnp.argsort(sortable)
-    per_label = jnp.zeros(num_classes + 1, jnp.int32).at[sortable].add(1)[:num_classes]
+    # Empty places, -1, count in a cell of their own, the last one.
+    per_label = jnp.zeros(num_classes + 1, jnp.int32).at[pool.labels].add(1)[:num_classes]
     first = jnp.cumsum(per_label) - per_label
 
     allowed = jnp.where(per_label > 0, mixes, 0)
@@ -77,4 +85,4 @@ def draw(pool: Pool, mixes: jax.Array, count: int, key: jax.Array) -> jax.Array:
     label_key, sample_key = jax.random.split(key)
     labels = jax.random.categorical(label_key, jnp.log(law)[:, None, :], shape=(num_mixes, count))
     offsets = jax.random.randint(sample_key, labels.shape, 0, jnp.maximum(per_label[labels], 1))
-    return by_label[jnp.minimum(first[labels] + offsets, size - 1)]
+    return pool.by_label[jnp.minimum(first[labels] + offsets, size - 1)]

@@ -1,0 +1,117 @@
+"""Where stale versions and uploads wait, and how many jobs fit on a device at once."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from fedrevive_jax import trees
+from fedrevive_jax.config import Config
+from fedrevive_jax.models import Model
+from fedrevive_jax.models.model import gaussian_inputs, per_call
+
+# Share of a device's memory that is planned for; the rest is for programs and fragmentation.
+USABLE = 0.85
+# Copies of the parameters that a job under training needs: its start, itself, the gradient, the two
+# moments of Adam, and the upload.
+COPIES = 6
+# More jobs in one call have not been measured to be faster.
+MOST_JOBS = 32
+
+
+class Shelf(NamedTuple):
+    """Where pytrees wait between two uses.
+
+    Attributes:
+      name: `device` or `host`.
+      store: tree -> tree, on its way to the shelf. Nothing waits for it.
+      fetch: tree from the shelf -> tree on the device.
+    """
+
+    name: str
+    store: Callable[[Any], Any]
+    fetch: Callable[[Any], Any]
+
+
+ON_DEVICE = Shelf("device", lambda tree: tree, lambda tree: tree)
+
+
+def shelf(place: str, mesh: Mesh | None = None) -> Shelf:
+    """The shelf in a kind of memory.
+
+    Args:
+      place: `device`, or `host`, the memory of the host that the device can reach.
+      mesh: the devices of the run, where they are several.
+    """
+    if place == "device":
+        return ON_DEVICE
+    if mesh is None:
+        here = SingleDeviceSharding(jax.local_devices()[0])
+    else:
+        here = NamedSharding(mesh, PartitionSpec())
+    there = here.with_memory_kind("pinned_host")
+    return Shelf(
+        "host", lambda tree: jax.device_put(tree, there), lambda tree: jax.device_put(tree, here)
+    )
+
+
+def device_bytes() -> int | None:
+    """Memory of the device that may be planned for; None where it does not tell, as on a CPU."""
+    told = jax.local_devices()[0].memory_stats() or {}
+    return int(USABLE * told["bytes_limit"]) if "bytes_limit" in told else None
+
+
+def job_bytes(model: Model, params: Any, batch_size: int) -> int:
+    """Device memory of one job under training: copies of the parameters, and what a training step
+    keeps for its way back.
+
+    Args:
+      model: the model.
+      params: its parameters, or their shapes.
+      batch_size: samples of a step.
+    """
+
+    def forward(params, inputs):
+        return model.apply(params, inputs)[0].sum()
+
+    def kept(params):
+        key = jax.random.key(0)
+        inputs = gaussian_inputs(model, key, batch_size, model.frozen(key))
+        return jax.vjp(lambda p: forward(p, inputs), params)[1]
+
+    return COPIES * trees.nbytes(params) + trees.nbytes(jax.eval_shape(kept, params))
+
+
+def choose_shelf(config: Config, job: int, used: int, mesh: Mesh | None = None) -> Shelf:
+    """The shelf of a configuration; `auto` is the device while it has room.
+
+    Args:
+      config: names the place.
+      job: bytes of one job under training.
+      used: bytes that arrays take between calls if all of them live on the device.
+      mesh: the devices of the run, where they are several.
+    """
+    place = config.version_memory
+    if place == "auto":
+        room = device_bytes()
+        place = "device" if room is None or used + job <= room else "host"
+    return shelf(place, mesh)
+
+
+def default_client_batch(model: Model, config: Config, job: int, used: int) -> int:
+    """Jobs trained in one call of a device where the configuration leaves it open.
+
+    On a CPU one job of large images already fills the cores and the caches; of small ones two are a
+    tenth faster. An accelerator takes as many as fit beside what lives there.
+
+    Args:
+      model: the model.
+      config: tells the batch size.
+      job: bytes of one job under training.
+      used: bytes that arrays take between calls.
+    """
+    if jax.default_backend() == "cpu":
+        return per_call(2, config.batch_size, model.input_shape)
+    free = (device_bytes() or 0) - used
+    return min(max(free // max(job, 1), 1), MOST_JOBS)

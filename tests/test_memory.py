@@ -1,0 +1,82 @@
+"""Where versions wait, and how many jobs fit: the choice, and that it changes nothing."""
+
+import jax
+import numpy as np
+import pytest
+
+from fedrevive_jax import memory, models
+from fedrevive_jax.presets import resolve
+from fedrevive_jax.simulator import Simulation
+from fedrevive_jax.version_store import VersionStore
+from tests.test_simulator import assert_same_params, play, rows, small
+from tests.toys import scalar_model
+
+
+def kinds(tree):
+    return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree)}
+
+
+def test_versions_in_host_memory_change_nothing():
+    on_device, receipts, _ = play(small("fedrevive", version_memory="device"))
+    on_host, others, _ = play(small("fedrevive", version_memory="host"))
+    assert rows(receipts) == rows(others)
+    assert_same_params(on_device, on_host, atol=0)
+    server = on_host.server
+    stale = [v for v in server.live_versions if v != server.version]
+    assert stale
+    assert all(kinds(server._versions.stored(v)) == {"pinned_host"} for v in stale)
+    assert kinds(server.params) == kinds(server.params_of(stale[0])) == {"device"}
+    begun = Simulation(on_host.config)
+    begun.train_ahead()
+    assert len(begun.uploads) > 1
+    assert all(kinds(upload) == {"pinned_host"} for upload in begun.uploads.values())
+
+
+def test_only_what_is_not_the_newest_goes_to_the_shelf():
+    stored, fetched = [], []
+    shelf = memory.Shelf(
+        "host", lambda x: stored.append(x) or -x, lambda x: fetched.append(x) or -x
+    )
+    store = VersionStore(0, 10, shelf)
+    assert (store.get(0), stored, fetched) == (10, [], [])
+    store.acquire(0)
+    store.put(1, 11)
+    assert (stored, store.stored(0), store.get(0), store.get(1)) == ([10], -10, 10, 11)
+    assert fetched == [-10]
+
+
+def test_the_shelf_follows_the_room(monkeypatch):
+    config = resolve("digits", "fedbuff")
+    monkeypatch.setattr(memory, "device_bytes", lambda: 1000)
+    for used, job, place in ((900, 100, "device"), (901, 100, "host"), (2000, 1, "host")):
+        assert memory.choose_shelf(config, job, used).name == place
+    forced = resolve("digits", "fedbuff", version_memory="device")
+    assert memory.choose_shelf(forced, 1, 2000).name == "device"
+    monkeypatch.setattr(memory, "device_bytes", lambda: None)  # as on a CPU
+    assert memory.choose_shelf(config, 10**15, 10**15).name == "device"
+
+
+def test_as_many_jobs_as_fit(monkeypatch):
+    model, config = scalar_model(), resolve("digits", "fedbuff")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(memory, "device_bytes", lambda: 1000)
+    for used, job, count in ((0, 100, 10), (500, 100, 5), (990, 100, 1), (5000, 100, 1)):
+        assert memory.default_client_batch(model, config, job, used) == count
+    assert memory.default_client_batch(model, config, 1, 0) == memory.MOST_JOBS
+
+
+@pytest.mark.parametrize("batch", [8, 32])
+def test_a_job_keeps_its_activations(batch):
+    """Of the ConvNet at 28x28 and width 8: the inputs of the second and third convolution and
+    their outputs, in float32, at the least; and no more than ten times that."""
+    model = models.create(
+        "convnet", input_shape=(28, 28, 1), num_classes=10, width=8, convolution="lax"
+    )
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    own = memory.COPIES * 4 * models.parameter_count(params)
+    activations = 4 * batch * 8 * (26 * 26 + 24 * 24 + 12 * 12 + 10 * 10)
+    kept = memory.job_bytes(model, params, batch) - own
+    assert activations <= kept <= 10 * activations
+    np.testing.assert_allclose(
+        kept / batch, (memory.job_bytes(model, params, 2 * batch) - own) / (2 * batch), rtol=0.3
+    )
