@@ -20,7 +20,7 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the plan as JSON; no traini
 PROFILE = flags.DEFINE_bool("profile", False, "trace a few windows into WORKDIR/profile")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "start afresh in a folder that holds a run")
 GRACE = flags.DEFINE_float(
-    "grace", 8.0, "seconds after SIGTERM or SIGINT in which the run saves; then it ends anyway"
+    "grace", 6.0, "seconds after SIGTERM or SIGINT in which the run saves; then it ends anyway"
 )
 DISTRIBUTED = flags.DEFINE_string(
     "distributed",
@@ -42,8 +42,8 @@ flags.adopt_module_key_flags(config_flags)
 
 
 def main() -> int:
-    if GRACE.value <= 0:
-        raise ConfigError(f"--grace={GRACE.value:g}: must be above 0")
+    if not 0 < GRACE.value <= 3600:
+        raise ConfigError(f"--grace={GRACE.value:g}: must be above 0 and at most 3600 seconds")
     config = resolve(**config_flags.given_values())
     if DRY_RUN.value:
         from fedrevive_jax.planning import plan

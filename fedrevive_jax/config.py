@@ -33,6 +33,7 @@ SERVER_OPTIMIZERS = (
     "sgd", "momentum", "adam", "adagrad", "yogi", "amsgrad", "rmsprop", "adabelief", "lion",
 )  # fmt: skip
 STALENESS_WEIGHTS = ("none", "sqrt", "polynomial", "hinge", "beta")
+FAULTS = ("lost", "late", "nan")
 DELAYS = (
     "default", "shifted", "constant", "exponential", "uniform", "lognormal", "halfnormal", "trace",
 )  # fmt: skip
@@ -97,7 +98,7 @@ class Config:
     # The simulated world
     max_time: float = _field(40.0, "simulated time at which the run stops", above=0)
     max_versions: int = _field(50_000, "global versions at which the run stops", at_least=1)
-    num_clients: int = _field(100, "N, clients in the population", at_least=1)
+    num_clients: int = _field(100, "N, clients in the population", at_least=1, at_most=1_000_000)
     concurrency: int = _field(20, "K, clients that work at the same time", at_least=1)
     buffer_size: int = _field(1, "B, arrivals that make one new global version", at_least=1)
     open_slots: int = _field(
@@ -113,6 +114,14 @@ class Config:
     delay_download: float = _field(0.1, "download time of the constant ... delays", at_least=0)
     delay_upload: float = _field(0.2, "upload time of the constant ... delays", at_least=0)
     delay_trace: str = _field("", "CSV file of measured durations, for --delays=trace")
+    fault_rate: float = _field(
+        0.0, "share of the jobs that fail, drawn from --fault_kinds", at_least=0, at_most=1
+    )
+    fault_kinds: str = _field(
+        ",".join(FAULTS),
+        f"how jobs fail, some of {','.join(FAULTS)}: the upload never comes, takes five times the "
+        "job's duration, or is not finite",
+    )
 
     # Clients and their data
     partition: str = _field(
@@ -190,6 +199,15 @@ class Config:
     cache_dir: str = _field(
         "", "folder for the file of --cache_memory=disk; empty: the system's temporary folder"
     )
+    max_update_norm: float = _field(
+        0.0, "largest L2 norm of an update that is taken in; 0: any finite norm", at_least=0
+    )
+    reject_limit: float = _field(
+        0.5,
+        "the run stops when more than this share of the last 100 uploads was rejected; 1: never",
+        at_least=0,
+        at_most=1,
+    )
     beta_shape: str = _field("cosine", "blending weight over staleness", choices=BETA_SHAPES)
     beta_s_max: float = _field(75.0, "s_max of the cosine: beta = 1/2 at s_max", above=0)
     beta_constant: float = _field(0.5, "beta of the constant shape", at_least=0, at_most=1)
@@ -259,7 +277,7 @@ class Config:
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
         for name in (*LOCATION_FIELDS, *INPUT_FIELDS):
             if getattr(self, name):
-                object.__setattr__(self, name, str(Path(getattr(self, name)).expanduser()))
+                object.__setattr__(self, name, _without_tilde(name, getattr(self, name)))
         if self.mesh != "auto" and not self.mesh.isdecimal():
             raise ConfigError(f"--mesh={self.mesh}: must be auto or a whole number of devices")
         if self.t5_weights and self.model != "t5":
@@ -315,6 +333,12 @@ class Config:
                 f"--delay_spread={self.delay_spread}: must be below --delay_mean="
                 f"{self.delay_mean} (a training time is positive)"
             )
+        kinds = self.fault_kinds.split(",")
+        if len(set(kinds)) < len(kinds) or not set(kinds) <= set(FAULTS):
+            raise ConfigError(
+                f"--fault_kinds={self.fault_kinds}: must be some of {','.join(FAULTS)}, each once, "
+                "separated by commas"
+            )
         if self.delays == "trace" and not self.delay_trace:
             raise ConfigError("--delay_trace=: must name a CSV file with --delays=trace")
 
@@ -341,26 +365,50 @@ INPUT_FIELDS = ("t5_weights", "pretrained", "seed_text", "delay_trace")
 
 
 def _checked(field: dataclasses.Field, value: Any) -> Any:
-    """The value as the field's type, or a ConfigError that names flag, value and limits."""
+    """The value as the field's type, or an error that names flag, value and what is allowed."""
     limits = field.metadata
+    bounds = [
+        f"{words} {limits[name]}"
+        for name, words in (("at_least", "at least"), ("above", "above"), ("at_most", "at most"))
+        if name in limits
+    ]
+
+    def refused(*allowed: str, joined: str = ", ") -> ConfigError:
+        return ConfigError(f"--{field.name}={_shown(value)}: must be {joined.join(allowed)}")
+
     try:
         result = field.type(value)
         if isinstance(value, bool) or (field.type is int and float(value) != result):
             raise ValueError  # int(0.5) would pass silently
     except (TypeError, ValueError, OverflowError):
         kind = {int: "a whole number", float: "a number", str: "a text"}[field.type]
-        raise ConfigError(f"--{field.name}={value}: must be {kind}") from None
+        raise refused(kind, *bounds) from None
     if field.type is int and abs(result) >= 2**31:
-        raise ConfigError(f"--{field.name}={value}: must be below {2**31}")
+        raise refused(f"below {2**31}", *bounds)
     if field.type is float and not math.isfinite(result):
-        raise ConfigError(f"--{field.name}={value}: must be finite")
+        raise refused("finite", *bounds)
     if "choices" in limits and result not in limits["choices"]:
-        raise ConfigError(f"--{field.name}={value}: must be one of {', '.join(limits['choices'])}")
-    for name, holds, words in (
-        ("at_least", lambda limit: result >= limit, "at least"),
-        ("above", lambda limit: result > limit, "above"),
-        ("at_most", lambda limit: result <= limit, "at most"),
+        raise refused("one of " + ", ".join(limits["choices"]))
+    if field.type is str and not all(c.isprintable() or ord(c) > 127 for c in result):
+        raise refused("a text without control characters")  # no file has such a name
+    if not (
+        result >= limits.get("at_least", result)
+        and ("above" not in limits or result > limits["above"])
+        and result <= limits.get("at_most", result)
     ):
-        if name in limits and not holds(limits[name]):
-            raise ConfigError(f"--{field.name}={value}: must be {words} {limits[name]}")
+        raise refused(*bounds, joined=" and ")
     return result
+
+
+def _without_tilde(name: str, path: str) -> str:
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:
+        raise ConfigError(f"--{name}={path}: must not name the home of an unknown user") from None
+
+
+def _shown(value: Any, limit: int = 100) -> str:
+    """A value in the one line of a message."""
+    text = str(value)
+    printable = "".join(c if c.isprintable() else "?" for c in text[:limit])
+    return printable + ("..." if len(text) > limit else "")

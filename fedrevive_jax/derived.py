@@ -43,7 +43,7 @@ def read(folder: Path) -> Derived:
     try:
         tokenizer = (folder / TOKENIZER).read_text(encoding="utf-8")
         json.loads(tokenizer)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         tokenizer = ""
     try:
         with np.load(folder / CLIENTS, allow_pickle=False) as arrays:
@@ -52,7 +52,7 @@ def read(folder: Path) -> Derived:
         shards = None
     try:
         origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         origin = None
     return Derived(tokenizer, shards, origin)
 

@@ -1,23 +1,41 @@
 """SIGTERM and SIGINT: save and leave in time, whatever the process is doing.
 
-Python runs a signal's handler in the main thread between two steps of the interpreter, and while
-JAX compiles or computes there is none for minutes. So the handlers here do nothing. The system's
-own part of the handler writes the signal's number into a pipe at once; a thread reads it, asks the
-run to save at the next arrival, and ends the process itself when that does not come in time. Then
-the newest checkpoint on disk counts, and the same command repeats what came after it.
+Python runs a signal's handler in the main thread between two steps of the interpreter. While JAX
+traces, compiles or computes there may be none for minutes, and no other thread of Python's may run
+either. So the handler here only asks the run to save at its next arrival, and a small second
+process sees to the time. The system's own part of the handler writes the signal's number into a
+pipe at once; the second process reads it, and when the run has not ended in time, sends the same
+signal again. By then that has its default action: the system ends the run. What counts is the
+newest checkpoint on disk; the same command repeats what came after it.
 """
 
+import ctypes
 import os
-import select
 import signal
+import subprocess
 import sys
-import threading
-import time
 
 from fedrevive_jax.config import UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_DONE = b"\0"  # in the pipe: the watch is over
+
+# Ends when the pipe does, which is when the run does.
+_TIMER = """
+import os, select, signal, sys, time
+run, grace = int(sys.argv[1]), float(sys.argv[2])
+first = os.read(0, 1)
+if first and not (select.select([0], [], [], grace)[0] and not os.read(0, 1)):
+    name = signal.Signals(first[0]).name
+    sys.stderr.write(
+        f"stopped by {name} in the midst of a computation, after {grace:g} s or a second signal; "
+        "the same command continues from the newest checkpoint, if there is one\\n"
+    )
+    sys.stderr.flush()
+    for number in (first[0], signal.SIGKILL):
+        os.kill(run, number)
+        if select.select([0], [], [], 1)[0] and not os.read(0, 1):
+            break
+"""
 
 
 class InterruptedRunError(UserError):
@@ -27,7 +45,8 @@ class InterruptedRunError(UserError):
 class Interruption:
     """Watches for the signals while its context is open. For programs, not for libraries.
 
-    A second signal ends the process at once.
+    Once a signal has come the process has to end: it is ended after the time of grace, or by a
+    second signal at once, also when the context has been left.
     """
 
     def __init__(self, grace: float):
@@ -50,44 +69,41 @@ class Interruption:
         return 0 if self._signal is None else 128 + self._signal
 
     def __enter__(self) -> "Interruption":
-        self._reading, self._writing = os.pipe()
+        reading, self._writing = os.pipe()
+        self._timer = subprocess.Popen(
+            [sys.executable, "-S", "-E", "-c", _TIMER, str(os.getpid()), str(self._grace)],
+            stdin=reading,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the run
+        )
+        os.close(reading)
         os.set_blocking(self._writing, False)
         self._old_descriptor = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
-        self._old_handlers = {number: signal.signal(number, _ignore) for number in SIGNALS}
-        self._thread = threading.Thread(target=self._watch, name="interruption", daemon=True)
-        self._thread.start()
+        self._old_handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+        for number in SIGNALS:
+            _once(number)
         return self
 
     def __exit__(self, *_) -> None:
+        if self.requested:
+            return
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._old_descriptor)
-        os.write(self._writing, _DONE)
-        self._thread.join()
-        os.close(self._reading)
         os.close(self._writing)
+        self._timer.wait()
 
-    def _watch(self) -> None:
-        while (byte := os.read(self._reading, 1)) != _DONE:
-            if byte[0] in SIGNALS:
-                break  # other signals may have handlers, too
-        else:
-            return
-        self._signal = signal.Signals(byte[0])
-        end = time.monotonic() + self._grace
-        while select.select([self._reading], [], [], max(end - time.monotonic(), 0))[0]:
-            byte = os.read(self._reading, 1)
-            if byte == _DONE:
-                return
-            if byte[0] in SIGNALS:
-                self._leave(f"a second signal ({signal.Signals(byte[0]).name})")
-        self._leave(f"{self._grace:g} s after {self._signal.name}, inside a long computation")
-
-    def _leave(self, why: str) -> None:
-        words = f"stopped by {why}; the same command continues from the newest checkpoint, if any\n"
-        os.write(sys.stderr.fileno(), words.encode())
-        os._exit(self.status)
+    def _note(self, number: int, frame: object) -> None:
+        del frame
+        self._signal = self._signal or signal.Signals(number)
 
 
-def _ignore(number, frame) -> None:
-    del number, frame
+def _once(number: int) -> None:
+    """Lets the present handler of a signal run once; after that the signal ends the process.
+
+    Where the C library has no such call, the second process has to end this one by force.
+    """
+    set_once = getattr(ctypes.CDLL(None), "sysv_signal", None)
+    if set_once is not None:
+        set_once.restype, set_once.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+        set_once(number, set_once(number, None))

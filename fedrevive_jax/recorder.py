@@ -12,22 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedrevive_jax import plots, processes, record
+from fedrevive_jax.admission import VERDICTS
 from fedrevive_jax.checkpoint import Checkpoints, Saved
-from fedrevive_jax.config import UserError
 from fedrevive_jax.dfkd.pool import Pool
+from fedrevive_jax.health import Health
 from fedrevive_jax.models.model import Params
 from fedrevive_jax.planning import staleness_summary
 from fedrevive_jax.server import Receipt
 from fedrevive_jax.simulator import Simulation
 
-# Training losses in a row that are not finite before a run counts as diverged.
-DIVERGED_AFTER = 10
-
 _LOG = logging.getLogger(__name__)
-
-
-class DivergenceError(UserError):
-    """Training has diverged."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +57,8 @@ class Recorder:
         self._wall_before = 0.0
         self._began = time.monotonic()
         self._resumed: int | None = None
+        self._health = Health(self._config.reject_limit)
         self._saved_position: int | None = None
-        self._broken_losses = 0
         self._checkpoints = self._metrics = self._arrivals = self._events = None
         if run_dir is not None:
             self._checkpoints = Checkpoints(run_dir, self._config.checkpoint_keep)
@@ -92,7 +86,7 @@ class Recorder:
                     self._resumed,
                     simulation.jobs_restarted,
                 )
-        self._evaluations = processes.first(lambda: self._open(sizes))
+        self._evaluations, self._health = processes.first(lambda: self._open(sizes))
 
     def _newest(self) -> tuple[int, Saved] | None:
         """The newest checkpoint that is whole, and its version."""
@@ -107,36 +101,49 @@ class Recorder:
             lambda saved: simulation.shapes(saved["simulation"]),
         )
 
-    def _open(self, sizes: dict[str, int]) -> list[dict[str, Any]]:
-        """Opens the files of rows at the sizes that count; returns the evaluations in them."""
+    def _open(self, sizes: dict[str, int]) -> tuple[list[dict[str, Any]], Health]:
+        """Opens the files of rows at the sizes that count; returns the evaluations in them, and
+        the run's health by them."""
         if self._run_dir is None:
-            return []
+            return [], self._health
         self._metrics = record.Rows(self._run_dir / record.METRICS, sizes[record.METRICS])
         self._arrivals = record.Rows(self._run_dir / record.ARRIVALS, sizes[record.ARRIVALS])
         self._events = record.Events(self._run_dir / record.EVENTS)
         for row in record.read_rows(self._run_dir / record.METRICS):
+            self._health.metrics(row)
             self._events.add(row)
-        return read_evaluations(self._run_dir)
+        for row in record.read_rows(self._run_dir / record.ARRIVALS):
+            self._health.arrival(row)
+        return read_evaluations(self._run_dir), self._health
 
     def start(self) -> None:
-        """Evaluates version 0 of a new run."""
+        """Evaluates version 0 of a new run.
+
+        Raises:
+          DivergenceError, RejectLimitError: what was recorded already has to be the end.
+        """
         if not self._evaluations:
             self._evaluate(0.0)
+        self._judge()
 
     def observe(self, receipt: Receipt) -> None:
-        """Takes note of one processed arrival."""
+        """Takes note of one processed arrival.
+
+        Raises:
+          DivergenceError, RejectLimitError: the run has to stop; a checkpoint is written.
+        """
         simulation, config = self._simulation, self._config
         index = simulation.position - 1
         if index in simulation.window_starts:
             self._fetch()  # all before this arrival; its window is on the device by now
         self._pending.append((index, receipt))
-        if receipt.new_version == receipt.version or simulation.finished:
-            return
-        if receipt.new_version % config.eval_every == 0:
-            self._fetch()
-            self._evaluate(float(simulation.schedule.time[index]))
-        if receipt.new_version % config.checkpoint_every == 0:
-            self._save()
+        if receipt.new_version > receipt.version and not simulation.finished:
+            if receipt.new_version % config.eval_every == 0:
+                self._fetch()
+                self._evaluate(float(simulation.schedule.time[index]))
+            if receipt.new_version % config.checkpoint_every == 0:
+                self._save()
+        self._judge()
 
     def save_now(self) -> str:
         """Saves where the run stands, waits until that is on disk, and tells it in words."""
@@ -153,6 +160,7 @@ class Recorder:
         end = float(clock.time[-1]) if clock.num_arrivals else 0.0
         if self._evaluations[-1]["version"] != simulation.server.version:
             self._evaluate(end)
+        self._judge()
         accuracies = [row["accuracy"] for row in self._evaluations]
         summary = {
             "method": self._config.method,
@@ -165,6 +173,9 @@ class Recorder:
             "versions": simulation.server.version,
             "arrivals": clock.num_arrivals,
             "windows": len(simulation.windows),
+            "rejected": simulation.server.rejected,
+            "faults": clock.faults,
+            "skipped": self._health.skipped,
             "jobs_restarted": simulation.jobs_restarted,
             "simulated_time": end,
             "wall_seconds": self._wall_seconds(),
@@ -213,60 +224,60 @@ class Recorder:
             "loss": result.loss,
         }
         self._evaluations.append(row)
+        self._add_metrics({"kind": "evaluation", **row})
         if self._run_dir is not None:
-            self._add_metrics({"kind": "evaluation", **row})
             self._metrics.flush()
             self._events.flush()
 
-    def _fetch(self) -> None:
-        """Brings the device results of the pending arrivals to the host and writes their rows.
+    def _judge(self) -> None:
+        """Ends a run that makes no sense any more, with a checkpoint of where it stands."""
+        if self._health.trouble is not None:
+            self._save()
+            raise self._health.trouble
 
-        Raises:
-          DivergenceError: the last ten training losses are not finite.
-        """
+    def _fetch(self) -> None:
+        """Brings the device results of the pending arrivals to the host and writes their rows."""
         if not self._pending:
             return
-        results = jax.device_get([(r.loss, r.accepted, r.metrics) for _, r in self._pending])
-        for (index, receipt), (loss, accepted, metrics) in zip(self._pending, results, strict=True):
-            if self._run_dir is not None:
-                self._write_arrival(index, receipt, float(loss), bool(accepted), metrics)
-            self._broken_losses = 0 if np.isfinite(loss) else self._broken_losses + 1
-            if self._broken_losses == DIVERGED_AFTER:
-                raise DivergenceError(
-                    f"training has diverged: the last {DIVERGED_AFTER} training losses up to "
-                    f"version {receipt.version} are not finite; try a smaller --client_lr or "
-                    "--server_lr"
-                )
+        results = jax.device_get([(r.loss, r.verdict, r.metrics) for _, r in self._pending])
+        for (index, receipt), (loss, verdict, metrics) in zip(self._pending, results, strict=True):
+            self._add_arrival(index, receipt, float(loss), int(verdict), metrics)
         self._pending.clear()
+        self._simulation.server.review()
         if self._run_dir is not None:
             self._arrivals.flush()
             self._metrics.flush()
             self._checkpoints.check()
 
-    def _write_arrival(
-        self, index: int, receipt: Receipt, loss: float, accepted: bool, metrics
+    def _add_arrival(
+        self, index: int, receipt: Receipt, loss: float, verdict: int, metrics
     ) -> None:
         now = float(self._simulation.schedule.time[index])
         values = {name: float(value) for name, value in metrics.items()}
-        self._arrivals.append(
-            {
-                "index": index,
-                "time": now,
-                "client": receipt.client,
-                "base_version": receipt.base_version,
-                "version": receipt.version,
-                "staleness": receipt.staleness,
-                "beta": values.pop("beta"),
-                "accepted": accepted,
-                "loss": loss,
-            }
-        )
+        reason = VERDICTS[verdict]
+        row = {
+            "index": index,
+            "time": now,
+            "client": receipt.client,
+            "base_version": receipt.base_version,
+            "version": receipt.version,
+            "staleness": receipt.staleness,
+            "beta": values.pop("beta"),
+            "accepted": reason is None,
+            "rejected": reason,
+            "loss": loss,
+        }
+        self._health.arrival(row)
+        if self._run_dir is not None:
+            self._arrivals.append(row)
         if any(np.isfinite(value) for value in values.values()):
             self._add_metrics({"kind": "dfkd", "version": receipt.version, "time": now, **values})
 
     def _add_metrics(self, row: dict[str, Any]) -> None:
-        self._metrics.append(row)
-        self._events.add(row)
+        self._health.metrics(row)
+        if self._run_dir is not None:
+            self._metrics.append(row)
+            self._events.add(row)
 
     def _save(self) -> None:
         """Saves where the run stands, unless that is the last thing that was saved."""

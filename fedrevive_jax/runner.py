@@ -15,15 +15,16 @@ from fedrevive_jax import data, derived, lock, processes, record
 from fedrevive_jax.checkpoint import FOLDER as CHECKPOINTS
 from fedrevive_jax.checkpoint import describe_newest, has_checkpoint
 from fedrevive_jax.config import INPUT_FIELDS, LOCATION_FIELDS, Config, ConfigError
+from fedrevive_jax.health import DivergenceError, RejectLimitError
 from fedrevive_jax.interruption import InterruptedRunError, Interruption
 from fedrevive_jax.models import Model, convolutions, default_precision
 from fedrevive_jax.profiling import FOLDER as PROFILE
 from fedrevive_jax.profiling import WindowTrace
-from fedrevive_jax.recorder import DivergenceError, Recorder, Result, read_evaluations
+from fedrevive_jax.recorder import Recorder, Result, read_evaluations
 from fedrevive_jax.restore import read_params
 from fedrevive_jax.simulator import Simulation
 
-__all__ = ["DivergenceError", "Result", "is_finished", "run", "settle"]
+__all__ = ["DivergenceError", "RejectLimitError", "Result", "is_finished", "run", "settle"]
 
 
 def run(
@@ -54,6 +55,7 @@ def run(
       ConfigError: the data, or the folder, is not what the configuration needs, or another process
         writes it. Nothing has been trained or written then.
       DivergenceError: training has diverged; the newest checkpoint is intact.
+      RejectLimitError: more uploads than `reject_limit` allows were rejected; likewise.
       RecordError, CheckpointError: the folder cannot be written any more; likewise.
       InterruptedRunError: the run was asked to stop, and has saved.
     """

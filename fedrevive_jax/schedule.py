@@ -16,17 +16,40 @@ The contract:
 * An arrival opens one slot. As soon as `open_slots` slots are open, that many free clients are
   drawn uniformly without replacement and start from the newest version, the one that this arrival
   made included.
+
+Failures, where the configuration asks for them, are drawn by (seed, job) and planned with the rest:
+
+* `lost`: the upload never comes. It takes no place in the buffer; when it would have been due, its
+  client is free and one free client starts in its stead, also in a synchronous cohort.
+* `late`: the upload comes when `LATE` times the job's duration has passed. The client is free when
+  its training ends, as always.
+* `nan`: the upload comes in time and is not finite, so that the server rejects it.
 """
 
 import dataclasses
+import enum
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from fedrevive_jax import delays
-from fedrevive_jax.config import Config
+from fedrevive_jax.config import Config, ConfigError
 from fedrevive_jax.streams import Stream, numpy_generator
+
+LATE = 5.0
+# A plan of more jobs is refused: it takes seconds and gigabytes before anything is trained.
+MOST_JOBS = 1_000_000
+
+
+class Fault(enum.IntEnum):
+    """What goes wrong with a job; names in lower case are those of `--fault_kinds`."""
+
+    NONE = 0
+    LOST = 1
+    LATE = 2
+    NAN = 3
 
 
 @dataclass(frozen=True)
@@ -37,13 +60,15 @@ class Schedule:
       client, visit, base_version: int arrays [jobs], in the order in which jobs were handed out:
         who works, for the how-manieth time, starting from which global version.
       start, train_end, arrival_time: float64 arrays [jobs], simulated time.
-      arrival_of_job: int array [jobs], index of the job's arrival, -1 for the jobs still in flight
-        when the run stops.
+      fault: int8 array [jobs], what goes wrong, see `Fault`.
+      arrival_of_job: int array [jobs], index of the job's arrival, -1 for lost ones and for the
+        jobs still in flight when the run stops.
       job: int array [arrivals], the job that arrives.
       staleness: int array [arrivals], tau.
       version: int array [arrivals], the newest version once the arrival is processed.
-      jobs_started: int array [arrivals], number of jobs handed out once it is processed.
-      initial_jobs: number of jobs handed out at time 0.
+      jobs_started: int array [arrivals], number of jobs handed out before the next one.
+      initial_jobs: number of jobs handed out before the first arrival.
+      lost: uploads that were due by the end and never came.
     """
 
     client: np.ndarray
@@ -52,12 +77,14 @@ class Schedule:
     start: np.ndarray
     train_end: np.ndarray
     arrival_time: np.ndarray
+    fault: np.ndarray
     arrival_of_job: np.ndarray
     job: np.ndarray
     staleness: np.ndarray
     version: np.ndarray
     jobs_started: np.ndarray
     initial_jobs: int
+    lost: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -79,19 +106,27 @@ class Schedule:
         """Simulated time of every arrival, float64 [arrivals]."""
         return self.arrival_time[self.job]
 
+    @property
+    def faults(self) -> dict[str, int]:
+        """Failures until the end of the run by kind, the kinds of `--fault_kinds`."""
+        arrived = self.fault[self.job]
+        late, nan = (int((arrived == kind).sum()) for kind in (Fault.LATE, Fault.NAN))
+        return {"lost": self.lost, "late": late, "nan": nan}
+
     def live_versions_max(self) -> int:
         """The most versions whose parameters must be kept at one moment.
 
         Version v is live from its creation until the last job that started from it has arrived,
         and at least until v+1 replaces it as the newest. While an arrival is processed, the version
-        it makes and the one its job started from are both live.
+        it makes and the one its job started from are both live. A job that will be lost keeps none.
         """
         versions = self.num_versions + 1
         end = self.num_arrivals
         created = np.concatenate([[-1], np.searchsorted(self.version, np.arange(1, versions))])
         last = np.append(created[1:] - 1, end)
         arrivals = np.where(self.arrival_of_job < 0, end, self.arrival_of_job)
-        np.maximum.at(last, self.base_version, arrivals)
+        kept = self.fault != Fault.LOST
+        np.maximum.at(last, self.base_version[kept], arrivals[kept])
         change = np.zeros(end + 3, np.int64)
         np.add.at(change, created + 1, 1)
         np.add.at(change, last + 2, -1)
@@ -103,15 +138,16 @@ class _UniformBlocks:
 
     SIZE = 1 << 14
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, stream: Stream):
         self._seed = seed
+        self._stream = stream
         self._block = -1
         self._values: list[float] = []
 
     def __getitem__(self, position: int) -> float:
         block, offset = divmod(position, self.SIZE)
         if block != self._block:
-            generator = numpy_generator(self._seed, Stream.CLIENT_CHOICE, block)
+            generator = numpy_generator(self._seed, self._stream, block)
             self._values = generator.random(self.SIZE).tolist()
             self._block = block
         return self._values[offset]
@@ -128,6 +164,8 @@ def from_config(config: Config) -> Schedule:
         max_time=config.max_time,
         max_versions=config.max_versions,
         seed=config.seed,
+        fault_rate=config.fault_rate,
+        fault_kinds=[Fault[kind.upper()] for kind in config.fault_kinds.split(",")],
     )
 
 
@@ -141,6 +179,8 @@ def simulate(
     max_time: float,
     max_versions: int,
     seed: int,
+    fault_rate: float = 0.0,
+    fault_kinds: Sequence[Fault] = (),
 ) -> Schedule:
     """Runs the virtual clock until `max_time` or until `max_versions` versions are made.
 
@@ -152,28 +192,44 @@ def simulate(
       open_slots: open slots at which new jobs are handed out; 1 is asynchronous, K synchronous.
       max_time: arrivals after this simulated time are not processed.
       max_versions: the arrival that makes this version is the last one.
-      seed: seed of the choice of clients.
+      seed: seed of the choice of clients and of failures.
+      fault_rate: probability that a job fails.
+      fault_kinds: how, each kind as likely.
 
     Returns:
       The schedule; all its draws are addressed by (seed, what, who), see `streams`.
+
+    Raises:
+      ConfigError: it would hold more than `MOST_JOBS` jobs.
     """
     if not 1 <= open_slots <= concurrency <= num_clients or buffer_size < 1:
         raise ValueError("need 1 <= open_slots <= concurrency <= num_clients and buffer_size >= 1")
     # Plain Python lists and floats: element access in NumPy arrays would dominate the loop.
     train_offsets: list[list[float]] = []  # by visit: download + train of every client
     upload_times: list[list[float]] = []
-    choice = _UniformBlocks(seed)
+    choice = _UniformBlocks(seed, Stream.CLIENT_CHOICE)
+    failure = _UniformBlocks(seed, Stream.FAULT)
     free = list(range(num_clients))
     visits = [0] * num_clients
     training: list[tuple[float, int]] = []  # (end of training, job)
     uploading: list[tuple[float, int]] = []  # (arrival, job)
     client, visit, base_version, start, train_end, arrival_time = [], [], [], [], [], []
-    job, staleness, version, jobs_started = [], [], [], []
-    newest = buffered = open_now = 0
+    fault, job, staleness, version, jobs_started = [], [], [], [], []
+    newest = buffered = open_now = lost = 0
+
+    def fault_of(number: int) -> Fault:
+        # Whether a job fails and how, from one uniform number.
+        share = failure[number] / fault_rate if fault_rate else 1.0
+        return fault_kinds[int(share * len(fault_kinds))] if share < 1 else Fault.NONE
 
     def hand_out(count: int, now: float) -> None:
         for _ in range(count):
             number = len(client)
+            if number == MOST_JOBS:
+                raise ConfigError(
+                    f"--max_time={max_time}: plans more than {MOST_JOBS} jobs; must be smaller, or "
+                    f"--max_versions={max_versions} must be"
+                )
             place = int(choice[number] * len(free))
             who = free[place]
             last = free.pop()
@@ -187,6 +243,10 @@ def simulate(
                 upload_times.append(drawn.upload.tolist())
             trained = now + train_offsets[turn][who]
             arrives = trained + upload_times[turn][who]
+            wrong = fault_of(number)
+            if wrong is Fault.LATE:
+                arrives = now + LATE * (arrives - now)
+            fault.append(wrong)
             client.append(who)
             visit.append(turn)
             base_version.append(newest)
@@ -197,10 +257,19 @@ def simulate(
             heapq.heappush(uploading, (arrives, number))
 
     hand_out(concurrency, 0.0)
+    initial_jobs = concurrency
     while newest < max_versions and uploading[0][0] <= max_time:
         now, number = heapq.heappop(uploading)
         while training and training[0][0] <= now:
             free.append(client[heapq.heappop(training)[1]])
+        if fault[number] is Fault.LOST:
+            lost += 1
+            hand_out(1, now)
+            if job:
+                jobs_started[-1] = len(client)
+            else:
+                initial_jobs = len(client)
+            continue
         job.append(number)
         staleness.append(newest - base_version[number])
         buffered += 1
@@ -223,12 +292,14 @@ def simulate(
         start=np.asarray(start, np.float64),
         train_end=np.asarray(train_end, np.float64),
         arrival_time=np.asarray(arrival_time, np.float64),
+        fault=np.asarray(fault, np.int8),
         arrival_of_job=arrival_of_job,
         job=np.asarray(job, np.int64),
         staleness=np.asarray(staleness, np.int64),
         version=np.asarray(version, np.int64),
         jobs_started=np.asarray(jobs_started, np.int64),
-        initial_jobs=concurrency,
+        initial_jobs=initial_jobs,
+        lost=lost,
     )
 
 
@@ -248,12 +319,15 @@ class Window:
 def in_flight(schedule: Schedule, position: int) -> np.ndarray:
     """Which jobs are handed out and have not arrived once `position` arrivals are processed.
 
+    Those that will be lost do not count: they are given up when they are handed out.
+
     Returns:
       bool array [jobs].
     """
     handed_out = schedule.jobs_started[position - 1] if position else schedule.initial_jobs
     arrived = (schedule.arrival_of_job >= 0) & (schedule.arrival_of_job < position)
-    return (np.arange(len(schedule.client)) < handed_out) & ~arrived
+    waited_for = ~arrived & (schedule.fault != Fault.LOST)
+    return (np.arange(len(schedule.client)) < handed_out) & waited_for
 
 
 def restart_in_flight(schedule: Schedule, position: int, version: int) -> Schedule:

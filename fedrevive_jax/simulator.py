@@ -13,6 +13,7 @@ import numpy as np
 
 from fedrevive_jax import client_cache, data, devices, memory, methods, models, schedule, trees
 from fedrevive_jax import feed as feeds
+from fedrevive_jax.admission import Rejection
 from fedrevive_jax.config import Config, ConfigError
 from fedrevive_jax.data import seed_text
 from fedrevive_jax.derived import Derived
@@ -128,7 +129,17 @@ class Simulation:
         self._shelf, self.client_batch = self._use_of_memory(method, params, waiting)
         beside = waiting if self._shelf.name == "device" else 0
         cache = client_cache.create(config, entry, self.mesh, beside)
-        self.server = Server(method, params, taps, config.seed, self.mesh, self._shelf, cache)
+        self.server = Server(
+            method,
+            params,
+            taps,
+            config.seed,
+            self.mesh,
+            self._shelf,
+            cache,
+            num_clients=config.num_clients,
+            max_update_norm=config.max_update_norm,
+        )
         self._train = make_window_trainer(
             self.model,
             feed.training,
@@ -185,6 +196,8 @@ class Simulation:
         index = self.position
         job = int(self.schedule.job[index])
         upload = self._shelf.fetch(self._uploads.pop(job))
+        if self.schedule.fault[job] == schedule.Fault.NAN:
+            upload = _broken(upload)
         timed = index % TIMED_EVERY == TIMED_EVERY - 1  # not the first step, which compiles
         if timed:
             jax.block_until_ready((upload, self.server.params, self.server.method_state))
@@ -193,6 +206,8 @@ class Simulation:
         if timed:
             jax.block_until_ready((self.server.params, self.server.method_state))
             self.step_seconds.append(time.perf_counter() - began)
+        if isinstance(receipt, Rejection):
+            raise ValueError(f"{receipt.reason}: {receipt.detail}")  # of the simulation's own
         self._hand_out(int(self.schedule.jobs_started[index]))
         self.position = index + 1
         return receipt
@@ -213,6 +228,7 @@ class Simulation:
             plan.time,
             plan.client,
             plan.base_version,
+            plan.fault,
             self._shards.indices,
             self.dataset.labels,
             self.dataset.samples,
@@ -295,9 +311,15 @@ class Simulation:
         self._first_of_window = {window.first_arrival: window for window in self.windows}
 
     def _hand_out(self, up_to: int) -> None:
-        """Dispatches planned jobs until `up_to` are handed out."""
-        for client in self.schedule.client[self.server.next_job : up_to]:
-            self.server.dispatch(int(client))
+        """Dispatches planned jobs until `up_to` are handed out.
+
+        Those whose uploads will be lost are given up at once: nothing needs their versions.
+        """
+        plan = self.schedule
+        for job in range(self.server.next_job, int(up_to)):
+            self.server.dispatch(int(plan.client[job]))
+            if plan.fault[job] == schedule.Fault.LOST:
+                self.server.give_up(job)
 
     def _use_of_memory(self, method: Method, params: Params, waiting: int) -> tuple[Shelf, int]:
         """Where versions and uploads, `waiting` bytes, wait; how many jobs are trained at once."""
@@ -358,6 +380,14 @@ class Simulation:
             )
             trained.update(zip(together.tolist(), uploads, strict=False))
         return trained
+
+
+@jax.jit
+def _broken(upload: Upload) -> Upload:
+    """An upload whose parameters are not numbers, as a failed client may send it."""
+    return upload._replace(
+        params=jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), upload.params)
+    )
 
 
 def _check_fit(config: Config, model: Model, dataset: data.Dataset) -> None:

@@ -23,6 +23,7 @@ class Stream(enum.IntEnum):
     GENERATOR_INIT = 8
     AUGMENTATION = 9
     SERVER = 10
+    FAULT = 11
 
 
 def numpy_generator(seed: int, stream: Stream, *ids: int) -> np.random.Generator:

@@ -3,13 +3,19 @@
 The twins are those of the benchmark.
 """
 
+import json
+
 import jax
 import numpy as np
 import pytest
 
 from fedrevive_jax import models
+from fedrevive_jax.dfkd import distillation, loss_guard
+from tests.test_benchmark import TINY
+from tests.test_cli import call, flags
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[parity]'")
+from fedrevive_jax.benchmark import stages, torch_peer  # noqa: E402
 from fedrevive_jax.benchmark.torch_networks import (  # noqa: E402
     TorchConvNet,
     TorchDigitsNet,
@@ -64,3 +70,46 @@ def test_start_has_the_law_of_pytorch():
             # The largest of n uniform draws is within 5 / n of the bound, relatively.
             tolerance = 10 / ours.size
             assert np.abs(ours).max() == pytest.approx(np.abs(theirs).max(), rel=tolerance)
+
+
+def test_the_peer_of_the_benchmark_does_the_same_work():
+    """Distillation with the same weights and samples: the same Delta^KD.
+
+    Adam turns rounding noise into steps of the size of its rate where a gradient is almost zero, so
+    a few entries may differ.
+    """
+    config, dataset = stages.workload("digits", distillation_steps=2, concurrency=3, num_clients=6)
+    model = models.from_config(config, dataset.input_shape, dataset.num_classes)
+    student, *teachers = (model.init(jax.random.key(i)) for i in range(1 + config.num_teachers))
+    shape = (config.distillation_steps, config.num_teachers, config.distillation_batch)
+    images = np.random.default_rng(0).random((*shape, *dataset.input_shape), np.float32)
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *teachers)
+    targets = distillation.teacher_logits(model, stacked, images)
+    ours = distillation.distil(
+        model, student, images, targets, np.ones(config.num_teachers, bool), loss_guard.init(),
+        learning_rate=config.distillation_lr, weight_decay=config.distillation_weight_decay,
+        temperature=1.0,
+    )  # fmt: skip
+
+    peer = torch_peer.Peer(config, dataset)
+    peer.load(student, teachers)
+    batches = [[torch.from_numpy(x.transpose(0, 3, 1, 2)) for x in step] for step in images]
+    wanted = peer.judge(batches)
+    np.testing.assert_allclose(
+        np.stack([[logits.numpy() for logits in step] for step in wanted]), targets, atol=1e-5
+    )
+    delta = peer.distil(batches, wanted)
+    kernel = np.asarray(ours.delta["conv2"]["kernel"]).transpose(3, 2, 0, 1)
+    difference = np.abs(delta["convs.1.weight"].numpy() - kernel)
+    assert np.median(np.abs(kernel)) > 0.5 * config.distillation_lr
+    assert np.quantile(difference, 0.98) < 0.01 * config.distillation_lr
+
+
+def test_the_benchmark_beside_pytorch(tmp_path):
+    result = call(*flags(**TINY, peer="torch", json=tmp_path / "out.json"), program="benchmark")
+    assert result.returncode == 0, result.stderr
+    told = json.loads((tmp_path / "out.json").read_text())
+    assert told["arrival_ratio"] == pytest.approx(
+        told["peer_arrival_milliseconds"] / told["arrival_milliseconds"]
+    )
+    assert all(own["ratio"] > 0 for own in told["stages"].values())

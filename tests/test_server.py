@@ -1,14 +1,12 @@
 """The server core on its own, as a live federation would drive it."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import pytest
 
 from fedrevive_jax.methods import method as interface
 from fedrevive_jax.presets import resolve
-from fedrevive_jax.server import Server, UnknownJobError
+from fedrevive_jax.server import Server
 from fedrevive_jax.version_store import VersionNotFoundError
 from tests.toys import scalar_upload
 
@@ -18,7 +16,7 @@ def make(buffer_size=1, server_lr=0.5):
     method = interface.compose(
         interface.as_it_is(), buffer_size, interface.server_optimizer(config)
     )
-    return Server(method, {"w": jnp.asarray(1.0)}, scalar_upload(0.0).taps, seed=0)
+    return Server(method, {"w": jnp.asarray(1.0)}, scalar_upload(0.0).taps, seed=0, num_clients=100)
 
 
 def test_dispatch_submit_and_versions():
@@ -47,40 +45,6 @@ def test_a_buffer_makes_a_version_every_b_arrivals():
         ticket = server.dispatch(i)
         made.append(server.submit(ticket.job, scalar_upload(2.0)).new_version)
     assert made == [0, 0, 1, 1, 1, 2, 2]
-
-
-def test_a_job_counts_once():
-    server = make()
-    ticket = server.dispatch(0)
-    server.submit(ticket.job, scalar_upload(2.0))
-    with pytest.raises(UnknownJobError, match="job 0 is not in flight"):
-        server.submit(ticket.job, scalar_upload(2.0))
-    with pytest.raises(UnknownJobError):
-        server.submit(99, scalar_upload(2.0))
-    assert server.version == 1
-
-
-def test_an_upload_of_another_shape_is_refused_before_it_counts():
-    server = make()
-    ticket = server.dispatch(0)
-    good = scalar_upload(2.0)
-    for wrong in (
-        good._replace(params={"w": jnp.zeros(2)}),
-        good._replace(params={"v": jnp.zeros(())}),
-        good._replace(params={"w": jnp.zeros((), jnp.int32)}),
-        good._replace(taps=((jnp.zeros(2), jnp.ones(2)),)),
-    ):
-        with pytest.raises(ValueError, match="job 0 is not shaped like the model"):
-            server.submit(ticket.job, wrong)
-    assert server.submit(ticket.job, scalar_upload(2.0)).new_version == 1
-
-
-def test_an_upload_that_is_not_finite_moves_nothing():
-    server = make()
-    ticket = server.dispatch(0)
-    receipt = server.submit(ticket.job, scalar_upload(math.nan))
-    assert not bool(receipt.accepted)
-    assert float(server.params["w"]) == 1.0
 
 
 def test_one_compilation_for_all_steps():

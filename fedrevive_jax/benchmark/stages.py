@@ -17,6 +17,7 @@ from fedrevive_jax.config import Config
 from fedrevive_jax.data.dataset import official_splits
 from fedrevive_jax.dfkd import distillation, loss_guard, reviver, synthesis
 from fedrevive_jax.local_training import initial_taps
+from fedrevive_jax.models import Model
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.runner import settle
 from fedrevive_jax.simulator import Simulation
@@ -125,6 +126,12 @@ def workload(name: str, **changes: Any) -> tuple[Config, data.Dataset]:
     return config, dataset
 
 
+def model_that_counts(config: Config, input_shape: tuple[int, ...], num_classes: int) -> Model:
+    """The model in the form in which its FLOPs are counted, whatever way it is computed."""
+    plain = dataclasses.replace(config, convolution="lax")
+    return models.from_config(plain, input_shape, num_classes)
+
+
 def _population() -> dict[str, int]:
     # Jobs in flight: on an accelerator enough to fill a usual window.
     concurrency = 8 if jax.default_backend() == "cpu" else 100
@@ -229,10 +236,8 @@ def _time_schedule(config: Config) -> tuple[float, int]:
 
 def _stages(simulation: Simulation, whole: _Arrivals, repeats: int) -> dict[str, Stage]:
     config, model = simulation.config, simulation.model
-    # Counting is the same whatever way a convolution is computed; lax's form is counted.
-    plain = dataclasses.replace(config, convolution="lax")
     forward = planning.forward_flops(
-        models.from_config(plain, model.input_shape, model.num_classes)
+        model_that_counts(config, model.input_shape, model.num_classes)
     )
     arithmetic = planning.flops_of_an_arrival(config, forward)
     params = simulation.server.params

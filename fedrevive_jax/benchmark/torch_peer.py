@@ -54,6 +54,13 @@ class Peer:
             self._teachers.append((net, self._statistics(taps), mix))
         self._pool = self._make_pool()
 
+    def load(self, student, teachers) -> None:
+        """Takes over parameters of ours, of a model of images."""
+        self._net.load(student)
+        self._global = copy.deepcopy(self._net.state_dict())
+        for (net, *_), params in zip(self._teachers, teachers, strict=True):
+            net.load(params)
+
     # --- the stages -------------------------------------------------------------------------------
 
     def train_job(self) -> dict[str, torch.Tensor]:

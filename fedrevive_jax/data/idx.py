@@ -1,6 +1,7 @@
 """Reader of IDX files, the format of the MNIST family, plain or gzipped."""
 
 import gzip
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -34,7 +35,7 @@ def read_idx(folder: str, name: str, dimensions: int) -> np.ndarray:
             "dimensions"
         )
     shape = struct.unpack(f">{dimensions}I", raw[4:header])
-    expected = header + int(np.prod(shape, dtype=np.int64))
+    expected = header + math.prod(shape)  # in whole numbers that do not wrap round
     if len(raw) != expected:
         raise ConfigError(
             f"--data_dir={folder}: {path.name} holds {len(raw)} bytes, its header says {expected}"

@@ -56,8 +56,11 @@ def decode(raw: bytes, where: str) -> str:
 def _row(line: bytes, where: str) -> Row:
     try:
         row = json.loads(decode(line, where))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: is not JSON ({error})") from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # of long numbers, of deep nesting
+        raise ConfigError(f"{where}: is not JSON ({one_line(error)})") from None
     if not isinstance(row, dict) or row.get("label") in (None, ""):
         raise ConfigError(f"{where}: must hold a 'label' that is not empty")
     return Row(where, row["label"], check_text(row.get("text"), where))

@@ -5,6 +5,7 @@ fetched in blocks: twice as fast, and a damaged image is told by the name of its
 """
 
 import io
+import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from fedrevive_jax.data.dataset import Dataset, DatasetSpec, Preprocessing, offi
 from fedrevive_jax.data.errors import one_line
 
 _BLOCK = 1000  # records fetched in one call
+_FEATURES = "tensorflow_datasets.core.features."
 
 
 class Labelled(NamedTuple):
@@ -90,7 +92,14 @@ def find(name: str, data_dir: str) -> Prepared:
     import tensorflow_datasets as tfds
 
     try:
+        for name in _feature_classes(json.loads((folder / "features.json").read_bytes())):
+            if not name.startswith(_FEATURES):
+                raise ConfigError(
+                    f"{folder}/features.json: names {name!r}; must be of {_FEATURES}*{again}"
+                )
         builder = tfds.builder_from_directory(folder)
+    except ConfigError:
+        raise
     except Exception as error:  # whatever TFDS's readers of JSON and of features meet
         raise ConfigError(
             f"{folder}: dataset_info.json or features.json is damaged ({one_line(error)}){again}"
@@ -99,6 +108,15 @@ def find(name: str, data_dir: str) -> Prepared:
     if file_format != "array_record":
         raise ConfigError(f"{folder}: holds {file_format} files, must be array_record{again}")
     return Prepared(folder, builder, again)
+
+
+def _feature_classes(node: Any) -> Iterator[str]:
+    """The classes that a features.json names. TFDS imports their modules, whichever they are."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        if key in ("type", "pythonClassName", "python_class_name") and isinstance(value, str):
+            yield value
+        elif isinstance(value, dict | list):
+            yield from _feature_classes(value)
 
 
 def version_folders(name: str, data_dir: str) -> list[Path]:
@@ -227,7 +245,7 @@ def _decode(encoded: bytes, path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
     try:
         pixels = np.asarray(Image.open(io.BytesIO(encoded), formats=("PNG", "JPEG")))
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # Pillow's readers pass all kinds on
         raise ConfigError(f"{path}: an image cannot be decoded ({one_line(error)})") from None
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     if pixels.shape != shape or pixels.dtype != np.uint8:

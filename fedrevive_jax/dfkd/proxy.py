@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fedrevive_jax import trees
 from fedrevive_jax.models import Model
 from fedrevive_jax.models.model import Params, gaussian_inputs
 
@@ -16,7 +17,7 @@ class Proxies(NamedTuple):
 
     Attributes:
       total: float32 [N, classes], sum of the probes of a client so far.
-      probes: int32 [N], uploads probed so far, at most 2.
+      probes: int32 [N], uploads probed so far, at most 2; those that broke the model not counted.
     """
 
     total: jax.Array
@@ -50,12 +51,14 @@ def observe(
     temperature: float,
     frozen: Any = (),
 ) -> Proxies:
-    """Probes an uploaded model if it is one of its client's first two uploads."""
+    """Probes an uploaded model if it is one of its client's first two with a finite answer."""
 
     def update(proxies):
         inputs = gaussian_inputs(model, key, samples, frozen)
         estimate = probe(model, params, inputs, temperature)
-        return Proxies(proxies.total.at[client].add(estimate), proxies.probes.at[client].add(1))
+        added = Proxies(proxies.total.at[client].add(estimate), proxies.probes.at[client].add(1))
+        # A model that overflows tells nothing of its client; its next upload is probed instead.
+        return trees.select(trees.all_finite(estimate), added, proxies)
 
     return jax.lax.cond(proxies.probes[client] < UPLOADS, update, lambda p: p, proxies)
 

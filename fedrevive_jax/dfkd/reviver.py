@@ -49,7 +49,9 @@ class Revival(NamedTuple):
     Attributes:
       delta: Delta^KD, zero where nothing was distilled.
       distilled: bool [], whether `delta` may be blended in.
-      metrics: float32 [] by name; NaN where a part did not run.
+      metrics: float32 [] by name; NaN where a part did not run. `synthesis_skipped` and
+        `distillation_skipped` are 1 where a part ran in vain, because it was not finite: then
+        generator and pool, or the update, are as if it had not run.
     """
 
     delta: Params
@@ -69,7 +71,7 @@ class Reviver(NamedTuple):
     revive: Callable[..., tuple[ReviverState, Revival]]
 
 
-SYNTHESIS_METRICS = ("feature", "one_hot", "adversarial", "synthesis")
+SYNTHESIS_METRICS = ("feature", "one_hot", "adversarial", "synthesis", "synthesis_skipped")
 
 
 def create(
@@ -144,10 +146,11 @@ def create(
         state = state._replace(
             generator=result.generator,
             guard=result.guard,
-            pool=trees.select(trees.all_finite(result.samples), grown, state.pool),
+            pool=trees.select(result.sound, grown, state.pool),
             synthesised_version=arrival.version,
         )
-        return state, tuple(jnp.asarray(term, jnp.float32) for term in result.terms)
+        values = (*result.terms, ~result.sound)
+        return state, tuple(jnp.asarray(value, jnp.float32) for value in values)
 
     def distil(state: ReviverState, proxies, present, params, key):
         steps, batch = config.distillation_steps, config.distillation_batch
@@ -176,9 +179,9 @@ def create(
         )
         good = trees.all_finite(result.delta) & (result.counted > 0)
         zero = jax.tree.map(jnp.zeros_like, params)
-        loss = result.losses.mean().astype(jnp.float32)
+        loss, skipped = (jnp.asarray(v, jnp.float32) for v in (result.losses.mean(), ~good))
         delta = trees.select(good, result.delta, zero)
-        return state._replace(guard=result.guard), delta, good, loss
+        return state._replace(guard=result.guard), delta, good, (loss, skipped)
 
     def revive(state: ReviverState, params, upload: Upload, arrival: Arrival, beta, key):
         probe_key, synthesis_key, distillation_key = jax.random.split(key, 3)
@@ -215,13 +218,14 @@ def create(
             )
 
         warm = (arrival.version > config.warmup_versions) | (synthesiser is None)
-        state, delta, distilled, loss = jax.lax.cond(
+        state, delta, distilled, (loss, skipped) = jax.lax.cond(
             warm & (beta > 0) & (state.pool.added > 0),
             lambda s: distil(s, proxies, present, params, distillation_key),
-            lambda s: (s, jax.tree.map(jnp.zeros_like, params), jnp.asarray(False), nan),
+            lambda s: (s, jax.tree.map(jnp.zeros_like, params), jnp.asarray(False), (nan, nan)),
             state,
         )
         metrics = dict(zip(SYNTHESIS_METRICS, terms, strict=True), distillation=loss)
+        metrics["distillation_skipped"] = skipped
         return state, Revival(delta, distilled, metrics)
 
     return Reviver(init, revive)

@@ -95,13 +95,23 @@ class InnerResult(NamedTuple):
 
 
 class SynthesisResult(NamedTuple):
-    """The generator after the meta-step, the samples that were made, and their labels."""
+    """Result of a synthesis.
+
+    Attributes:
+      generator: after the meta-step; as it was where the synthesis is not sound.
+      guard: the loss guard afterwards.
+      samples, labels: what was made, and for which classes.
+      terms: loss terms of the step that made the samples.
+      sound: bool [], whether the samples and the new generator are finite, and any teacher has
+        judged the samples; what was made is of no use otherwise.
+    """
 
     generator: GeneratorState
     guard: LossGuard
     samples: Any
     labels: jax.Array
     terms: Terms
+    sound: jax.Array
 
 
 class Synthesiser(NamedTuple):
@@ -223,7 +233,7 @@ def make_synthesiser(
             gradient_sum = jax.tree.map(jnp.add, gradient_sum, grads.generator)
             # A total that lacks a rejected term is no low total; without any better step the
             # last one is taken.
-            cost = jnp.where(whole, total, jnp.inf)
+            cost = jnp.where(whole & jnp.isfinite(total), total, jnp.inf)
             best = trees.select(cost <= best[0], (cost, number, samples), best)
             return (new, fast_state, latent_state, guard, gradient_sum, best), terms
 
@@ -263,9 +273,14 @@ def make_synthesiser(
             gradient = jax.tree.map(jnp.subtract, state.params, result.variables.generator)
         update, meta_state = meta_adam.update(gradient, state.meta)
         new = GeneratorState(optax.apply_updates(state.params, update), meta_state)
-        # The generator keeps its last good state.
-        new = trees.select(trees.all_finite(gradient), new, state)
         best = jax.tree.map(lambda term: term[result.best_step], result.terms)
-        return SynthesisResult(new, result.guard, result.samples, drawn.targets, best)
+        # A single broken term is the guard's business; without any, nothing was learned.
+        terms = jnp.stack([best.feature, best.one_hot, best.adversarial])
+        active = jnp.stack([True, True, ensemble.adversarial_on])
+        judged = (jnp.isfinite(terms) & active).any() & (ensemble.proxies.sum() > 0)
+        sound = judged & trees.all_finite((new, result.samples))
+        # The generator keeps its last good state.
+        new = trees.select(sound, new, state)
+        return SynthesisResult(new, result.guard, result.samples, drawn.targets, best, sound)
 
     return Synthesiser(init, draw, objective, inner, synthesise)

@@ -34,7 +34,7 @@ def read_shape(folder: str) -> T5Shape:
         sizes = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"--t5_weights={folder}: holds no {SIZES}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         message = one_line(error)
         raise ConfigError(f"--t5_weights={folder}: {SIZES} cannot be read ({message})") from None
     if not isinstance(sizes, dict):

@@ -139,6 +139,17 @@ def _folder_files(folder: Path) -> Iterator[tuple[str, bytes]]:
             yield path.relative_to(folder).as_posix(), path.read_bytes()
 
 
+def _check_member(archive: Path, member: tarfile.TarInfo) -> None:
+    """Nothing is unpacked to disk; still, an archive that tries to get out of it is no data."""
+    path = PurePosixPath(member.name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ConfigError(f"{archive}: {member.name!r} points outside the archive; must not")
+    if not member.isfile() and not member.isdir():
+        raise ConfigError(
+            f"{archive}: {member.name!r} is a link or a device; must be a file or a folder"
+        )
+
+
 def _archive_files(archive: Path) -> Iterator[tuple[str, bytes]]:
     try:
         # Unpacked as a whole (35 MB), which checks length and checksum; tarfile by itself does not
@@ -146,6 +157,7 @@ def _archive_files(archive: Path) -> Iterator[tuple[str, bytes]]:
         unpacked = io.BytesIO(gzip.decompress(archive.read_bytes()))
         with tarfile.open(fileobj=unpacked) as opened:
             for member in opened:
+                _check_member(archive, member)
                 if member.isfile():
                     yield member.name, opened.extractfile(member).read()
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:

@@ -1,0 +1,81 @@
+"""Whether a run still makes sense, judged from the rows of its record alone.
+
+A run that is continued reads its rows again and comes to the same judgement.
+"""
+
+import math
+from collections import Counter, deque
+from typing import Any
+
+from fedrevive_jax.config import UserError
+
+# Losses in a row that are not finite before a run counts as diverged.
+DIVERGED_AFTER = 10
+# The uploads among which `--reject_limit` counts.
+RECENT = 100
+
+
+class DivergenceError(UserError):
+    """Training has diverged."""
+
+
+class RejectLimitError(UserError):
+    """Too many uploads were rejected."""
+
+
+class Health:
+    """Watches losses and rejections.
+
+    Attributes:
+      trouble: why the run has to stop; None as long as all is well.
+      skipped: syntheses and distillations that were due and skipped because they were not finite.
+    """
+
+    def __init__(self, reject_limit: float):
+        self._reject_limit = reject_limit
+        self._broken: Counter[str] = Counter()
+        self._recent: deque[bool] = deque(maxlen=RECENT)
+        self._reasons: Counter[str] = Counter()
+        self.trouble: UserError | None = None
+        self.skipped = {"synthesis": 0, "distillation": 0}
+
+    def arrival(self, row: dict[str, Any]) -> None:
+        """Takes note of a row of arrivals.jsonl, in memory or as it was read."""
+        self._loss("training", row)
+        self._recent.append(row["rejected"] is not None)
+        if row["rejected"] is not None:
+            self._reasons[row["rejected"]] += 1
+        bad = sum(self._recent)
+        if len(self._recent) == RECENT and bad > self._reject_limit * RECENT:
+            reasons = ", ".join(f"{count} {name}" for name, count in self._reasons.items())
+            self._stop(
+                RejectLimitError(
+                    f"--reject_limit={self._reject_limit:g}: {bad} of the last {RECENT} uploads up "
+                    f"to version {row['version']} were rejected (in the whole run {reasons}); at "
+                    f"most {self._reject_limit * RECENT:g} may be"
+                )
+            )
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        """Takes note of a row of metrics.jsonl, in memory or as it was read."""
+        if row["kind"] == "evaluation":
+            self._loss("evaluation", row)
+        for part in self.skipped:
+            self.skipped[part] += row.get(f"{part}_skipped") == 1
+
+    def _loss(self, kind: str, row: dict[str, Any]) -> None:
+        self._broken[kind] = 0 if _is_finite(row["loss"]) else self._broken[kind] + 1
+        if self._broken[kind] == DIVERGED_AFTER:
+            self._stop(
+                DivergenceError(
+                    f"training has diverged: the last {DIVERGED_AFTER} {kind} losses up to version "
+                    f"{row['version']} are not finite; try a smaller --client_lr or --server_lr"
+                )
+            )
+
+    def _stop(self, trouble: UserError) -> None:
+        self.trouble = self.trouble or trouble
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)

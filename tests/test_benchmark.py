@@ -1,0 +1,123 @@
+"""The benchmark: its arithmetic by hand, and a whole tiny one as a user runs it."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from fedrevive_jax.benchmark import convolution_table, measuring, stages
+from fedrevive_jax.benchmark.measuring import Timing
+from fedrevive_jax.models import convolutions
+from fedrevive_jax.planning import forward_flops
+from tests.test_cli import call, flags
+
+TINY = {
+    "model": "digits", "model_width": 4, "local_iterations": 2, "batch_size": 8, "concurrency": 3,
+    "num_clients": 6, "num_teachers": 2, "latent_size": 6, "generator_features": 4,
+    "synthesis_batch": 8, "synthesis_steps": 2, "pool_size": 32, "distillation_steps": 2,
+    "distillation_batch": 4, "proxy_samples": 8, "generation_interval": 2, "repeats": 2,
+    "arrivals": 3,
+}  # fmt: skip
+
+
+def test_median_and_spread():
+    assert Timing.of([5.0, 1.0, 3.0, 2.0, 4.0]) == (3.0, 1.0)  # quartiles 2 and 4
+    assert Timing.of([7.0]) == (7.0, 0.0)
+
+
+def test_time_calls_leaves_the_first_call_out():
+    calls = []
+    timing = measuring.time_calls(lambda: calls.append(0) or jnp.zeros(()), 3)
+    assert len(calls) == 4
+    assert timing.median > 0
+
+
+def test_compilations_are_counted():
+    program = jax.jit(lambda x: jnp.sin(x) * 3 + 1)
+    argument = jnp.ones(7)
+    with measuring.compilations() as first:
+        program(argument)
+    with measuring.compilations() as second:
+        program(argument)
+    assert (first.count, second.count) == (1, 0)
+    assert first.seconds > 0
+
+
+def test_live_bytes_sees_an_array():
+    before = measuring.live_bytes()
+    array = jnp.zeros((1000, 25), jnp.float32) + 1
+    assert measuring.live_bytes() - before == 100_000
+    del array
+
+
+def test_a_workload_is_the_presets_with_random_data():
+    config, dataset = stages.workload("convnet")
+    assert (config.dataset, config.model, config.model_width) == ("femnist", "convnet", 64)
+    assert (config.local_iterations, config.num_teachers, config.distillation_steps) == (25, 8, 10)
+    assert dataset.samples.std() > 70  # of bytes; zeros would be faster than data
+    assert dataset.num_classes == len(set(dataset.labels.tolist())) == 62
+    cifar, images = stages.workload("resnet18")
+    assert (images.preprocessing.crop_padding, images.preprocessing.flip) == (4, True)
+    assert cifar.local_iterations == 25
+
+
+def test_a_whole_benchmark(tmp_path):
+    result = call(*flags(**TINY, json=tmp_path / "out.json"), program="benchmark")
+    assert result.returncode == 0, result.stderr
+    told = json.loads((tmp_path / "out.json").read_text())
+    assert "| **whole arrival** |" in result.stdout
+    assert told["recompilations"] == 0
+    assert told["compilations"] > 0
+    assert told["live_versions"] <= 3 + 1
+    assert told["live_over_planned"] == pytest.approx(1, abs=0.15)
+    assert not [name for name in told if name.endswith("ratio") and name != "window_ratio"]
+
+    config, dataset = stages.workload(
+        "digits", **{n: v for n, v in TINY.items() if n not in ("model", "repeats", "arrivals")}
+    )
+    model = stages.model_that_counts(config, dataset.input_shape, dataset.num_classes)
+    forward = forward_flops(model)
+    gflop = {name: own.get("gflop") for name, own in told["stages"].items()}
+    samples = 2 * 4 * 2  # steps, batch, teachers
+    assert gflop == {
+        "client training": pytest.approx(3 * forward * 2 * 8 / 1e9),
+        "teacher forward": pytest.approx(forward * samples / 1e9),
+        "student distillation": pytest.approx(3 * forward * samples / 1e9),
+        "synthesis": pytest.approx(2 * forward * 8 * 2 * (2 + 1) / 1e9),
+        "server step": None,
+    }
+    parts = told["stages"]
+    assert told["arrival_milliseconds"] == pytest.approx(
+        parts["client training"]["milliseconds"]
+        + parts["server step"]["milliseconds"]
+        + parts["synthesis"]["milliseconds"] / 2
+    )
+
+
+def test_the_ways_of_convolution_are_measured():
+    config, dataset = stages.workload("digits", model_width=4, distillation_steps=1, batch_size=2)
+    rows = convolution_table.measure(config, dataset, 1, lambda line: None)
+    assert [row["convolution"] for row in rows] == list(convolutions.WAYS)
+    assert all(value > 0 for row in rows for value in list(row.values())[1:])
+    assert convolution_table.table(rows).count("\n") == 2 + len(rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model=vgg"], "--model=vgg: must be one of resnet18, convnet, digits, t5"),
+        (["--dataset=digits"], "--dataset=digits: is fixed here"),
+        (["--peer=tensorflow"], "--peer=tensorflow: must be torch"),
+        (["--repeats=0"], "--repeats=0: must be at least 1"),
+        (["--peak_tflops=-1"], "--peak_tflops=-1.0: must be above 0"),
+        (["--model=t5", "--convolutions"], "--convolutions: t5 has none"),
+        (["--compilation_cache_dir="], "--compilation_cache_dir=: must be a folder, or off"),
+        (["--compilation_cache_dir=/proc/none"], "--compilation_cache_dir=/proc/none: cannot be"),
+    ],
+)
+def test_bad_input_of_benchmark(tmp_path, arguments, message):
+    result = call(*arguments, program="benchmark", cwd=tmp_path)
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert message in result.stderr
