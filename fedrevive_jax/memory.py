@@ -17,7 +17,7 @@ USABLE = 0.85
 # moments of Adam, and the upload.
 COPIES = 6
 # More jobs in one call have not been measured to be faster.
-MOST_JOBS = 32
+JOBS_IN_A_CALL = 32
 
 
 class Shelf(NamedTuple):
@@ -114,4 +114,4 @@ def default_client_batch(model: Model, config: Config, job: int, used: int) -> i
     if jax.default_backend() == "cpu":
         return per_call(2, config.batch_size, model.input_shape)
     free = (device_bytes() or 0) - used
-    return min(max(free // max(job, 1), 1), MOST_JOBS)
+    return min(max(free // max(job, 1), 1), JOBS_IN_A_CALL)

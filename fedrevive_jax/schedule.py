@@ -40,7 +40,7 @@ from fedrevive_jax.streams import Stream, numpy_generator
 
 LATE = 5.0
 # A plan of more jobs is refused: it takes seconds and gigabytes before anything is trained.
-MOST_JOBS = 1_000_000
+MOST_JOBS = 3_000_000
 
 
 class Fault(enum.IntEnum):

@@ -33,7 +33,11 @@ def flags(**values):
 
 def test_run_then_evaluate_then_run_again(tmp_path):
     arguments = flags(**{**SMALL, "method": "fedbuff", "max_time": 3, "workdir": tmp_path / "run"})
-    first = call(*arguments)
+    cache = f"--compilation_cache_dir={tmp_path / 'programs'}"
+    first = call(*arguments, "--profile", cache)
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    programs = sorted(path.name for path in (tmp_path / "programs").rglob("*-cache"))
+    assert programs
     assert first.returncode == 0, first.stderr
     assert first.stderr == ""  # quiet when the output is not a terminal
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -51,6 +55,12 @@ def test_run_then_evaluate_then_run_again(tmp_path):
     assert json.loads(validation.stdout)["split"] == "validation"
     other = call(f"--workdir={tmp_path / 'run'}", "--split=dev", program="evaluate")
     assert "--split=dev: must be one of distillation, test, train, validation" in other.stderr
+
+    # A fresh run finds all its programs.
+    elsewhere = [*arguments[:-1], f"--workdir={tmp_path / 'other'}", cache]
+    assert call(*elsewhere).returncode == 0
+    assert sorted(path.name for path in (tmp_path / "programs").rglob("*-cache")) == programs
+    assert not (tmp_path / "other" / "profile").exists()
 
     again = call(*arguments)
     assert again.returncode == 0

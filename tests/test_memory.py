@@ -62,7 +62,7 @@ def test_as_many_jobs_as_fit(monkeypatch):
     monkeypatch.setattr(memory, "device_bytes", lambda: 1000)
     for used, job, count in ((0, 100, 10), (500, 100, 5), (990, 100, 1), (5000, 100, 1)):
         assert memory.default_client_batch(model, config, job, used) == count
-    assert memory.default_client_batch(model, config, 1, 0) == memory.MOST_JOBS
+    assert memory.default_client_batch(model, config, 1, 0) == memory.JOBS_IN_A_CALL
 
 
 @pytest.mark.parametrize("batch", [8, 32])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from fedrevive_jax import data
+from fedrevive_jax import data, models
 from fedrevive_jax.config import ConfigError
 from fedrevive_jax.data import seed_text, tokens
 from fedrevive_jax.dfkd import loss_guard, prompts, proxy, reviver, synthesis
@@ -442,3 +442,20 @@ def test_a_model_of_images_is_refused(corpus):
         Simulation(small_config(model="convnet"), corpus)
     with pytest.raises(ConfigError, match="--model=t5: does not read images; must be one of"):
         Simulation(resolve("digits", "fedbuff", model="t5"))
+
+
+def test_half_precision_of_an_encoder():
+    """The token table stays as it is, the weights of attention and the norms are in float32."""
+    shape = t5.T5Shape(
+        vocabulary=50, width=16, feed_forward=32, layers=2, heads=2, head_width=8,
+        classifier_token=3,
+    )  # fmt: skip
+    single = t5.create(shape, 12, 4)
+    half = models.with_precision(single, "bfloat16")
+    params, table = single.init(jax.random.key(0)), single.frozen(jax.random.key(0))
+    ids = jax.random.randint(jax.random.key(1), (6, 12), 1, 50)
+    (ours, states), (theirs, expected) = (m.apply(params, Text(ids, table)) for m in (half, single))
+    assert ours.dtype == jnp.float32
+    assert states[0].dtype == jnp.bfloat16
+    for a, b in ((ours, theirs), (states[-1].astype(jnp.float32), expected[-1])):
+        assert 0 < float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) < 0.05

@@ -72,10 +72,10 @@ class RMSNorm(nn.Module):
     def __call__(self, x):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         # In single precision whatever the states are in.
-        single = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        mean_square = (single**2).mean(axis=-1, keepdims=True)
-        normalised = single * jax.lax.rsqrt(mean_square + self.epsilon)
-        return normalised.astype(x.dtype) * scale[None, None]
+        wide = layers.single(x)
+        mean_square = (wide**2).mean(axis=-1, keepdims=True)
+        normalised = wide * jax.lax.rsqrt(mean_square + self.epsilon)
+        return (normalised * layers.single(scale)[None, None]).astype(x.dtype)
 
 
 def _projection(features: int, deviation: float, name: str) -> nn.Dense:
@@ -128,9 +128,8 @@ class T5Classifier(nn.Module):
         table = self.param("relative_bias", deviation, (shape.buckets, shape.heads))
         buckets = position_buckets(length, shape.buckets, shape.max_distance)
         states = states.astype(table.dtype)
-        bias = table[buckets].transpose(2, 0, 1)[None]
         # Weights of attention are in single precision whatever the states are in.
-        bias = bias.astype(jnp.promote_types(bias.dtype, jnp.float32))
+        bias = layers.single(table)[buckets].transpose(2, 0, 1)[None]
         lowest = jnp.finfo(bias.dtype).min
         bias = bias + jnp.where(mask, 0, lowest)[:, None, None, :]
         taps = []
