@@ -2,130 +2,134 @@
 
 Any flag of `experiments.main` is passed on to every run. Runs that are finished are read, not run
 again; interrupted ones continue. The same seed gives every method the same population, shards and
-delays. Writes table.md, table.csv and curves.png into DIR, beside a folder for each
-run.
+delays. Writes table.md, table.csv, curves.png, staleness.png, command.txt and report.html into
+DIR, beside a folder for each run.
+
+With --tune every method first gets the same grid of rates, scored on the validation split; with
+--ablate one method is compared with itself; with --workdirs runs are read that exist already.
 """
 
-import csv
-import io
-import statistics
+import glob
+import shlex
+import sys
 from pathlib import Path
 
 from absl import flags
 
 from experiments import flags as config_flags
-from fedrevive_jax.config import METHODS, ConfigError
-from fedrevive_jax.presets import resolve
+from fedrevive_jax.config import METHODS, PUBLISHED_METHODS, ConfigError
 
-METHOD_LIST = flags.DEFINE_string("methods", ",".join(METHODS), "methods, separated by commas")
+METHOD_LIST = flags.DEFINE_string(
+    "methods",
+    ",".join(PUBLISHED_METHODS),
+    "methods, separated by commas, or all; differences are to the first",
+)
 SEEDS = flags.DEFINE_integer("seeds", 3, "number of seeds, counted up from --seed")
 OUT = flags.DEFINE_string("out", None, "folder for the runs and the tables")
+JOBS = flags.DEFINE_integer("jobs", 1, "runs at once, each in a process; on an accelerator 1")
+TARGETS = flags.DEFINE_string("targets", "0.5,0.8", "accuracies to be reached, for the table")
+WORKDIRS = flags.DEFINE_string(
+    "workdirs", None, "compare these folders of runs, separated by commas, * allowed; runs nothing"
+)
+TUNE = flags.DEFINE_bool("tune", False, "choose the rates of every method on the validation split")
+TUNE_SERVER = flags.DEFINE_string(
+    "tune_server_lr", "x0.3,x1,x3", "server rates to try; x3 is three times the preset's"
+)
+TUNE_CLIENT = flags.DEFINE_string("tune_client_lr", "x0.3,x1,x3", "client rates to try")
+TUNE_TIME = flags.DEFINE_string(
+    "tune_time", None, "simulated time of tuning runs. Default: max_time"
+)
+TUNE_SEEDS = flags.DEFINE_integer("tune_seeds", 1, "seeds at each point of the grid")
+ABLATE = flags.DEFINE_string(
+    "ablate", None, "FIELD=v1,v2,...: compare values of a field, for --method"
+)
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "run again what is finished")
 config_flags.define()
 flags.adopt_module_key_flags(config_flags)
 
-# The accuracy of a single evaluation is noisy under asynchrony; the mean over the last quarter of
-# the simulated time is steadier, and covers the same time for every method.
-RECENT = 0.25
-
 
 def main() -> None:
-    from fedrevive_jax import plots, runner
+    out, methods, targets = _checked()
+    given = config_flags.given_values()
+    from fedrevive_jax import campaign, comparison, report
 
+    def run(configs):
+        return campaign.run_all(
+            configs, JOBS.value, OVERWRITE.value, lambda line: print(line, flush=True)
+        )
+
+    choices, tuning, field = None, "", ""
+    if WORKDIRS.value is not None:
+        runs = campaign.read_all(_folders(WORKDIRS.value))
+    elif ABLATE.value is not None:
+        field, configs = campaign.of_ablation(given, ABLATE.value, SEEDS.value, out)
+        runs = run(configs)
+    else:
+        # All configurations are resolved before the first run, so that a wrong one is told at once.
+        configs = campaign.of_methods(given, methods, SEEDS.value, out)
+        if TUNE.value:
+            grid = campaign.grid_runs(
+                given,
+                methods,
+                server_lr=TUNE_SERVER.value,
+                client_lr=TUNE_CLIENT.value,
+                max_time=TUNE_TIME.value,
+                seeds=TUNE_SEEDS.value,
+                out=out,
+            )
+            choices = campaign.choices(grid, run([config for _, _, config in grid]))
+            tuning = (
+                f"Rates chosen on the validation split by the mean of the last ten evaluations: "
+                f"{len(grid)} runs of {grid[0][2].max_time:g} simulated time units, seeds "
+                f"{grid[0][2].seed} to {grid[-1][2].seed}. A star marks the edge of the grid: a "
+                "better value may lie beyond."
+            )
+            configs = campaign.of_methods(given, methods, SEEDS.value, out, choices)
+        runs = run(configs)
+    groups = comparison.grouped(runs)
+    datasets = sorted({r.config.dataset for r in runs})
+    count = max(map(len, groups.values()))
+    title = f"{', '.join(datasets)}, {'one seed' if count == 1 else f'{count} seeds'}"
+    command = shlex.join(["python", "-m", "experiments.compare", *sys.argv[1:]])
+    study = report.Study(title, command, groups, targets, choices, tuning, field)
+    print(report.write(out, study), end="")
+
+
+def _checked() -> tuple[Path, list[str], list[float]]:
+    """The folder, the methods and the targets.
+
+    Raises:
+      ConfigError: a flag is not what it must be. Nothing has been written then.
+    """
     if not OUT.value:
         raise ConfigError("--out=: must name a folder")
-    if SEEDS.value < 1:
-        raise ConfigError(f"--seeds={SEEDS.value}: must be at least 1")
-    out, given = Path(OUT.value), config_flags.given_values()
-    for name in ("method", "workdir"):
-        if given[name] is not None:
-            raise ConfigError(f"--{name}={given[name]}: is chosen by --methods and --out here")
-    first = resolve(**given).seed
-    # All configurations are resolved before the first run, so that a wrong one is told at once.
-    configs = {
-        method: [
-            resolve(
-                **{
-                    **given,
-                    "method": method,
-                    "seed": seed,
-                    "workdir": str(out / f"{method}_seed{seed}"),
-                }
-            )
-            for seed in range(first, first + SEEDS.value)
-        ]
-        for method in METHOD_LIST.value.split(",")
-    }
-    rows, curves = [], {}
-    for method, own in configs.items():
-        results = []
-        for config in own:
-            results.append(runner.run(config, keep_record=True, overwrite=OVERWRITE.value))
-            accuracy = results[-1].summary["final_accuracy"]
-            print(f"{method}, seed {config.seed}: accuracy {accuracy:.4f}", flush=True)
-        rows.append(_row(method, results))
-        curves[method] = [result.evaluations for result in results]
-    (out / "table.csv").write_text(_csv(rows), encoding="utf-8")
-    table = _markdown(rows)
-    (out / "table.md").write_text(table, encoding="utf-8")
-    dataset = next(iter(configs.values()))[0].dataset
-    seeds = "one seed" if SEEDS.value == 1 else f"{SEEDS.value} seeds"
-    plots.comparison(out / "curves.png", f"{dataset}, {seeds}", curves)
-    print(table, end="")
+    for flag in (SEEDS, JOBS, TUNE_SEEDS):
+        if flag.value < 1:
+            raise ConfigError(f"--{flag.name}={flag.value}: must be at least 1")
+    modes = (("workdirs", WORKDIRS.value), ("tune", TUNE.value or None), ("ablate", ABLATE.value))
+    chosen = [name for name, value in modes if value is not None]
+    if len(chosen) > 1:
+        raise ConfigError(f"--{chosen[1]}: must not be given with --{chosen[0]}")
+    methods = METHODS if METHOD_LIST.value == "all" else METHOD_LIST.value.split(",")
+    if len(set(methods)) < len(methods):
+        raise ConfigError(f"--methods={METHOD_LIST.value}: holds a method twice")
+    try:
+        targets = [float(part) for part in TARGETS.value.split(",") if part]
+    except ValueError:
+        targets = [-1.0]
+    if not all(0 < target <= 1 for target in targets):
+        raise ConfigError(f"--targets={TARGETS.value}: must be accuracies above 0 and at most 1")
+    return Path(OUT.value), list(methods), targets
 
 
-def _row(method: str, results: list) -> dict[str, object]:
-    """One line of the table: every figure as (mean, standard deviation over seeds)."""
-
-    def over_seeds(values):
-        values = list(values)
-        return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-    def recent(result):
-        rows = result.evaluations
-        since = (1 - RECENT) * rows[-1]["time"]
-        return statistics.fmean(row["accuracy"] for row in rows if row["time"] >= since)
-
-    return {
-        "method": method,
-        "seeds": len(results),
-        "final": over_seeds(r.summary["final_accuracy"] for r in results),
-        "last quarter": over_seeds(recent(r) for r in results),
-        "best": over_seeds(r.summary["best_accuracy"] for r in results),
-        "versions": over_seeds(r.summary["versions"] for r in results),
-        "staleness": over_seeds(r.summary["staleness_mean"] for r in results),
-        "seconds": over_seeds(r.summary["wall_seconds"] for r in results),
-    }
-
-
-def _markdown(rows: list[dict[str, object]]) -> str:
-    digits = {"versions": 0, "staleness": 1, "seconds": 0}
-
-    def shown(name, value, seeds):
-        if not isinstance(value, tuple):
-            return str(value)
-        mean, deviation = (f"{number:.{digits.get(name, 3)}f}" for number in value)
-        return f"{mean} ± {deviation}" if seeds > 1 else mean
-
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    for row in rows:
-        lines.append("| " + " | ".join(shown(*item, row["seeds"]) for item in row.items()) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _csv(rows: list[dict[str, object]]) -> str:
-    stream = io.StringIO()
-    names = [
-        f"{name} {part}" if isinstance(value, tuple) else name
-        for name, value in rows[0].items()
-        for part in (("mean", "std") if isinstance(value, tuple) else ("",))
-    ]
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(names)
-    for row in rows:
-        flat = (v if isinstance(v, tuple) else (v,) for v in row.values())
-        writer.writerow([number for values in flat for number in values])
-    return stream.getvalue()
+def _folders(text: str) -> list[Path]:
+    found = []
+    for part in text.split(","):
+        paths = sorted(glob.glob(part))
+        if not paths:
+            raise ConfigError(f"--workdirs={text}: there is no {part}")
+        found += map(Path, paths)
+    return found
 
 
 if __name__ == "__main__":

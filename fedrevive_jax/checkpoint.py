@@ -210,7 +210,10 @@ class Checkpoints:
             for number, tree in arrays[group].items()
         }
         # The next step of the method takes its own arrays' memory; all others stay as they are.
-        own = jax.tree.map(lambda leaf: np.array(leaf, copy=True), own)
+        # What a cache on disk gives is a copy already, too large for memory.
+        own = jax.tree.map(
+            lambda leaf: leaf if isinstance(leaf, np.memmap) else np.array(leaf, copy=True), own
+        )
         self._step_in_writing = record["version"]
         self._writing = self._thread.submit(self._write, record, params, own, once)
 

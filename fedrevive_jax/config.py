@@ -20,14 +20,19 @@ class ConfigError(UserError, ValueError):
     """A value, file or folder that a user gave is not allowed."""
 
 
-METHODS = ("fedavg", "fedbuff", "afl_dw", "fedrevive", "dd_fedrevive")
+# The comparison of arXiv 2511.00655, and methods of other papers.
+PUBLISHED_METHODS = ("fedavg", "fedbuff", "afl_dw", "fedrevive", "dd_fedrevive")
+METHODS = (*PUBLISHED_METHODS, "fedasync", "ca2fl", "fadas", "fedstale", "ace", "fedfa")
 DATASETS = (
     "digits", "fashion_mnist", "cifar10", "cifar100", "femnist", "newsgroups", "image_folder",
     "text_folder", "custom",
 )  # fmt: skip  # custom: given from Python, see runner.run
 MODELS = ("digitsnet", "convnet", "resnet18", "t5", "custom")
 BETA_SHAPES = ("cosine", "constant", "linear", "exponential", "stepwise")
-SERVER_OPTIMIZERS = ("sgd", "momentum", "adam", "adagrad", "yogi")
+SERVER_OPTIMIZERS = (
+    "sgd", "momentum", "adam", "adagrad", "yogi", "amsgrad", "rmsprop", "adabelief", "lion",
+)  # fmt: skip
+STALENESS_WEIGHTS = ("none", "sqrt", "polynomial", "hinge", "beta")
 FAULTS = ("lost", "late", "nan")
 DELAYS = (
     "default", "shifted", "constant", "exponential", "uniform", "lognormal", "halfnormal", "trace",
@@ -148,8 +153,51 @@ class Config:
     server_optimizer: str = _field("sgd", "optimiser of the server", choices=SERVER_OPTIMIZERS)
     staleness_weight: str = _field(
         "none",
-        "weight of a stale update in fedbuff; sqrt: 1 / sqrt(1 + tau)",
-        choices=("none", "sqrt"),
+        "s(tau), weight of an update; sqrt: 1 / sqrt(1 + tau), polynomial: (1 + tau)^-a, hinge: 1 "
+        "up to tau = b, then 1 / (a (tau - b) + 1), beta: 1 - beta(tau)",
+        choices=STALENESS_WEIGHTS,
+    )
+    staleness_exponent: float = _field(0.5, "a of the polynomial staleness weight", at_least=0)
+    hinge_slope: float = _field(10.0, "a of the hinge staleness weight", at_least=0)
+    hinge_start: float = _field(4.0, "b of the hinge staleness weight, in versions", at_least=0)
+    revive_on: str = _field(
+        "fedbuff",
+        "the method whose step takes the updates that fedrevive and dd_fedrevive have revived",
+        choices=("fedbuff", "fedasync", "fadas"),
+    )
+    fedasync_form: str = _field(
+        "mixing",
+        "fedasync mixes the client's model into the global one, or adds its delta",
+        choices=("mixing", "delta"),
+    )
+    fadas_beta1: float = _field(0.9, "beta_1 of fadas", at_least=0, at_most=1)
+    fadas_beta2: float = _field(0.99, "beta_2 of fadas", at_least=0, at_most=1)
+    fadas_epsilon: float = _field(1e-8, "epsilon of fadas", above=0)
+    fadas_bias_correction: str = _field(
+        "off",
+        "Adam's bias correction in fadas: on as in its authors' code, off as in the paper",
+        choices=("off", "on"),
+    )
+    fadas_delay_rule: str = _field(
+        "paper",
+        "rate of fadas if tau_max > tau_c; paper: min(eta_s, 1 / tau_max), code: eta_s / tau_max",
+        choices=("none", "paper", "code"),
+    )
+    fadas_patience: float = _field(1.0, "tau_c of fadas, in versions", at_least=0)
+    fedstale_beta: float = _field(
+        0.5, "beta of fedstale: 0 plain averaging, 1 variance-reduced", at_least=0, at_most=1
+    )
+    fedfa_queue: int = _field(10, "k, recent client models that fedfa averages", at_least=1)
+    cache_memory: str = _field(
+        "device",
+        "where the last update of every client lives, for ca2fl, fedstale and ace",
+        choices=("device", "host", "disk"),
+    )
+    cache_dtype: str = _field(
+        "float32", "numbers in which it is kept", choices=("float32", "bfloat16")
+    )
+    cache_dir: str = _field(
+        "", "folder for the file of --cache_memory=disk; empty: the system's temporary folder"
     )
     max_update_norm: float = _field(
         0.0, "largest L2 norm of an update that is taken in; 0: any finite norm", at_least=0
@@ -269,6 +317,17 @@ class Config:
             raise ConfigError(
                 f"--model_heads={self.model_heads}: must divide --model_width={self.model_width}"
             )
+        if self.staleness_weight != "none" and self.method in ("afl_dw", "fedfa"):
+            raise ConfigError(
+                f"--staleness_weight={self.staleness_weight}: must be none with --method="
+                f"{self.method}, which "
+                + ("weighs by beta" if self.method == "afl_dw" else "averages whole models")
+            )
+        if self.step_method == "fadas" and self.server_optimizer != "sgd":
+            raise ConfigError(
+                f"--server_optimizer={self.server_optimizer}: must be left out with fadas, which "
+                "is an optimiser of its own"
+            )
         if self.delays == "uniform" and self.delay_spread >= self.delay_mean:
             raise ConfigError(
                 f"--delay_spread={self.delay_spread}: must be below --delay_mean="
@@ -284,6 +343,11 @@ class Config:
             raise ConfigError("--delay_trace=: must name a CSV file with --delays=trace")
 
     @property
+    def step_method(self) -> str:
+        """The method whose server step is taken; fedrevive revives what another method takes."""
+        return self.revive_on if self.method in ("fedrevive", "dd_fedrevive") else self.method
+
+    @property
     def run_dir(self) -> Path:
         """The folder for the record of this run."""
         return Path(self.workdir or f"runs/{self.dataset}_{self.method}_seed{self.seed}")
@@ -293,7 +357,7 @@ class Config:
 
 
 # Where a run is written and where its data lie do not change what it computes.
-LOCATION_FIELDS = ("workdir", "data_dir")
+LOCATION_FIELDS = ("workdir", "data_dir", "cache_dir")
 # Nor do the devices, up to the rounding of sums.
 DEVICE_FIELDS = ("mesh", "version_memory")
 # Files and folders that a run reads beside its data; recorded with their whole path.

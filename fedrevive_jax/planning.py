@@ -32,7 +32,8 @@ def plan(
     FLOPs are those that XLA counts for one sample's forward pass, a training step taken as three
     of them. Bytes are those of the arrays that live between calls, at their most: on the device the
     versions, the uploads under way, the method's state, frozen arrays and the data set; on the host
-    the data set and the schedule. Of a data set that is not read, the training samples are counted.
+    the data set and the schedule; the updates of all clients, for a method that keeps them, on the
+    device, the host or the disk. Of a data set that is not read, the training samples are counted.
     A data set or a model stands in for the one that the configuration names.
     """
     clock = schedule.from_config(config)
@@ -52,7 +53,7 @@ def plan(
     live = clock.live_versions_max()
     model_bytes = trees.nbytes(params)
 
-    def method_state_of(params, frozen):
+    def method_arrays_of(params, frozen):
         ingredients = Ingredients(
             model,
             lambda samples, key: samples,
@@ -60,14 +61,22 @@ def plan(
             class_mixes=np.zeros((config.num_clients, classes), np.float32),
             real_samples=(_blank_samples(kept, shape), np.zeros(kept, np.int32)),
         )
-        return methods.create(config, ingredients).init(params)
+        method = methods.create(config, ingredients)
+        return method.init(params), method.entry(params)
 
-    method_state = jax.eval_shape(method_state_of, params, shared)
+    method_state, entry = jax.eval_shape(method_arrays_of, params, shared)
     forward = forward_flops(model)
     data_bytes = _blank_samples(stored, shape).nbytes
     state_bytes = trees.nbytes(method_state)
+    cache_bytes = config.num_clients * trees.nbytes(entry)
+    cached = {memory: 0 for memory in ("device", "host", "disk")}
+    cached[config.cache_memory] = cache_bytes
     device_bytes = (
-        data_bytes + trees.nbytes(shared) + state_bytes + (live + config.concurrency) * model_bytes
+        data_bytes
+        + trees.nbytes(shared)
+        + state_bytes
+        + cached["device"]
+        + (live + config.concurrency) * model_bytes
     )
     return {
         "versions": clock.num_versions,
@@ -84,8 +93,10 @@ def plan(
         "bytes_live_versions": live * model_bytes,
         "bytes_uploads_max": config.concurrency * model_bytes,
         "bytes_method_state": state_bytes,
+        "bytes_client_cache": cache_bytes,
         "bytes_device": device_bytes,
-        "bytes_host": data_bytes + clock.nbytes,
+        "bytes_host": data_bytes + clock.nbytes + cached["host"],
+        "bytes_disk": cached["disk"],
     }
 
 

@@ -42,32 +42,138 @@ def curves(path: Path, title: str, evaluations: list[dict[str, Any]], staleness:
 
 
 def comparison(path: Path, title: str, runs: dict[str, list[list[dict[str, Any]]]]) -> None:
-    """Accuracy against simulated time: mean over seeds, and a band of one standard deviation.
+    """Accuracy against simulated and against wall time: mean over seeds, a band of one deviation.
 
     Args:
       path: where to write it.
       title: above the picture.
-      runs: by method, the evaluations of every seed.
+      runs: by label, the evaluations of every seed.
     """
-    figure = _figure(figsize=(7, 4))
+    figure = _figure(figsize=(12, 4.4))
+    by_time, by_wall = figure.subplots(1, 2, sharey=True)
+    for axes, key, words in (
+        (by_time, "time", "simulated time"),
+        (by_wall, "wall_seconds", "wall time in seconds, compilation included"),
+    ):
+        for position, (label, seeds) in enumerate(runs.items()):
+            ends = [rows[-1][key] for rows in seeds]
+            at = np.linspace(0.0, min(ends), 200)
+            curves = [
+                np.interp(at, [r[key] for r in rows], [r["accuracy"] for r in rows])
+                for rows in seeds
+            ]
+            mean, spread = np.mean(curves, axis=0), np.std(curves, axis=0)
+            style = _style(position)
+            axes.plot(at, mean, label=label, linewidth=1.5, **style)
+            axes.fill_between(
+                at, mean - spread, mean + spread, color=style["color"], alpha=0.15, linewidth=0
+            )
+        axes.set_xlabel(words)
+        axes.set_ylim(0, 1)
+        axes.grid(alpha=0.3)
+    by_time.set_ylabel("accuracy")
+    figure.legend(*by_time.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def staleness(path: Path, title: str, values: dict[str, np.ndarray]) -> None:
+    """The share of arrivals that are at most so stale, for each label; one line is the same plan.
+
+    Args:
+      path: where to write it.
+      title: above the picture.
+      values: by label, tau of the arrivals of all seeds.
+    """
+    figure = _figure(figsize=(7, 4.4))
     axes = figure.subplots()
-    for method, seeds in runs.items():
-        end = min(rows[-1]["time"] for rows in seeds)
-        times = np.linspace(0.0, end, 200)
-        curves = [
-            np.interp(times, [r["time"] for r in rows], [r["accuracy"] for r in rows])
-            for rows in seeds
-        ]
-        mean, spread = np.mean(curves, axis=0), np.std(curves, axis=0)
-        (line,) = axes.plot(times, mean, label=method, linewidth=1.5)
-        axes.fill_between(
-            times, mean - spread, mean + spread, color=line.get_color(), alpha=0.2, linewidth=0
-        )
-    axes.set_xlabel("simulated time")
-    axes.set_ylabel("accuracy")
-    axes.set_ylim(0, 1)
+    for position, (label, taus) in enumerate(values.items()):
+        if len(taus):
+            at = np.sort(taus)
+            share = np.arange(1, len(at) + 1) / len(at)
+            words = f"{label}, mean {at.mean():.1f}"
+            axes.step(at, share, where="post", label=words, linewidth=1.5, **_style(position))
+    axes.set_xlabel("staleness (versions)")
+    axes.set_ylabel("share of arrivals at most so stale")
+    axes.set_ylim(0, 1.02)
     axes.grid(alpha=0.3)
-    axes.legend(loc="best")
+    axes.legend(loc="lower right", fontsize=8)
+    axes.set_title(title)
+    figure.savefig(path, dpi=120)
+
+
+def sweep(
+    path: Path, title: str, field: str, means: dict[str, float], deviations: dict[str, float]
+) -> None:
+    """One figure over the values of a field: points and bars of one deviation.
+
+    Args:
+      path: where to write it.
+      title: above the picture.
+      field: the field.
+      means, deviations: by value, as text; NaN is left out.
+    """
+    figure = _figure(figsize=(5.5, 4))
+    axes = figure.subplots()
+    spreads = [0.0 if np.isnan(deviations[value]) else deviations[value] for value in means]
+    axes.errorbar(
+        range(len(means)), list(means.values()), yerr=spreads, fmt="o", capsize=4, color="tab:blue"
+    )
+    axes.set_xticks(range(len(means)), list(means))
+    axes.set_xlabel(field)
+    axes.set_ylabel("accuracy, mean of the last ten evaluations")
+    axes.margins(x=0.15)
+    axes.grid(alpha=0.3)
+    axes.set_title(title)
+    figure.savefig(path, dpi=120)
+
+
+def _style(position: int) -> dict[str, Any]:
+    """Ten colours, then the same ten dashed."""
+    return {"color": f"C{position % 10}", "linestyle": "-" if position < 10 else "--"}
+
+
+def clients(path: Path, title: str, class_mixes: np.ndarray) -> None:
+    """The class mixes of clients [clients, classes] as shades, a row per client."""
+    figure = _figure(figsize=(6, 0.28 * len(class_mixes) + 1.2))
+    axes = figure.subplots()
+    shades = axes.imshow(class_mixes, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set_xlabel("class")
+    axes.set_ylabel("client")
+    axes.set_xticks(range(class_mixes.shape[1]))
+    axes.set_yticks(range(len(class_mixes)))
+    figure.colorbar(shades, label="share of its samples")
+    axes.set_title(title)
+    figure.savefig(path, dpi=120)
+
+
+def clock(path: Path, title: str, jobs: list[dict[str, Any]], window_end: float) -> None:
+    """The first jobs on the virtual clock, a row per job, in the order of their numbers.
+
+    Args:
+      path: where to write it.
+      title: above the picture.
+      jobs: of each `start`, `train_end` and `arrival` in simulated time, `client`, `base_version`
+        and `staleness`, None for a job that does not arrive.
+      window_end: jobs that started before this time are in the first window.
+    """
+    figure = _figure(figsize=(9, 0.26 * len(jobs) + 1.4))
+    axes = figure.subplots()
+    for row, job in enumerate(jobs):
+        color = f"C{job['base_version'] % 10}"
+        length = job["train_end"] - job["start"]
+        axes.barh(row, length, left=job["start"], color=color, height=0.7)
+        upload = job["arrival"] - job["train_end"]
+        axes.barh(row, upload, left=job["train_end"], color=color, height=0.7, alpha=0.35)
+        late = "" if job["staleness"] is None else f", τ = {job['staleness']}"
+        words = f" client {job['client']} from version {job['base_version']}{late}"
+        axes.text(job["arrival"], row, words, va="center", fontsize=7)
+    axes.axvline(window_end, color="black", linestyle="--", linewidth=1)
+    end = max(job["arrival"] for job in jobs)
+    axes.set_xlim(0, 1.35 * end)  # room for the words
+    axes.set_ylim(len(jobs) - 0.3, -0.7)
+    axes.set_xlabel("simulated time; dark: download and training, light: upload")
+    axes.set_ylabel("job")
     axes.set_title(title)
     figure.savefig(path, dpi=120)
 

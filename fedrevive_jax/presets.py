@@ -9,7 +9,7 @@ simulate. `digits` is tuned to finish within two minutes on two cores.
 import dataclasses
 from typing import Any
 
-from fedrevive_jax.config import METHODS, Config, ConfigError
+from fedrevive_jax.config import Config, ConfigError
 
 # --- the constants of arXiv 2511.00655 and its published experiments ------------------------------
 
@@ -176,6 +176,32 @@ BY_METHOD: dict[str, dict[str, Any]] = {
     "fedbuff": {"buffer_size": 2},
     "afl_dw": {},
     "fedrevive": {},
+    # Papers' settings where they were found, for clients that send Delta; else the step per arrival
+    # of a published relative. Tune them (experiments.compare --tune) before comparing.
+    "fedasync": {
+        # arXiv 1903.03934: alpha 0.6 or 0.9 on images, polynomial a = 0.5, tested up to tau = 50.
+        # With tau near 100 that is alpha_tau = 0.06.
+        "server_lr": 0.6,
+        "staleness_weight": "polynomial",
+        "staleness_exponent": 0.5,
+    },
+    # ICLR 2024: buffers of 10, as FedBuff's. Others found 0.1 to 0.5 stable and 1 not on images
+    # (github.com/CyberStaZJU/dirbridge-response, five seeds); 0.5 is also FedBuff's published 0.05
+    # per arrival.
+    "ca2fl": {"buffer_size": 10, "server_lr": 0.5},
+    "fadas": {
+        # arXiv 2407.18365 and its code: buffers of 5, 1e-3 with a delay rule, else 1e-4.
+        "buffer_size": 5,
+        "server_lr": 1e-3,
+    },
+    # arXiv 2405.04171: beta 0.5; its server rate of 1 is for rounds of half of all clients. Like
+    # ca2fl here, so that the two differ in beta alone.
+    "fedstale": {"buffer_size": 10, "server_lr": 0.5, "fedstale_beta": 0.5},
+    # arXiv 2511.19066 steps at every arrival, along a direction that stays for N arrivals; its rate
+    # was not found. FedBuff's published step per arrival.
+    "ace": {"buffer_size": 1, "server_lr": 0.025},
+    # arXiv 2404.11015: the model is the mean of the queue. Its length was not found.
+    "fedfa": {"buffer_size": 1, "server_lr": 1.0},
     "dd_fedrevive": {
         "beta_shape": "constant",
         "beta_constant": 0.5,
@@ -191,7 +217,7 @@ BY_PAIR: dict[tuple[str, str], dict[str, Any]] = {
     **{
         (dataset, method): _column(PUBLISHED_BY_METHOD[method], dataset)
         for dataset in PAPER
-        for method in METHODS
+        for method in PUBLISHED_BY_METHOD
     },
     # Rates chosen among 0.1, 0.3 and 0.6 by the mean of the last ten evaluations on the
     # validation split of seed 100; fedavg among 0.7 and 1.4.
@@ -241,6 +267,18 @@ SMALL_WIDTH = {"t5": 32}
 SMALL_IMAGE_WIDTH = 8
 
 
+# What `revive_on` takes from the preset of the method whose step it takes.
+BASE_FIELDS = ("buffer_size", "server_lr", "staleness_weight", "staleness_exponent")
+
+
+def _preset(dataset: str, method: str) -> dict[str, Any]:
+    return {
+        **BY_DATASET.get(dataset, {}),
+        **BY_METHOD.get(method, {}),
+        **BY_PAIR.get((dataset, method), {}),
+    }
+
+
 def _shrink(values: dict[str, Any], known: dict[str, dataclasses.Field]) -> dict[str, Any]:
     """Every sized field at most what `SMALL` says."""
 
@@ -277,11 +315,11 @@ def resolve(
         raise ConfigError(f"--preset_scale={scale}: must be one of {', '.join(SCALES)}")
     dataset = known["dataset"].default if dataset is None else dataset
     method = known["method"].default if method is None else method
-    preset = {
-        **BY_DATASET.get(dataset, {}),
-        **BY_METHOD.get(method, {}),
-        **BY_PAIR.get((dataset, method), {}),
-    }
+    preset = _preset(dataset, method)
+    if method in ("fedrevive", "dd_fedrevive") and given.get("revive_on") not in (None, "fedbuff"):
+        # The step is another method's, and so are its buffer, its rate and its staleness weight.
+        base = _preset(dataset, given["revive_on"])
+        preset.update({field: base[field] for field in BASE_FIELDS if field in base})
     if scale == "small":
         preset = _shrink(preset, known)
     values = {**preset, **given, "dataset": dataset, "method": method}

@@ -179,6 +179,8 @@ class Recorder:
             "jobs_restarted": simulation.jobs_restarted,
             "simulated_time": end,
             "wall_seconds": self._wall_seconds(),
+            "server_seconds_per_arrival": _mean_or_none(simulation.step_seconds),
+            "bytes_sent": simulation.bytes_sent,
             **staleness_summary(clock.staleness),
             "device": str(jax.devices()[0].device_kind),
             "devices": 1 if simulation.mesh is None else simulation.mesh.size,
@@ -310,6 +312,10 @@ class Recorder:
                 labels[order],
                 simulation.dataset.num_classes,
             )
+
+
+def _mean_or_none(values: list[float]) -> float | None:
+    return float(np.mean(values)) if values else None
 
 
 def _synthetic_pools(state: Any) -> list[Pool]:

@@ -24,6 +24,7 @@ from fedrevive_jax.admission import (
     shown,
     whole_number,
 )
+from fedrevive_jax.client_cache import ClientCache, NoCache
 from fedrevive_jax.memory import ON_DEVICE, Shelf
 from fedrevive_jax.messages import Arrival, Upload
 from fedrevive_jax.methods import Method
@@ -93,6 +94,7 @@ class Server:
         seed: int,
         mesh: Mesh | None = None,
         shelf: Shelf = ON_DEVICE,
+        cache: ClientCache | None = None,
         *,
         num_clients: int,
         max_update_norm: float = 0.0,
@@ -106,6 +108,8 @@ class Server:
           seed: determines the method's random draws.
           mesh: devices that share the method's work; versions and state are the same on all.
           shelf: where stale versions wait.
+          cache: what the method keeps of every client, see `client_cache.create`; None for a
+            method that keeps nothing.
           num_clients: N; clients are numbered 0..N-1.
           max_update_norm: the largest L2 norm of an update that is taken in; 0 is any finite one.
 
@@ -121,6 +125,7 @@ class Server:
         self._max_update_norm = max_update_norm
         self._upload_shapes = described(Upload(params, taps, jnp.zeros(())))
         self._state = devices.jit(mesh, method.init)(params)
+        self._cache = NoCache() if cache is None else cache
         self._versions = VersionStore(0, params, shelf)
         self._jobs: dict[int, Ticket] = {}
         self._next_job = 0
@@ -129,14 +134,14 @@ class Server:
         self._rejections = Rejections()
         self._unreviewed: list[tuple[Ticket, jax.Array, jax.Array]] = []
 
-        def step(params, base, state, upload, arrival):
+        def step(params, base, state, entry, upload, arrival):
             self._traces += 1  # runs when traced, not when called
             key = jax_key(seed, Stream.SERVER, arrival.job)
             accepted, verdict, norm = judge(upload, base, max_update_norm)
-            params, state, metrics = method.step(
-                params, base, state, upload, arrival, accepted, key
+            params, state, entry, metrics = method.step(
+                params, base, state, entry, upload, arrival, accepted, key
             )
-            return params, state, (accepted, verdict, norm), metrics
+            return params, state, entry, (accepted, verdict, norm), metrics
 
         # Parameters are never donated: the version store holds them.
         self._step = devices.jit(mesh, step, donate_argnums=2)
@@ -249,9 +254,11 @@ class Server:
             staleness=np.asarray(version - ticket.version, np.int32),
             completes=np.asarray(completes),
         )
-        params, self._state, (accepted, verdict, norm), metrics = self._step(
-            self.params, base, self._state, upload, arrival
+        entry = self._cache.fetch(ticket.client)
+        params, self._state, entry, (accepted, verdict, norm), metrics = self._step(
+            self.params, base, self._state, entry, upload, arrival
         )
+        self._cache.store(ticket.client, entry)
         self._buffered = 0 if completes else self._buffered + 1
         if completes:
             self._versions.put(version + 1, params)
@@ -341,19 +348,22 @@ class Server:
         }
         return record, {
             "method": self._state,
+            "cache": self._cache.snapshot(),
             "stale": {str(v): self._versions.stored(v) for v in record["stale_versions"]},
         }
 
     def shapes(self, record: dict[str, Any]) -> dict[str, Any]:
         """The structure and shapes of a snapshot's arrays, told from its record."""
         stale = {str(v): self.params for v in record["stale_versions"]}
-        return jax.eval_shape(lambda: {"method": self._state, "stale": stale})
+        shapes = jax.eval_shape(lambda: {"method": self._state, "stale": stale})
+        return {**shapes, "cache": self._cache.shapes()}
 
     def restore(self, record: dict[str, Any], params: Params, arrays: dict[str, Any]) -> None:
         """Continues from a snapshot and the parameters of its newest version."""
         params, self._state, stale = devices.replicate(
             self._mesh, (params, arrays["method"], arrays["stale"])
         )
+        self._cache.restore(arrays["cache"])
         self._jobs = {ticket[0]: Ticket(*ticket) for ticket in record["jobs"]}
         self._next_job = record["next_job"]
         self._buffered = record["buffered"]

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import time
 from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedrevive_jax import data, devices, memory, methods, models, schedule, trees
+from fedrevive_jax import client_cache, data, devices, memory, methods, models, schedule, trees
 from fedrevive_jax import feed as feeds
 from fedrevive_jax.admission import Rejection
 from fedrevive_jax.config import Config, ConfigError
@@ -30,6 +31,9 @@ from fedrevive_jax.server import Receipt, Server
 from fedrevive_jax.streams import Stream, jax_key
 
 NOTHING = Derived()
+# Every so manieth server step is timed. Timing waits for the device; the number shares no factor
+# with the intervals at which synthesis usually runs, so that it is timed as often as it is due.
+TIMED_EVERY = 37
 
 
 class Simulation:
@@ -45,6 +49,7 @@ class Simulation:
       mesh: the devices that compute together, or None.
       server: the server core.
       position: arrivals processed so far.
+      step_seconds: what a sample of the server steps took since this object was made.
       jobs_restarted: jobs that were in flight when the run was continued from a checkpoint that
         does not hold them, and started again. 0: the run is exactly what was planned.
     """
@@ -85,6 +90,7 @@ class Simulation:
             groups=self.dataset.groups,
         )
         self.position = 0
+        self.step_seconds: list[float] = []
         self.jobs_restarted = 0
         self._planned = schedule.from_config(config)
         self._follow(self._planned, [])
@@ -117,7 +123,12 @@ class Simulation:
         )
         taps = initial_taps(self.model)
         method = methods.create(config, ingredients)
-        self._shelf, self.client_batch = self._use_of_memory(method, params)
+        entry = jax.eval_shape(method.entry, params)
+        at_once = self.schedule.live_versions_max() + config.concurrency
+        waiting = at_once * trees.nbytes(params)
+        self._shelf, self.client_batch = self._use_of_memory(method, params, waiting)
+        beside = waiting if self._shelf.name == "device" else 0
+        cache = client_cache.create(config, entry, self.mesh, beside)
         self.server = Server(
             method,
             params,
@@ -125,6 +136,7 @@ class Simulation:
             config.seed,
             self.mesh,
             self._shelf,
+            cache,
             num_clients=config.num_clients,
             max_update_norm=config.max_update_norm,
         )
@@ -158,6 +170,14 @@ class Simulation:
         """Arrivals before which a window of jobs is trained."""
         return self._first_of_window.keys()
 
+    @property
+    def bytes_sent(self) -> int:
+        """What clients and server have sent so far: a model down for each job that was handed out,
+        a model with its feature statistics up for each arrival."""
+        model = trees.nbytes(self.server.params)
+        statistics = trees.nbytes(initial_taps(self.model))
+        return self.server.next_job * model + self.position * (model + statistics)
+
     def arrivals(self) -> Iterator[Receipt]:
         """Processes arrivals one by one until the plan is done."""
         while not self.finished:
@@ -178,7 +198,14 @@ class Simulation:
         upload = self._shelf.fetch(self._uploads.pop(job))
         if self.schedule.fault[job] == schedule.Fault.NAN:
             upload = _broken(upload)
+        timed = index % TIMED_EVERY == TIMED_EVERY - 1  # not the first step, which compiles
+        if timed:
+            jax.block_until_ready((upload, self.server.params, self.server.method_state))
+            began = time.perf_counter()
         receipt = self.server.submit(job, upload)
+        if timed:
+            jax.block_until_ready((self.server.params, self.server.method_state))
+            self.step_seconds.append(time.perf_counter() - began)
         if isinstance(receipt, Rejection):
             raise ValueError(f"{receipt.reason}: {receipt.detail}")  # of the simulation's own
         self._hand_out(int(self.schedule.jobs_started[index]))
@@ -294,14 +321,14 @@ class Simulation:
             if plan.fault[job] == schedule.Fault.LOST:
                 self.server.give_up(job)
 
-    def _use_of_memory(self, method: Method, params: Params) -> tuple[Shelf, int]:
-        """Where versions and uploads wait, and how many jobs are trained at once."""
+    def _use_of_memory(self, method: Method, params: Params, waiting: int) -> tuple[Shelf, int]:
+        """Where versions and uploads, `waiting` bytes, wait; how many jobs are trained at once."""
         config = self.config
-        at_once = self.schedule.live_versions_max() + config.concurrency
-        waiting = at_once * trees.nbytes(params)
         used = waiting + trees.nbytes(
             (jax.eval_shape(method.init, params), self.dataset.samples, self.frozen)
         )
+        if config.cache_memory == "device":
+            used += config.num_clients * trees.nbytes(jax.eval_shape(method.entry, params))
         job = memory.job_bytes(self.model, params, config.batch_size)
         shelf = memory.choose_shelf(config, job, used, self.mesh)
         if shelf.name == "host":

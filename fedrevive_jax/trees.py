@@ -17,6 +17,11 @@ def select(condition: jax.Array, if_true: Any, if_false: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), if_true, if_false)
 
 
+def scale(factor: jax.Array, tree: Any) -> Any:
+    """Every leaf times one number, in the leaf's own dtype."""
+    return jax.tree.map(lambda leaf: jnp.asarray(factor, leaf.dtype) * leaf, tree)
+
+
 def nbytes(tree: Any) -> int:
     """Size of all arrays, or of what `jax.eval_shape` tells of them."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -183,6 +183,10 @@ BAD = [
     (["--dataset=custom"], "--dataset=custom: is given from Python"),
     (["--dataset=fashion_mnist"], "--data_dir=: must name the folder"),
     (["--dataset=fashion_mnist", "--data_dir=."], "no file train-images-idx3-ubyte"),
+    (
+        ["--method=ca2fl", "--cache_memory=disk", "--cache_dir=no"],
+        "--cache_dir=no: is not",
+    ),
     (["--grace=0"], "--grace=0: must be above 0 and at most 3600"),
     (["--grace=nan"], "--grace=nan: must be above 0 and at most 3600"),
     (["--checkpoint_mode=none"], "--checkpoint_mode=none: must be one of exact, params"),

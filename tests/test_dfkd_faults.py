@@ -49,8 +49,8 @@ class World:
 
     def after(self, state, version=4, client=0, w=3.0):
         """(w, state, metrics) after an upload of theta' = w from theta_b = 1, with beta = 1/2."""
-        params, state, metrics = self.step(
-            self.params, self.params, state, scalar_upload(w),
+        params, state, _, metrics = self.step(
+            self.params, self.params, state, (), scalar_upload(w),
             arrival(job=version, client=client, version=version, staleness=10),
             jnp.asarray(True), KEY,
         )  # fmt: skip

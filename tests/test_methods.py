@@ -1,5 +1,6 @@
 """One server step of every method by hand on a scalar model, beta, and the limits between them."""
 
+import itertools
 import math
 
 import jax
@@ -7,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedrevive_jax import blending, methods
-from fedrevive_jax.config import METHODS, SERVER_OPTIMIZERS, ConfigError
+from fedrevive_jax import blending, client_cache, methods
+from fedrevive_jax.config import METHODS, PUBLISHED_METHODS, SERVER_OPTIMIZERS, ConfigError
 from fedrevive_jax.methods import method as interface
 from fedrevive_jax.methods.fedrevive import blend
 from fedrevive_jax.presets import resolve
@@ -36,18 +37,21 @@ def create(name, **kwargs):
 def drive(method, params, uploads, accepted=True):
     """Submits (upload w, base w, arrival) one after the other; the history of w."""
     state, history, seen = method.init(params), [], []
+    cache = client_cache.DeviceCache(method.entry(params), 4)
     step = jax.jit(method.step)
     for w, base, facts in uploads:
-        params, state, metrics = step(
-            params, {"w": jnp.asarray(base)}, state, scalar_upload(w), facts,
-            jnp.asarray(accepted), KEY,
+        params, state, entry, metrics = step(
+            params, {"w": jnp.asarray(base)}, state, cache.fetch(int(facts.client)),
+            scalar_upload(w), facts, jnp.asarray(accepted), KEY,
         )  # fmt: skip
+        cache.store(int(facts.client), entry)
         history.append(float(params["w"]))
         seen.append({name: float(value) for name, value in metrics.items()})
     return history, seen
 
 
 ONE = {"w": jnp.asarray(1.0)}
+NEW = [name for name in METHODS if name not in PUBLISHED_METHODS]
 
 
 def test_fedavg_by_hand():
@@ -176,24 +180,32 @@ def test_fedbuff_with_its_own_staleness_weight():
     assert [s["beta"] for s in seen] == pytest.approx([0.5, 0.0])
 
 
-@pytest.mark.parametrize("optimizer", SERVER_OPTIMIZERS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [
+        *itertools.product(PUBLISHED_METHODS, ("momentum", "adam")),
+        *(("fedbuff", other) for other in SERVER_OPTIMIZERS if other not in ("momentum", "adam")),
+        *((name, "sgd" if name == "fadas" else "momentum") for name in NEW),
+    ],
+)
 def test_a_rejected_upload_leaves_no_trace(name, optimizer):
     """Whatever it holds: neither parameters nor state change, but the buffer's place is taken.
 
     An optimiser with a memory gets one good step first, so that it has somewhere to go.
     """
     method = create(name, buffer_size=1, open_slots=1, server_optimizer=optimizer)
-    params, state, _ = jax.jit(method.step)(
-        ONE, ONE, method.init(ONE), scalar_upload(2.0), arrival(), jnp.asarray(True), KEY
-    )
+    step = jax.jit(method.step)
+    params, state, entry, _ = step(
+        ONE, ONE, method.init(ONE), method.entry(ONE), scalar_upload(2.0), arrival(),
+        jnp.asarray(True), KEY,
+    )  # fmt: skip
     assert float(params["w"]) > 1.0
-    kept = jax.tree.map(np.asarray, state)
-    after, state, _ = jax.jit(method.step)(
-        params, ONE, state, scalar_upload(math.nan), arrival(1), jnp.asarray(False), KEY
+    kept = jax.tree.map(np.asarray, (state, entry))
+    after, state, entry, _ = step(
+        params, ONE, state, entry, scalar_upload(math.nan), arrival(1), jnp.asarray(False), KEY
     )
     assert float(after["w"]) == float(params["w"])
-    for a, b in zip(*map(jax.tree.leaves, (kept, state)), strict=True):
+    for a, b in zip(*map(jax.tree.leaves, (kept, (state, entry))), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -202,8 +214,9 @@ def test_state_is_stable(name):
     """Structure, shapes and dtypes of the state survive a step, so that nothing is recompiled."""
     method = create(name)
     state = method.init(ONE)
-    params, after, metrics = jax.eval_shape(
-        method.step, ONE, ONE, state, scalar_upload(2.0), arrival(), jnp.asarray(True), KEY
+    before = method.entry(ONE)
+    params, after, entry, metrics = jax.eval_shape(
+        method.step, ONE, ONE, state, before, scalar_upload(2.0), arrival(), jnp.asarray(True), KEY
     )
 
     def described(tree):
@@ -211,6 +224,7 @@ def test_state_is_stable(name):
         return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
     assert described(state) == described(after)
+    assert described(before) == described(entry)
     assert described(params) == described(ONE)
     assert "beta" in metrics
     assert all(m.shape == () and m.dtype == jnp.float32 for m in metrics.values())

@@ -1,8 +1,10 @@
 """What a run will be, told without data: all published presets, against numbers counted by hand."""
 
+import itertools
+
 import pytest
 
-from fedrevive_jax.config import METHODS
+from fedrevive_jax.config import METHODS, PUBLISHED_METHODS
 from fedrevive_jax.planning import plan
 from fedrevive_jax.presets import PAPER, resolve
 
@@ -25,9 +27,14 @@ def test_the_published_size_of_the_resnet():
     assert PARAMETERS["cifar10"] == 11_164_352
 
 
-@pytest.mark.parametrize("dataset", PAPER)
-@pytest.mark.parametrize("method", METHODS)
-def test_the_twenty_presets(dataset, method):
+# The other methods' presets do not differ by data set, so one of each is enough.
+OTHERS = [("femnist", method) for method in METHODS if method not in PUBLISHED_METHODS]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "method"), [*itertools.product(PAPER, PUBLISHED_METHODS), *OTHERS]
+)
+def test_the_presets(dataset, method):
     told = plan(resolve(dataset, method))
     config = resolve(dataset, method)
     assert told["parameters"] == PARAMETERS[dataset]
@@ -49,3 +56,19 @@ def test_the_twenty_presets(dataset, method):
         assert told["flops_synthesis"] > 0
     assert ("flops_distillation" in told) == (method in ("fedrevive", "dd_fedrevive"))
     assert told["flops_total"] >= told["arrivals"] * told["flops_client_job"]
+    keeps = method in ("ca2fl", "fedstale", "ace")
+    assert told["bytes_client_cache"] == (1000 * told["bytes_model"] if keeps else 0)
+
+
+def test_the_plan_tells_where_the_memory_of_clients_lives():
+    """Half of it in bfloat16; on the host it leaves the device, on disk both."""
+    settings = {"dataset": "femnist", "method": "ca2fl", "max_time": 2}
+    told = {
+        memory: plan(resolve(**settings, cache_memory=memory, cache_dtype="bfloat16"))
+        for memory in ("device", "host", "disk")
+    }
+    size = told["device"]["bytes_client_cache"]
+    assert size == 1000 * told["device"]["bytes_model"] // 2
+    assert told["device"]["bytes_device"] - told["disk"]["bytes_device"] == size
+    assert told["host"]["bytes_host"] - told["disk"]["bytes_host"] == size
+    assert [told[memory]["bytes_disk"] for memory in told] == [0, 0, size]

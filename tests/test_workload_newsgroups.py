@@ -1,6 +1,6 @@
 import pytest
 
-from fedrevive_jax.config import METHODS
+from fedrevive_jax.config import PUBLISHED_METHODS
 from tests import workloads
 
 
@@ -9,7 +9,7 @@ def data_dir(tmp_path_factory):
     return workloads.prepare("newsgroups", tmp_path_factory.mktemp("newsgroups"))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PUBLISHED_METHODS)
 def test_small_run(method, data_dir, tmp_path):
     workloads.check_small_run("newsgroups", method, data_dir, tmp_path / "run")
 

@@ -1,14 +1,14 @@
 """DD-FedRevive: FedRevive on held-out real samples, the data-dependent upper reference.
 
 Nothing is synthesised and nothing has to warm up; the comparison uses a constant beta, a higher
-distillation temperature and no weight decay (arXiv 2511.00655, appendix).
+distillation temperature and no weight decay (arXiv 2511.00655, appendix). `--revive_on` holds here
+too.
 """
 
-from fedrevive_jax import blending
 from fedrevive_jax.config import Config, ConfigError
 from fedrevive_jax.dfkd import reviver
-from fedrevive_jax.methods.fedrevive import blend
-from fedrevive_jax.methods.method import Ingredients, Method, compose, server_optimizer
+from fedrevive_jax.methods.fedrevive import revived
+from fedrevive_jax.methods.method import Ingredients, Method
 
 
 def create(config: Config, ingredients: Ingredients) -> Method:
@@ -25,5 +25,4 @@ def create(config: Config, ingredients: Ingredients) -> Method:
         real_samples=ingredients.real_samples,
         mesh=ingredients.mesh,
     )
-    rule = blend(revive, blending.create(config))
-    return compose(rule, config.buffer_size, server_optimizer(config))
+    return revived(config, revive)

@@ -5,9 +5,9 @@ client.
 """
 
 from fedrevive_jax.config import Config
-from fedrevive_jax.methods.method import Ingredients, Method, as_it_is, compose, server_optimizer
+from fedrevive_jax.methods.method import Ingredients, Method, compose, plain, server_optimizer
 
 
 def create(config: Config, ingredients: Ingredients) -> Method:
     del ingredients
-    return compose(as_it_is(), config.buffer_size, server_optimizer(config))
+    return compose(plain(config), config.buffer_size, server_optimizer(config))

@@ -4,22 +4,22 @@ The comparison of arXiv 2511.00655 uses s = 1; FedBuff's own paper s = 1 / sqrt(
 is over B, not over the weights.
 """
 
-import jax.numpy as jnp
-
 from fedrevive_jax.config import Config
 from fedrevive_jax.methods.method import (
+    Base,
     Ingredients,
     Method,
-    as_it_is,
     compose,
+    plain,
     server_optimizer,
-    weighted,
 )
+
+
+def base(config: Config) -> Base:
+    return Base(plain(config), server_optimizer(config))
 
 
 def create(config: Config, ingredients: Ingredients) -> Method:
     del ingredients
-    rule = as_it_is()
-    if config.staleness_weight == "sqrt":
-        rule = weighted(lambda tau: 1 / jnp.sqrt(1.0 + tau))
-    return compose(rule, config.buffer_size, server_optimizer(config))
+    rule, optimizer, _ = base(config)
+    return compose(rule, config.buffer_size, optimizer)

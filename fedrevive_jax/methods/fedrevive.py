@@ -1,4 +1,9 @@
-"""FedRevive: Delta~ = (1 - beta(tau)) Delta + beta(tau) Delta^KD (arXiv 2511.00655)."""
+"""FedRevive: Delta~ = (1 - beta(tau)) Delta + beta(tau) Delta^KD (arXiv 2511.00655).
+
+The step that takes Delta~ is FedBuff's, or by `--revive_on` FedAsync's or FADAS's: Delta is then
+what their rule makes of the raw update (weighted by staleness, or theta' - theta in FedAsync's
+mixing form), while Delta^KD, which is never stale, goes in as it is. beta = 0 is that method.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,13 +11,10 @@ import jax.numpy as jnp
 from fedrevive_jax import blending
 from fedrevive_jax.config import Config
 from fedrevive_jax.dfkd import reviver
-from fedrevive_jax.methods.method import (
-    Ingredients,
-    Method,
-    UpdateRule,
-    compose,
-    server_optimizer,
-)
+from fedrevive_jax.methods import fadas, fedasync, fedbuff
+from fedrevive_jax.methods.method import Ingredients, Method, UpdateRule, as_it_is, compose
+
+BASES = {"fedbuff": fedbuff.base, "fedasync": fedasync.base, "fadas": fadas.base}
 
 
 def create(config: Config, ingredients: Ingredients) -> Method:
@@ -25,24 +27,39 @@ def create(config: Config, ingredients: Ingredients) -> Method:
         seed_text=ingredients.seed_text,
         mesh=ingredients.mesh,
     )
-    rule = blend(revive, blending.create(config))
-    return compose(rule, config.buffer_size, server_optimizer(config))
+    return revived(config, revive)
 
 
-def blend(revive: reviver.Reviver, beta_of: blending.Beta) -> UpdateRule:
+def revived(config: Config, revive: reviver.Reviver) -> Method:
+    """The configured base method, its updates revived."""
+    plain, optimizer, rate_factor = BASES[config.revive_on](config)
+    rule = blend(revive, blending.create(config), plain)
+    return compose(rule, config.buffer_size, optimizer, rate_factor=rate_factor)
+
+
+def blend(
+    revive: reviver.Reviver, beta_of: blending.Beta, plain: UpdateRule | None = None
+) -> UpdateRule:
     """The update rule; where nothing was distilled the plain update goes in *unblended*.
 
     Blending with a Delta^KD of zero would only shrink the update.
+
+    Args:
+      revive: offers Delta^KD.
+      beta_of: beta(tau).
+      plain: a rule without state for the raw update; as it is where None.
     """
+    plain = as_it_is() if plain is None else plain
 
     def apply(state, delta, params, upload, arrival, key):
         beta = jnp.asarray(beta_of(arrival.staleness), jnp.float32)
         state, revival = revive.revive(state, params, upload, arrival, beta, key)
+        _, delta, _ = plain.apply((), delta, params, upload, arrival, key)
         beta = jnp.where(revival.distilled, beta, 0.0)
 
-        def mix(plain, distilled):
-            weight = beta.astype(plain.dtype)
-            return (1 - weight) * plain + weight * distilled
+        def mix(raw, distilled):
+            weight = beta.astype(raw.dtype)
+            return (1 - weight) * raw + weight * distilled
 
         delta = jax.tree.map(mix, delta, revival.delta)
         return state, delta, {"beta": beta, **revival.metrics}

@@ -1,13 +1,13 @@
-"""The interface of all methods, and the composition that most of them are.
+"""The interface of all methods, and the composition that they are.
 
 A method is a pair of pure functions over an explicit state. `compose` builds one from an update
-rule (what becomes of a single upload's Delta), a buffer of B processed updates, and a server
-optimiser from optax:
+rule (what becomes of a single upload's Delta), an aggregation (the direction in which a buffer of B
+processed updates goes, by default their mean), and a server optimiser from optax:
 
     Delta = theta' - theta_b,   Delta~ = rule(Delta),
-    every B arrivals: theta <- theta + optimiser(mean of the buffered Delta~),  v <- v + 1.
+    every B arrivals: theta <- theta + optimiser(direction of the buffered Delta~),  v <- v + 1.
 
-With optax's plain `sgd(eta_s)` the last line is theta + eta_s * mean(Delta~).
+With optax's plain `sgd(eta_s)` and the mean the last line is theta + eta_s * mean(Delta~).
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from fedrevive_jax import staleness, trees
 from fedrevive_jax.config import Config
 from fedrevive_jax.messages import Arrival, Upload
 from fedrevive_jax.models import Model
@@ -54,16 +55,21 @@ class Method(NamedTuple):
     Attributes:
       buffer_size: B, arrivals that make a new version.
       init: global params -> state, any pytree.
-      step: (params, base, state, upload, arrival, accepted, key) -> (params, state, metrics).
-        Pure and jittable. `base` are the parameters the upload's job started from; `accepted` is
+      step: (params, base, state, entry, upload, arrival, accepted, key) -> (params, state, entry,
+        metrics). Pure and jittable. `base` are the parameters the upload's job started from;
+        `entry` is what the method keeps of the arriving client, see `entry` below; `accepted` is
         whether the server core found the upload sound: otherwise it must leave no trace but the
         place it takes in the buffer. When `arrival.completes`, the returned parameters are the next
         version; otherwise they are `params`. Metrics are float32 [] by name, `beta` among them.
+      entry: global params -> what is kept of each client before its first upload, all zeros; ()
+        for methods without a cache. The entries of all clients live outside the state, in a
+        `client_cache.ClientCache`, because N of them may not fit on the device.
     """
 
     buffer_size: int
     init: Callable[[Params], Any]
-    step: Callable[..., tuple[Params, Any, Metrics]]
+    step: Callable[..., tuple[Params, Any, Any, Metrics]]
+    entry: Callable[[Params], Any] = lambda params: ()
 
 
 class UpdateRule(NamedTuple):
@@ -78,20 +84,53 @@ class UpdateRule(NamedTuple):
     apply: Callable[..., tuple[Any, Params, Metrics]]
 
 
+class Aggregation(NamedTuple):
+    """In which direction a buffer of processed updates goes.
+
+    Attributes:
+      init: global params -> state, its buffer empty.
+      take: (state, delta, upload, entry) -> (state, entry), pure: one more processed update.
+      direction: (state, taken, params) -> (direction, state), pure: what the `taken` updates since
+        the last version come to, a pytree like the parameters, and the state with an empty buffer.
+      entry: what is kept of each client, see `Method`.
+    """
+
+    init: Callable[[Params], Any]
+    take: Callable[..., tuple[Any, Any]]
+    direction: Callable[..., tuple[Params, Any]]
+    entry: Callable[[Params], Any] = lambda params: ()
+
+
+class Base(NamedTuple):
+    """The step of a method that others can build on.
+
+    Attributes:
+      rule: its update rule, without state.
+      optimizer: its server optimiser.
+      rate_factor: see `compose`.
+    """
+
+    rule: UpdateRule
+    optimizer: optax.GradientTransformation
+    rate_factor: Callable[[jax.Array], jax.Array] | None = None
+
+
 class ComposedState(NamedTuple):
     """State of a composed method.
 
     Attributes:
       rule: state of the update rule.
+      aggregation: state of the aggregation.
       optimizer: state of the server optimiser.
-      total: sum of the processed updates in the buffer, a pytree like the parameters.
-      taken: int32 [], how many updates the sum holds.
+      taken: int32 [], how many updates the buffer holds.
+      stalest: int32 [], the largest staleness among them; 0 for an empty buffer.
     """
 
     rule: Any
+    aggregation: Any
     optimizer: Any
-    total: Params
     taken: jax.Array
+    stalest: jax.Array
 
 
 def as_it_is() -> UpdateRule:
@@ -110,10 +149,30 @@ def weighted(weight_of: Callable[[jax.Array], jax.Array]) -> UpdateRule:
     def apply(state, delta, params, upload, arrival, key):
         del params, upload, key
         weight = jnp.asarray(weight_of(arrival.staleness), jnp.float32)
-        delta = jax.tree.map(lambda d: weight.astype(d.dtype) * d, delta)
-        return state, delta, {"beta": 1 - weight}
+        return state, trees.scale(weight, delta), {"beta": 1 - weight}
 
     return UpdateRule(lambda params: (), apply)
+
+
+def plain(config: Config) -> UpdateRule:
+    """The update under the configured staleness weight."""
+    if config.staleness_weight == "none":
+        return as_it_is()
+    return weighted(staleness.create(config))
+
+
+def mean() -> Aggregation:
+    """The mean of the buffered updates, whatever their weights."""
+
+    def take(total, delta, upload, entry):
+        del upload
+        return jax.tree.map(jnp.add, total, delta), entry
+
+    def direction(total, taken, params):
+        del params
+        return jax.tree.map(lambda t: t / taken, total), jax.tree.map(jnp.zeros_like, total)
+
+    return Aggregation(lambda params: jax.tree.map(jnp.zeros_like, params), take, direction)
 
 
 def server_optimizer(config: Config) -> optax.GradientTransformation:
@@ -125,6 +184,10 @@ def server_optimizer(config: Config) -> optax.GradientTransformation:
         "adam": lambda: optax.adam(rate),
         "adagrad": lambda: optax.adagrad(rate),
         "yogi": lambda: optax.yogi(rate),
+        "amsgrad": lambda: optax.amsgrad(rate),
+        "rmsprop": lambda: optax.rmsprop(rate),
+        "adabelief": lambda: optax.adabelief(rate),
+        "lion": lambda: optax.lion(rate),
     }[config.server_optimizer]()
 
 
@@ -132,41 +195,61 @@ def compose(
     rule: UpdateRule,
     buffer_size: int,
     optimizer: optax.GradientTransformation,
+    aggregation: Aggregation | None = None,
+    rate_factor: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Method:
-    """A method from an update rule, a buffer and a server optimiser; see the module."""
+    """A method from its parts; see the module.
+
+    Args:
+      rule: what becomes of a single update.
+      buffer_size: B.
+      optimizer: takes the step.
+      aggregation: the direction of a buffer; the mean where None.
+      rate_factor: tau_max, the largest staleness in the buffer -> factor of the server's rate; 1
+        where None.
+    """
+    gather = mean() if aggregation is None else aggregation
 
     def init(params: Params) -> ComposedState:
-        zeros = jax.tree.map(jnp.zeros_like, params)
+        nothing = jnp.zeros((), jnp.int32)
         return ComposedState(
-            rule.init(params), optimizer.init(params), zeros, jnp.zeros((), jnp.int32)
+            rule.init(params), gather.init(params), optimizer.init(params), nothing, nothing
         )
 
-    def step(params, base, state, upload: Upload, arrival: Arrival, accepted, key):
-        def take(state):
+    def step(params, base, state, entry, upload: Upload, arrival: Arrival, accepted, key):
+        def take(state, entry):
             delta = jax.tree.map(jnp.subtract, upload.params, base)
             rule_state, delta, metrics = rule.apply(state.rule, delta, params, upload, arrival, key)
-            total = jax.tree.map(jnp.add, state.total, delta)
-            return state._replace(rule=rule_state, total=total, taken=state.taken + 1), metrics
+            gathered, entry = gather.take(state.aggregation, delta, upload, entry)
+            state = state._replace(
+                rule=rule_state,
+                aggregation=gathered,
+                taken=state.taken + 1,
+                stalest=jnp.maximum(state.stalest, arrival.staleness),
+            )
+            return state, entry, metrics
 
-        _, shapes = jax.eval_shape(take, state)
+        _, _, shapes = jax.eval_shape(take, state, entry)
         nothing = jax.tree.map(lambda s: jnp.full(s.shape, jnp.nan, s.dtype), shapes)
-        state, metrics = jax.lax.cond(accepted, take, lambda s: (s, nothing), state)
+        state, entry, metrics = jax.lax.cond(
+            accepted, take, lambda s, e: (s, e, nothing), state, entry
+        )
 
         def next_version(params, state):
-            # optax descends; an update is already a direction to go.
-            descent = jax.tree.map(lambda t: -t / state.taken, state.total)
+            direction, emptied = gather.direction(state.aggregation, state.taken, params)
+            # optax descends; a direction is already where to go.
+            descent = jax.tree.map(jnp.negative, direction)
             updates, optimizer_state = optimizer.update(descent, state.optimizer, params)
-            emptied = state._replace(
-                optimizer=optimizer_state,
-                total=jax.tree.map(jnp.zeros_like, state.total),
-                taken=jnp.zeros_like(state.taken),
-            )
-            return optax.apply_updates(params, updates), emptied
+            if rate_factor is not None:
+                updates = trees.scale(rate_factor(state.stalest), updates)
+            nothing = jnp.zeros_like(state.taken)
+            state = ComposedState(state.rule, emptied, optimizer_state, nothing, nothing)
+            return optax.apply_updates(params, updates), state
 
         # A buffer of rejected uploads alone gives no direction, not even to a momentum.
         params, state = jax.lax.cond(
             arrival.completes & (state.taken > 0), next_version, lambda p, s: (p, s), params, state
         )
-        return params, state, metrics
+        return params, state, entry, metrics
 
-    return Method(buffer_size, init, step)
+    return Method(buffer_size, init, step, gather.entry)

@@ -1,0 +1,213 @@
+"""The runs of a comparison: which configurations, and running what is not done, several at once.
+
+Every method of a comparison gets the same seeds, and with them the same population, shards and
+delays.
+"""
+
+import concurrent.futures
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedrevive_jax import comparison, record, runner
+from fedrevive_jax.comparison import Choice, Point, Run
+from fedrevive_jax.config import Config, ConfigError
+from fedrevive_jax.presets import resolve
+
+# Marks a run that diverged, which would only diverge again.
+DIVERGED = "diverged.json"
+# Tuning takes seeds this far from those of the comparison.
+TUNING_SEEDS = 1000
+
+Notify = Callable[[str], Any]
+
+
+def of_methods(
+    given: dict[str, Any],
+    methods: Sequence[str],
+    seeds: int,
+    out: Path,
+    chosen: dict[str, Choice] | None = None,
+) -> list[Config]:
+    """A configuration for each method and seed, by method; at the chosen rates if there are any.
+
+    Args:
+      given: what the user says of fields, and of `preset_scale`.
+      methods: to compare.
+      seeds: how many, counted up from the given or the preset's.
+      out: folder for the runs' folders.
+      chosen: what tuning chose, by method.
+    """
+    _refuse(given, "method", "by --methods")
+    _refuse(given, "workdir", "by --out")
+    first = resolve(**given).seed
+    configs = []
+    for method in methods:
+        fields, word = {**given, "method": method}, ""
+        if chosen is not None:
+            point = chosen[method].point
+            fields |= {"server_lr": point.server_lr, "client_lr": point.client_lr}
+            word = "_tuned"
+        for seed in range(first, first + seeds):
+            place = str(out / f"{method}{word}_seed{seed}")
+            configs.append(resolve(**{**fields, "seed": seed, "workdir": place}))
+    return configs
+
+
+def of_ablation(
+    given: dict[str, Any], ablate: str, seeds: int, out: Path
+) -> tuple[str, list[Config]]:
+    """The field of FIELD=v1,v2,... and a configuration for each of its values and seeds."""
+    _refuse(given, "workdir", "by --out")
+    field, _, values = ablate.partition("=")
+    if field in ("seed", "method", "workdir") or not values or len(set(values.split(","))) < 2:
+        raise ConfigError(
+            f"--ablate={ablate}: must be FIELD=v1,v2,... with two or more values of a field other "
+            "than method and seed"
+        )
+    _refuse(given, field, "by --ablate")
+    first = resolve(**given).seed
+    configs = []
+    for value in values.split(","):
+        for seed in range(first, first + seeds):
+            fields = {**given, field: value, "seed": seed}
+            name = f"{resolve(**fields).method}_{field}={value.replace('/', '_')}_seed{seed}"
+            configs.append(resolve(**{**fields, "workdir": str(out / name)}))
+    return field, configs
+
+
+def grid_runs(
+    given: dict[str, Any],
+    methods: Sequence[str],
+    *,
+    server_lr: str,
+    client_lr: str,
+    max_time: str | None,
+    seeds: int,
+    out: Path,
+) -> list[tuple[str, Point, Config]]:
+    """The runs of tuning: every method at every point of its grid, on the validation split.
+
+    Args:
+      given, methods: see `of_methods`.
+      server_lr, client_lr: see `comparison.grid`.
+      max_time: simulated time of each run; as long as the comparison's where None.
+      seeds: how many at each point, none of them a seed of the comparison.
+      out: folder of the comparison.
+    """
+    for name in ("server_lr", "client_lr", "eval_split"):
+        _refuse(given, name, "by --tune")
+    first = resolve(**given).seed + TUNING_SEEDS
+    fields = {**given, "eval_split": "validation"}
+    if max_time is not None:
+        fields["max_time"] = max_time
+    runs = []
+    for method in methods:
+        points = comparison.grid(server_lr, client_lr, resolve(**{**given, "method": method}))
+        for point in points:
+            for seed in range(first, first + seeds):
+                name = f"{method}_{point.server_lr:g}_{point.client_lr:g}_seed{seed}"
+                config = resolve(
+                    **{
+                        **fields,
+                        "method": method,
+                        "seed": seed,
+                        "server_lr": point.server_lr,
+                        "client_lr": point.client_lr,
+                        "workdir": str(out / "tune" / name),
+                    }
+                )
+                runs.append((method, point, config))
+    return runs
+
+
+def choices(grid: Sequence[tuple[str, Point, Config]], runs: Sequence[Run]) -> dict[str, Choice]:
+    """What tuning chose for each method, from the runs of its grid in the same order."""
+    scores: dict[str, dict[Point, list[float]]] = {}
+    for (method, point, _), run in zip(grid, runs, strict=True):
+        score = comparison.last_mean(run.evaluations) if run.summary else float("-inf")
+        scores.setdefault(method, {}).setdefault(point, []).append(score)
+    return {method: comparison.choose(own) for method, own in scores.items()}
+
+
+def run_all(
+    configs: Sequence[Config], jobs: int = 1, overwrite: bool = False, notify: Notify = print
+) -> list[Run]:
+    """Runs what is not done, continues what was interrupted, and reads what all have recorded.
+
+    A run that diverges is marked in its folder and counts as done.
+
+    Args:
+      configs: what to run, each with a folder of its own.
+      jobs: processes at once; with 1 the runs share this process, one after the other.
+      overwrite: run again what is done.
+      notify: told a line for every run.
+
+    Raises:
+      ConfigError: a folder holds another run, or the data are not what a run needs.
+    """
+    # All folders are checked before the first run, so that a wrong one is told at once.
+    waiting = [config for config in configs if overwrite or not _is_done(config)]
+    if jobs == 1:
+        for config in waiting:
+            _run(config, overwrite)
+            notify(_line(config))
+    else:
+        _run_side_by_side(waiting, jobs, overwrite, notify)
+    return [
+        comparison.read_run(config.run_dir, (config.run_dir / DIVERGED).exists())
+        for config in configs
+    ]
+
+
+def read_all(folders: Sequence[Path]) -> list[Run]:
+    """Runs that exist already."""
+    return [comparison.read_run(folder, (folder / DIVERGED).exists()) for folder in folders]
+
+
+def _run_side_by_side(configs, jobs: int, overwrite: bool, notify: Notify) -> None:
+    # Fresh interpreters: a forked JAX may hang.
+    pool = concurrent.futures.ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), initializer=_without_bars
+    )
+    with pool:
+        futures = {pool.submit(_run, config, overwrite): config for config in configs}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+                notify(_line(futures[future]))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _run(config: Config, overwrite: bool) -> None:
+    try:
+        runner.run(config, keep_record=True, overwrite=overwrite)
+    except runner.DivergenceError as error:
+        record.write_json(config.run_dir / DIVERGED, {"message": str(error)})
+
+
+def _is_done(config: Config) -> bool:
+    return runner.is_finished(config) or (config.run_dir / DIVERGED).exists()
+
+
+def _line(config: Config) -> str:
+    folder = config.run_dir
+    if (folder / DIVERGED).exists():
+        return f"{folder.name}: {record.read_json(folder / DIVERGED)['message']}"
+    accuracy = record.read_json(folder / record.SUMMARY)["final_accuracy"]
+    return f"{folder.name}: accuracy {accuracy:.4f}"
+
+
+def _without_bars() -> None:
+    """Progress bars of several processes would overwrite each other; errors come as exceptions."""
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
+
+
+def _refuse(given: dict[str, Any], name: str, by: str) -> None:
+    if given.get(name) is not None:
+        raise ConfigError(f"--{name}={given[name]}: is chosen {by} here")

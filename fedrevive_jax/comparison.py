@@ -1,0 +1,409 @@
+"""Comparing runs: figures of each, statistics over seeds, paired differences, the choice of rates.
+
+Pure functions on what runs have recorded; nothing here trains or writes.
+"""
+
+import csv
+import io
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fedrevive_jax import record
+from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS, Config, ConfigError
+from fedrevive_jax.recorder import read_evaluations
+from fedrevive_jax.restore import read_config
+
+RECENT = 10  # evaluations whose mean is "last ten": a single one is noisy under asynchrony
+RESAMPLES = 10_000  # of the bootstrap
+COVERAGE = 0.95  # of its interval
+
+
+class Run(NamedTuple):
+    """One recorded run.
+
+    Attributes:
+      config: its configuration.
+      evaluations: rows with version, time, wall_seconds, accuracy, loss.
+      summary: what `summary.json` holds; None for a run that diverged.
+      staleness: int [arrivals], tau of every arrival.
+      folder: where it was recorded.
+    """
+
+    config: Config
+    evaluations: list[dict[str, Any]]
+    summary: dict[str, Any] | None
+    staleness: np.ndarray
+    folder: Path
+
+
+def read_run(folder: Path, diverged: bool = False) -> Run:
+    """Reads a run's folder.
+
+    Raises:
+      ConfigError: it holds no run, or one that is not finished and has not diverged.
+    """
+    config = read_config(folder)
+    summary = None if diverged else record.read_json(folder / record.SUMMARY)
+    arrivals = record.read_rows(folder / record.ARRIVALS)
+    staleness = np.asarray([row["staleness"] for row in arrivals], np.int64)
+    return Run(config, read_evaluations(folder), summary, staleness, folder)
+
+
+def grouped(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """Runs by label, each group in the order of its seeds.
+
+    The label is the method; where a method comes with several configurations, beside seeds and
+    places, also the fields in which they differ.
+
+    Raises:
+      ConfigError: two runs of a group have the same seed.
+    """
+    by_method: dict[str, list[Run]] = {}
+    for run in runs:
+        by_method.setdefault(run.config.method, []).append(run)
+    groups: dict[str, list[Run]] = {}
+    for method, own in by_method.items():
+        settings = [run.config.as_dict() for run in own]
+        ignored = {"seed", *LOCATION_FIELDS, *DEVICE_FIELDS}
+        names = [n for n in settings[0] if n not in ignored and len({s[n] for s in settings}) > 1]
+        for run, values in zip(own, settings, strict=True):
+            label = " ".join([method, *(f"{name}={values[name]}" for name in names)])
+            groups.setdefault(label, []).append(run)
+    for label, own in groups.items():
+        own.sort(key=lambda run: run.config.seed)
+        for one, other in itertools.pairwise(own):
+            if one.config.seed == other.config.seed:
+                raise ConfigError(
+                    f"{one.folder} and {other.folder}: are both {label}, seed {one.config.seed}"
+                )
+    return groups
+
+
+# --- figures of one run ---------------------------------------------------------------------------
+
+
+def last_mean(evaluations: Sequence[Mapping[str, Any]], count: int = RECENT) -> float:
+    """Mean accuracy of the last `count` evaluations, of all where there are fewer."""
+    return statistics.fmean(row["accuracy"] for row in evaluations[-count:])
+
+
+def last_quarter(evaluations: Sequence[Mapping[str, Any]]) -> float:
+    """Mean accuracy over the last quarter of a run's simulated time: the same time for all methods,
+    also for those that make few versions and are evaluated seldom."""
+    since = 0.75 * evaluations[-1]["time"]
+    return statistics.fmean(row["accuracy"] for row in evaluations if row["time"] >= since)
+
+
+def time_to(evaluations: Sequence[Mapping[str, Any]], target: float) -> float:
+    """Simulated time of the first evaluation at or above an accuracy; infinite if there is none."""
+    return next((row["time"] for row in evaluations if row["accuracy"] >= target), math.inf)
+
+
+def area(evaluations: Sequence[Mapping[str, Any]], horizon: float) -> float:
+    """Mean accuracy over simulated time from 0 to `horizon`: the area under the curve, divided.
+
+    The curve is linear between evaluations and stays at the last one's accuracy.
+    """
+    times = np.asarray([row["time"] for row in evaluations])
+    accuracies = np.asarray([row["accuracy"] for row in evaluations])
+    if horizon <= 0:
+        return float(accuracies[0])
+    inside = times[(times > 0) & (times < horizon)]
+    grid = np.concatenate([[0.0], inside, [horizon]])
+    return float(np.trapezoid(np.interp(grid, times, accuracies), grid) / horizon)
+
+
+def figures(run: Run, targets: Sequence[float] = (), horizon: float | None = None) -> dict:
+    """Every figure of the table for one run, by the name of its column.
+
+    NaN where it is not known: all of a run that diverged, and what a run did not record.
+
+    Args:
+      run: the run.
+      targets: accuracies to be reached.
+      horizon: simulated time of the area; the run's own end where None.
+    """
+    rows = run.evaluations
+    end = rows[-1]["time"] if horizon is None else horizon
+
+    def recorded(name):
+        value = run.summary.get(name)
+        return math.nan if value is None else float(value)
+
+    columns: dict[str, Callable[[], float]] = {
+        "final": lambda: rows[-1]["accuracy"],
+        "best": lambda: max(row["accuracy"] for row in rows),
+        "last ten": lambda: last_mean(rows),
+        "last quarter": lambda: last_quarter(rows),
+        "area": lambda: area(rows, end),
+        **{f"time to {t:g}": lambda t=t: time_to(rows, t) for t in targets},
+        "versions": lambda: recorded("versions"),
+        "staleness": lambda: recorded("staleness_mean"),
+        "server ms": lambda: 1e3 * recorded("server_seconds_per_arrival"),
+        "sent MB": lambda: recorded("bytes_sent") / 1e6,
+        "seconds": lambda: recorded("wall_seconds"),
+    }
+    return {name: math.nan if run.summary is None else value() for name, value in columns.items()}
+
+
+# --- over seeds -----------------------------------------------------------------------------------
+
+
+class Spread(NamedTuple):
+    """Mean and standard deviation (n - 1) over the seeds with a finite figure, and how many."""
+
+    mean: float
+    deviation: float
+    count: int
+
+
+def spread(values: Iterable[float]) -> Spread:
+    """The spread of the finite values; NaN where there are none, and of fewer than two."""
+    finite = [value for value in values if math.isfinite(value)]
+    mean = statistics.fmean(finite) if finite else math.nan
+    return Spread(mean, statistics.stdev(finite) if len(finite) > 1 else math.nan, len(finite))
+
+
+class Difference(NamedTuple):
+    """Mean of paired differences with its bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def paired_difference(
+    ours: Mapping[int, float], theirs: Mapping[int, float], seed: int = 0
+) -> Difference:
+    """The mean over common seeds of ours - theirs, and a percentile bootstrap of that mean.
+
+    Seeds are drawn with replacement, the pairs kept together: what a seed does to both cancels.
+    Three seeds give an interval between their extremes; it is a statement about seeds, not more.
+
+    Args:
+      ours, theirs: a figure by seed; pairs with one that is not finite are left out.
+      seed: of the resampling.
+
+    Returns:
+      NaN where no pair is left; an interval of NaN where only one is.
+    """
+    pairs = [ours[s] - theirs[s] for s in sorted(ours.keys() & theirs.keys())]
+    differences = np.asarray([d for d in pairs if math.isfinite(d)])
+    if len(differences) < 2:
+        return Difference(*differences[:1], math.nan, math.nan) if len(differences) else _UNKNOWN
+    generator = np.random.default_rng(seed)
+    drawn = generator.integers(len(differences), size=(RESAMPLES, len(differences)))
+    means = differences[drawn].mean(axis=1)
+    tail = (1 - COVERAGE) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Difference(float(differences.mean()), float(low), float(high))
+
+
+_UNKNOWN = Difference(math.nan, math.nan, math.nan)
+
+
+class Row(NamedTuple):
+    """A line of the table.
+
+    Attributes:
+      label: what is compared.
+      seeds: number of runs.
+      diverged: number of those that diverged.
+      spreads: by column.
+      differences: by column, to the first line; empty in the first line.
+    """
+
+    label: str
+    seeds: int
+    diverged: int
+    spreads: dict[str, Spread]
+    differences: dict[str, Difference]
+
+
+def table(groups: Mapping[str, Sequence[Run]], targets: Sequence[float] = ()) -> list[Row]:
+    """A line for each group; areas go to the end of the shortest run of all."""
+    ends = [run.evaluations[-1]["time"] for own in groups.values() for run in own if run.summary]
+    horizon = min(ends, default=0.0)
+    rows, first = [], None
+    for label, own in groups.items():
+        by_seed = {run.config.seed: figures(run, targets, horizon) for run in own}
+        names = list(next(iter(by_seed.values())))
+        columns = {name: {seed: f[name] for seed, f in by_seed.items()} for name in names}
+        differences = {}
+        if first is not None:
+            differences = {n: paired_difference(columns[n], first[n]) for n in names}
+        first = columns if first is None else first
+        rows.append(
+            Row(
+                label,
+                len(own),
+                sum(run.summary is None for run in own),
+                {name: spread(values.values()) for name, values in columns.items()},
+                differences,
+            )
+        )
+    return rows
+
+
+DIGITS = {"versions": 0, "staleness": 1, "server ms": 1, "sent MB": 1, "seconds": 0}
+# Columns whose difference to the first line is shown beside them; table.csv has all.
+SHOWN_DIFFERENCES = ("final", "last ten")
+
+
+def cells(rows: Sequence[Row]) -> list[list[str]]:
+    """The table as texts, the header first."""
+    columns = list(rows[0].spreads)
+    header = ["", "seeds"]
+    for name in columns:
+        header.append(name)
+        if name in SHOWN_DIFFERENCES and len(rows) > 1:
+            header.append(f"{name} − {rows[0].label}")
+    lines = [header]
+    for row in rows:
+        line = [row.label, f"{row.seeds}" + (f", {row.diverged} diverged" if row.diverged else "")]
+        for name in columns:
+            line.append(_shown_spread(name, row))
+            if name in SHOWN_DIFFERENCES and len(rows) > 1:
+                line.append(_shown_difference(row.differences.get(name)))
+        lines.append(line)
+    return lines
+
+
+def _shown_spread(name: str, row: Row) -> str:
+    value = row.spreads[name]
+    if not value.count:
+        return "never" if name.startswith("time to") and row.diverged < row.seeds else "–"
+    digits = DIGITS.get(name, 1 if name.startswith("time to") else 3)
+    text = f"{value.mean:.{digits}f}"
+    if math.isfinite(value.deviation):
+        text += f" ± {value.deviation:.{digits}f}"
+    if value.count < row.seeds:
+        text += f" ({value.count} of {row.seeds})"
+    return text
+
+
+def _shown_difference(value: Difference | None) -> str:
+    if value is None or not math.isfinite(value.mean):
+        return "–"
+    # Rounded first: there is no use in a sign before 0.000.
+    mean, low, high = (f"{round(number, 3) + 0.0:+.3f}" for number in value)
+    return f"{mean} [{low}, {high}]" if math.isfinite(value.low) else mean
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table of texts as Markdown, the first line being its header."""
+    header, *body = ("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join([header, "|" + "---|" * len(lines[0]), *body]) + "\n"
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """All figures, empty where not known; `difference`, `low` and `high` are to the first line."""
+    names = list(rows[0].spreads)
+    parts = ("mean", "std", "count", "difference", "low", "high")
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["label", "seeds", "diverged", *(f"{n} {p}" for n in names for p in parts)])
+    for row in rows:
+        values = [v for n in names for v in (*row.spreads[n], *row.differences.get(n, _UNKNOWN))]
+        shown = ["" if isinstance(v, float) and not math.isfinite(v) else v for v in values]
+        writer.writerow([row.label, row.seeds, row.diverged, *shown])
+    return stream.getvalue()
+
+
+# --- the choice of rates --------------------------------------------------------------------------
+
+
+class Point(NamedTuple):
+    """A point of the grid: server's and client's rate, and its place in it."""
+
+    server_lr: float
+    client_lr: float
+    place: tuple[int, int]
+
+
+def grid(text_server: str, text_client: str, config: Config) -> list[Point]:
+    """The grid of a method.
+
+    A value like x3 is a factor of the method's preset: the same grid of factors for methods whose
+    rates mean different things. A plain number is the rate itself.
+
+    Raises:
+      ConfigError: a value is not a positive number, or comes twice.
+    """
+
+    def values(name, text):
+        preset = getattr(config, name)
+        found = []
+        for part in text.split(","):
+            try:
+                value = float(part.removeprefix("x")) * (preset if part.startswith("x") else 1)
+            except ValueError:
+                value = math.nan
+            if not 0 < value < math.inf:
+                raise ConfigError(
+                    f"--tune_{name}={text}: must be positive numbers separated by commas, as rates "
+                    "or as factors of the preset like x3"
+                )
+            found.append(float(f"{value:.6g}"))
+        if len(set(found)) < len(found):
+            raise ConfigError(f"--tune_{name}={text}: holds a rate twice")
+        return sorted(found)
+
+    server, client = values("server_lr", text_server), values("client_lr", text_client)
+    return [Point(s, c, (i, j)) for i, s in enumerate(server) for j, c in enumerate(client)]
+
+
+class Choice(NamedTuple):
+    """What tuning chose for a method.
+
+    Attributes:
+      point: the best point.
+      scores: mean over tuning seeds of the last ten evaluations, by point; -inf where one diverged.
+      edges: fields of which the best value is the lowest or highest that was tried.
+    """
+
+    point: Point
+    scores: dict[Point, float]
+    edges: tuple[str, ...]
+
+
+def choose(scores: Mapping[Point, Sequence[float]]) -> Choice:
+    """The point of the highest mean score; of equals the one with the smallest rates.
+
+    A score that is not finite, of a run that diverged, rules its point out.
+
+    Raises:
+      ConfigError: every point diverged.
+    """
+    means = {
+        point: statistics.fmean(values) if all(map(math.isfinite, values)) else -math.inf
+        for point, values in scores.items()
+    }
+    best = max(sorted(means, key=lambda p: p.place), key=means.get)
+    if means[best] == -math.inf:
+        raise ConfigError("--tune: every point of the grid diverged; give smaller rates")
+    edges = []
+    for axis, name in enumerate(("server_lr", "client_lr")):
+        places = {point.place[axis] for point in means}
+        if len(places) > 1 and best.place[axis] in (min(places), max(places)):
+            edges.append(name)
+    return Choice(best, means, tuple(edges))
+
+
+def tuning_cells(choices: Mapping[str, Choice]) -> list[list[str]]:
+    """The chosen rates as texts; a star marks a value on the edge of the grid."""
+    lines = [["method", "server_lr", "client_lr", "validation, last ten", "points tried"]]
+    for method, choice in choices.items():
+        rates = [
+            f"{getattr(choice.point, name):g}" + ("*" if name in choice.edges else "")
+            for name in ("server_lr", "client_lr")
+        ]
+        score = f"{choice.scores[choice.point]:.3f}"
+        lines.append([method, *rates, score, str(len(choice.scores))])
+    return lines

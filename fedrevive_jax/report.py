@@ -1,0 +1,211 @@
+"""The files of a comparison: tables, pictures, and one HTML page that holds them all."""
+
+import base64
+import html
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fedrevive_jax import comparison, plots, record
+from fedrevive_jax.comparison import Choice, Run
+from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS
+
+NOTES = (
+    "Figures are mean ± standard deviation over seeds, on the split that is named above.",
+    "final: the last evaluation; best: the highest; last ten: the mean of the last ten evaluations "
+    "(a single one is noisy under asynchrony); last quarter: the mean over the last quarter of the "
+    "run's simulated time; area: the mean accuracy over the simulated time "
+    "that all runs cover.",
+    "time to a: simulated time of the first evaluation at accuracy a or above; in brackets how "
+    "many seeds got there, if not all, and then the mean is over those.",
+    "final − X, last ten − X: mean of the differences to X, the first line, seed by seed, and the "
+    "95% bootstrap interval of that mean. It speaks of the seeds that were run; with three it is "
+    "rough.",
+    "server ms: milliseconds of a server step, a sample of the arrivals; seconds: wall time with "
+    "compilation. Both depend on what else the machine did.",
+    "sent MB: models that were sent down and up, with feature statistics, in float32.",
+)
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 84rem; padding: 0 1rem;
+       color: #1a1a1a; background: #fff; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+pre { background: #f4f4f4; padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: right;
+         white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+img { max-width: 100%; height: auto; }
+figure { margin: 1rem 0; } figcaption { color: #555; }
+.pair { display: flex; flex-wrap: wrap; gap: 1.5rem; } .pair figure { flex: 0 1 22rem; }
+""".strip()
+
+
+class Study(NamedTuple):
+    """What a comparison found.
+
+    Attributes:
+      title: heading.
+      command: the exact command that makes it.
+      groups: runs by label; the first is what the others are compared with.
+      targets: accuracies whose time is told.
+      choices: what tuning chose, by method.
+      tuning: in words, at what budget.
+      swept: the field of an ablation.
+    """
+
+    title: str
+    command: str
+    groups: Mapping[str, Sequence[Run]]
+    targets: Sequence[float] = ()
+    choices: Mapping[str, Choice] | None = None
+    tuning: str = ""
+    swept: str = ""
+
+
+def write(out: Path, study: Study) -> str:
+    """Writes every file of a comparison into a folder and returns its table as Markdown."""
+    rows = comparison.table(study.groups, study.targets)
+    lines = comparison.cells(rows)
+    pictures = _pictures(out, study, rows)
+    text = comparison.markdown(lines)
+    if study.choices:
+        text += f"\n{study.tuning}\n\n" + comparison.markdown(
+            comparison.tuning_cells(study.choices)
+        )
+    texts = {
+        "table.md": text,
+        "table.csv": comparison.as_csv(rows),
+        "command.txt": study.command + "\n",
+        "report.html": _page(study, lines, pictures),
+    }
+    for name, content in texts.items():
+        data = content.encode()
+        record.write_whole(out / name, lambda stream, data=data: stream.write(data))
+    return text
+
+
+def _pictures(out: Path, study: Study, rows) -> list[tuple[Path, str]]:
+    """Draws the pictures; returns their files and captions."""
+    whole = {
+        label: [run.evaluations for run in own if run.summary]
+        for label, own in study.groups.items()
+    }
+    plots.comparison(
+        out / "curves.png", study.title, {label: own for label, own in whole.items() if own}
+    )
+    plots.staleness(
+        out / "staleness.png",
+        study.title,
+        {
+            label: np.concatenate([run.staleness for run in own])
+            for label, own in study.groups.items()
+        },
+    )
+    found = [
+        (out / "curves.png", "Mean accuracy; the band is one standard deviation over seeds."),
+        (out / "staleness.png", "How stale the updates were when they arrived."),
+    ]
+    if study.swept:
+        scores = {
+            str(own[0].config.as_dict()[study.swept]): row.spreads["last ten"]
+            for own, row in zip(study.groups.values(), rows, strict=True)
+        }
+        means = {value: score.mean for value, score in scores.items() if score.count}
+        plots.sweep(
+            out / "ablation.png",
+            study.title,
+            study.swept,
+            means,
+            {value: scores[value].deviation for value in means},
+        )
+        found.insert(0, (out / "ablation.png", f"Accuracy by {study.swept}, over seeds."))
+    return found
+
+
+def _page(study: Study, lines, pictures) -> str:
+    """The report: everything in one file, pictures as data."""
+    first = next(iter(study.groups.values()))[0]
+    devices = {run.summary["device"] for own in study.groups.values() for run in own if run.summary}
+    seeds = sorted({run.config.seed for own in study.groups.values() for run in own})
+    facts = (
+        f"Data set {first.config.dataset}, {first.config.eval_split} split; seeds "
+        f"{', '.join(map(str, seeds))}; device {', '.join(sorted(devices)) or 'unknown'}."
+    )
+    parts = [
+        f"<h1>{html.escape(study.title)}</h1>",
+        f"<p>{html.escape(facts)}</p>",
+        f"<pre>{html.escape(study.command)}</pre>",
+        _html_table(lines),
+        *(f"<figure>{_image(path)}<figcaption>{html.escape(c)}</figcaption></figure>"
+          for path, c in pictures),
+    ]  # fmt: skip
+    if study.choices:
+        parts += ["<h2>Chosen rates</h2>", f"<p>{html.escape(study.tuning)}</p>"]
+        parts.append(_html_table(comparison.tuning_cells(study.choices)))
+    parts += ["<h2>Settings in which they differ</h2>", _html_table(_settings(study.groups))]
+    made = _made_images(study.groups)
+    if made:
+        parts.append("<h2>Images that the server made, without data</h2>")
+        parts.append(f'<div class="pair">{"".join(made)}</div>')
+    parts.append("<h2>How to read the table</h2>")
+    parts.append("<ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in NOTES) + "</ul>")
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(study.title)}</title>\n<style>\n{STYLE}\n</style>\n</head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _html_table(lines: Sequence[Sequence[str]]) -> str:
+    def row(cells, tag):
+        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+    header, *body = lines
+    inside = row(header, "th") + "".join(row(line, "td") for line in body)
+    return f'<div class="wide"><table>{inside}</table></div>'
+
+
+def _image(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}">'
+
+
+def _settings(groups: Mapping[str, Sequence[Run]]) -> list[list[str]]:
+    """The fields in which the groups differ, of each the first run's."""
+    configs = [own[0].config.as_dict() for own in groups.values()]
+    names = [
+        name
+        for name in configs[0]
+        if name not in ("method", "seed", *LOCATION_FIELDS, *DEVICE_FIELDS)
+        and len({c[name] for c in configs}) > 1
+    ]
+    lines = [["", *groups]]
+    for name in names:
+        lines.append([name, *(_plain(config[name]) for config in configs)])
+    return lines
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:g}"
+    return str(value)
+
+
+def _made_images(groups: Mapping[str, Sequence[Run]]) -> list[str]:
+    """The synthetic images of each group's first run that has some."""
+    made = []
+    for label, own in groups.items():
+        paths = [run.folder / "synthetic.png" for run in own]
+        path = next((path for path in paths if path.is_file()), None)
+        if path:
+            made.append(
+                f"<figure>{_image(path)}<figcaption>{html.escape(label)}</figcaption></figure>"
+            )
+    return made

@@ -1,0 +1,322 @@
+"""Figures and statistics of a comparison by hand, the choice of rates, and its files."""
+
+import csv
+import dataclasses
+import html.parser
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedrevive_jax import campaign, comparison, report
+from fedrevive_jax.comparison import Point, Run
+from fedrevive_jax.config import ConfigError
+from fedrevive_jax.presets import resolve
+from tests.test_cli import call, flags
+from tests.test_simulator import SMALL
+
+
+def evaluations(*pairs):
+    return [
+        {"version": i, "time": time, "wall_seconds": 2 * time, "accuracy": accuracy, "loss": 1.0}
+        for i, (time, accuracy) in enumerate(pairs)
+    ]
+
+
+def recorded(method="fedbuff", seed=0, pairs=((0.0, 0.1), (2.0, 0.5)), diverged=False, **fields):
+    summary = {
+        "versions": 7, "staleness_mean": 1.5, "server_seconds_per_arrival": 0.002,
+        "bytes_sent": 3_000_000, "wall_seconds": 4.0, "device": "cpu",
+    }  # fmt: skip
+    return Run(
+        resolve("digits", method, seed=seed, **fields),
+        evaluations(*pairs),
+        None if diverged else summary,
+        np.asarray([0, 1, 2]),
+        Path(f"{method}_{seed}"),
+    )
+
+
+# --- figures, statistics --------------------------------------------------------------------------
+
+
+def test_figures_by_hand():
+    """Area to 4: (0.1 + 0.5)/2 * 1 + (0.5 + 0.3)/2 * 2 + 0.3 * 1 = 1.4, over 4."""
+    run = recorded(pairs=((0.0, 0.1), (1.0, 0.5), (3.0, 0.3)))
+    told = comparison.figures(run, (0.3, 0.6), horizon=4.0)
+    assert told == {
+        "final": 0.3, "best": 0.5, "last ten": pytest.approx(0.3), "area": pytest.approx(0.35),
+        "last quarter": 0.3,
+        "time to 0.3": 1.0, "time to 0.6": math.inf, "versions": 7.0, "staleness": 1.5,
+        "server ms": 2.0, "sent MB": 3.0, "seconds": 4.0,
+    }  # fmt: skip
+    assert comparison.time_to(run.evaluations, 0.5) == 1.0  # reached is enough
+    assert comparison.area(run.evaluations, 1.0) == pytest.approx(0.3)
+    assert comparison.area(run.evaluations, 2.0) == pytest.approx((0.3 + 0.45) / 2)
+    many = evaluations(*((float(i), i / 100) for i in range(30)))
+    assert comparison.last_quarter(many) == pytest.approx(np.mean(np.arange(22, 30)) / 100)
+    assert comparison.last_mean(many) == pytest.approx(0.245)
+    lost = comparison.figures(recorded(diverged=True), (0.5,))
+    assert lost.keys() == {*told, "time to 0.5"} - {"time to 0.3", "time to 0.6"}
+    assert all(map(math.isnan, lost.values()))
+
+
+def test_spread():
+    assert comparison.spread([1.0, 3.0, math.inf]) == (2.0, pytest.approx(math.sqrt(2)), 2)
+    assert comparison.spread([5.0])[::2] == (5.0, 1)
+    assert all(map(math.isnan, comparison.spread([math.nan])[:2]))
+
+
+def test_paired_difference_by_hand():
+    """Of two pairs a resample is the lower twice in a quarter of all cases: the bounds are they."""
+    ours, theirs = {1: 0.5, 2: 0.9, 3: 0.1}, {1: 0.4, 2: 0.5, 4: 0.7}
+    difference = comparison.paired_difference(ours, theirs)
+    assert difference == pytest.approx((0.25, 0.1, 0.4))
+    assert comparison.paired_difference(ours, theirs) == difference  # nothing is left to chance
+    same = comparison.paired_difference({1: 0.6, 2: 0.9}, {1: 0.5, 2: 0.8})
+    assert same == pytest.approx((0.1, 0.1, 0.1))
+    one = comparison.paired_difference({1: 0.6, 2: math.nan}, {1: 0.5, 2: 0.8})
+    assert one.mean == pytest.approx(0.1)
+    assert math.isnan(one.low)
+    assert math.isnan(comparison.paired_difference({1: 0.6}, {2: 0.5}).mean)
+
+
+def test_the_interval_covers_the_truth_and_pairing_is_what_finds_it():
+    """Seeds move both methods by 0.2, one is better by 0.01 with noise of 0.01: 40 seeds, 60 times.
+
+    A bootstrap of 40 covers 95% less a little: at least 50 of 60 (P(X < 50) < 0.001 at 93%). Pairs
+    that are mixed up are the control: their interval is wide and cannot tell the methods apart.
+    """
+    generator = np.random.default_rng(3)
+    covered = decided = mixed = 0
+    for _ in range(60):
+        level = generator.normal(0.5, 0.2, 40)
+        better = level + 0.01 + generator.normal(0, 0.01, 40)
+        ours, theirs = dict(enumerate(better)), dict(enumerate(level))
+        told = comparison.paired_difference(ours, theirs)
+        covered += told.low <= 0.01 <= told.high
+        decided += told.low > 0
+        mixed += comparison.paired_difference(ours, dict(enumerate(np.roll(level, 1)))).low > 0
+    assert covered >= 50
+    assert decided >= 55
+    assert mixed <= 10
+
+
+def test_groups_are_told_apart_by_what_differs():
+    runs = [
+        recorded(seed=2), recorded(seed=1), recorded("afl_dw"),
+        recorded("fedavg", client_lr=0.1), recorded("fedavg", client_lr=0.2),
+    ]  # fmt: skip
+    groups = comparison.grouped(runs)
+    assert list(groups) == ["fedbuff", "afl_dw", "fedavg client_lr=0.1", "fedavg client_lr=0.2"]
+    assert [run.config.seed for run in groups["fedbuff"]] == [1, 2]
+    with pytest.raises(ConfigError, match="are both fedbuff, seed 2"):
+        comparison.grouped([*runs, recorded(seed=2)])
+
+
+def test_the_table():
+    """Two seeds against two, of which one diverged; a target that one run never reaches."""
+    groups = {
+        "a": [recorded(seed=s, pairs=((0.0, 0.1), (2.0, 0.5 + s / 10))) for s in (0, 1)],
+        "b": [recorded("afl_dw", 0, ((0.0, 0.1), (4.0, 0.9))),
+              recorded("afl_dw", 1, diverged=True)],
+    }  # fmt: skip
+    rows = comparison.table(groups, (0.55, 0.95))
+    header, a, b = comparison.cells(rows)
+    table = {name: (x, y) for name, x, y in zip(header, a, b, strict=True)}
+    assert table["seeds"] == ("2", "2, 1 diverged")
+    assert table["final"] == ("0.550 ± 0.071", "0.900 (1 of 2)")
+    assert table["final − a"] == ("–", "+0.400")
+    assert table["time to 0.55"] == ("2.0 (1 of 2)", "4.0 (1 of 2)")
+    assert table["time to 0.95"] == ("never", "never")
+    # The area ends where the shortest run ends, at 2: b is at 0.5 there.
+    assert table["area"] == ("0.325 ± 0.035", "0.300 (1 of 2)")
+    lines = comparison.markdown([header, a, b]).splitlines()
+    assert lines[1] == "|" + "---|" * len(header)
+    assert len(lines) == 4
+    parsed = list(csv.DictReader(io.StringIO(comparison.as_csv(rows))))
+    assert float(parsed[1]["final mean"]) == 0.9
+    assert parsed[1]["final std"] == parsed[1]["final low"] == parsed[0]["final difference"] == ""
+    assert float(parsed[1]["final difference"]) == pytest.approx(0.4)
+
+
+# --- the choice of rates --------------------------------------------------------------------------
+
+
+def test_the_grid():
+    config = resolve("digits", "fedbuff", server_lr=0.3, client_lr=0.01)
+    points = comparison.grid("x3,0.2,x0.3", "x1", config)
+    assert [(p.server_lr, p.client_lr, p.place) for p in points] == [
+        (0.09, 0.01, (0, 0)), (0.2, 0.01, (1, 0)), (0.9, 0.01, (2, 0)),
+    ]  # fmt: skip
+    for text in ("x", "0.1,,2", "-1", "nan", "0"):
+        with pytest.raises(ConfigError, match=r"--tune_server_lr=.*: must be positive numbers"):
+            comparison.grid(text, "x1", config)
+    with pytest.raises(ConfigError, match=r"--tune_client_lr=0\.01,x1: holds a rate twice"):
+        comparison.grid("x1", "0.01,x1", config)
+
+
+def test_the_choice():
+    points = [Point(s, 0.1, (i, 0)) for i, s in enumerate((0.1, 0.3, 1.0))]
+    scores = dict(zip(points, ([0.5, 0.6], [0.9, 0.8], [0.99, -math.inf]), strict=True))
+    choice = comparison.choose(scores)
+    assert choice.point == points[1]
+    assert choice.edges == ()  # a single client rate was not searched: no edge
+    edge = comparison.choose({points[0]: [0.5], points[1]: [0.5], points[2]: [0.4]})
+    assert (edge.point, edge.edges) == (points[0], ("server_lr",))
+    shown = comparison.tuning_cells({"fedbuff": edge})
+    assert shown[1] == ["fedbuff", "0.1*", "0.1", "0.500", "3"]
+    with pytest.raises(ConfigError, match="every point of the grid diverged"):
+        comparison.choose({points[0]: [math.nan]})
+
+
+def test_configurations_are_paired_and_tuning_is_kept_apart(tmp_path):
+    given = {"dataset": "digits", "seed": "3", "max_time": "4"}
+    configs = campaign.of_methods(given, ["fedbuff", "ca2fl"], 2, tmp_path)
+    assert [(c.method, c.seed) for c in configs] == [
+        ("fedbuff", 3), ("fedbuff", 4), ("ca2fl", 3), ("ca2fl", 4),
+    ]  # fmt: skip
+    grid = campaign.grid_runs(
+        given, ["fedbuff", "ca2fl"], server_lr="x1,x2", client_lr="0.01", max_time="2", seeds=2,
+        out=tmp_path,
+    )  # fmt: skip
+    assert len(grid) == 2 * 2 * 2
+    assert {c.eval_split for _, _, c in grid} == {"validation"}
+    assert {c.max_time for _, _, c in grid} == {2.0}
+    assert not {c.seed for _, _, c in grid} & {c.seed for c in configs}
+    assert len({c.workdir for _, _, c in grid} | {c.workdir for c in configs}) == 12
+    runs = [
+        recorded(seed=c.seed, pairs=((0.0, 0.0), (1.0, p.server_lr))) for _, p, c in grid
+    ]  # fmt: skip
+    chosen = campaign.choices(grid, runs)
+    tuned = campaign.of_methods(given, ["ca2fl"], 1, tmp_path, chosen)
+    assert (tuned[0].server_lr, tuned[0].client_lr, tuned[0].eval_split) == (1.0, 0.01, "test")
+
+
+def test_ablations(tmp_path):
+    field, configs = campaign.of_ablation(
+        {"method": "fedrevive", "dataset": "digits"}, "generation_interval=1,10", 2, tmp_path
+    )
+    assert field == "generation_interval"
+    assert [(c.generation_interval, c.seed) for c in configs] == [(1, 0), (1, 1), (10, 0), (10, 1)]
+    for text in ("seed=1,2", "generation_interval=1", "generation_interval=", "method=a,b"):
+        with pytest.raises(ConfigError, match="must be FIELD=v1,v2"):
+            campaign.of_ablation({}, text, 1, tmp_path)
+    with pytest.raises(ConfigError, match="there is no such field"):
+        campaign.of_ablation({}, "none=1,2", 1, tmp_path)
+
+
+# --- whole comparisons ----------------------------------------------------------------------------
+
+TINY = {**SMALL, "max_time": 4.0, "model_width": 2, "eval_every": 2}
+
+
+class Page(html.parser.HTMLParser):
+    """Tags in order, with their attributes."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_tuned_comparison_of_what_diverges_and_what_does_not(tmp_path):
+    """Two jobs at once; a client rate of 1e30 really diverges, and is not run again."""
+    arguments = flags(
+        **TINY, methods="fedbuff,ca2fl", seeds=2, out=tmp_path, jobs=2, tune="true",
+        tune_server_lr="x1", tune_client_lr="0.01,1e30",
+    )  # fmt: skip
+    first = call(*arguments, program="compare")
+    assert first.returncode == 0, first.stderr
+    diverged = sorted(path.parent.name for path in tmp_path.glob("tune/*/diverged.json"))
+    assert diverged == ["ca2fl_0.5_1e+30_seed1000", "fedbuff_0.3_1e+30_seed1000"]
+    assert "training has diverged" in first.stdout
+    for seed in (0, 1):
+        config = json.loads((tmp_path / f"fedbuff_tuned_seed{seed}" / "config.json").read_text())
+        assert (config["client_lr"], config["eval_split"]) == (0.01, "test")
+    text = (tmp_path / "table.md").read_text()
+    assert "| fedbuff | 0.3 | 0.01* |" in text
+    assert "4 runs of 4 simulated time units, seeds 1000 to 1000" in text
+    command = (tmp_path / "command.txt").read_text()
+    assert command.startswith("python -m experiments.compare --")
+    assert "--tune_client_lr=0.01,1e30" in command
+
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.open == []
+    sources = [a["src"] for tag, a in page.tags if tag == "img"]
+    assert len(sources) == 2
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not any(tag in ("script", "link") for tag, _ in page.tags)
+
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("**/summary.json")}
+    again = call(*arguments, program="compare")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.splitlines() == text.splitlines()  # nothing was run, the table is the same
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("**/summary.json")} == written
+
+    # The same runs, read from where they are.
+    folders = f"{tmp_path}/fedbuff_tuned_*,{tmp_path}/ca2fl_tuned_seed0"
+    read = call(f"--workdirs={folders}", f"--out={tmp_path}", program="compare")
+    assert read.returncode == 0, read.stderr
+    assert read.stdout == (tmp_path / "table.md").read_text()
+    assert [line.split("|")[1:3] for line in read.stdout.splitlines()[2:]] == [
+        [" fedbuff ", " 2 "], [" ca2fl ", " 1 "],
+    ]  # fmt: skip
+
+
+def test_an_ablation_continues_what_was_interrupted(tmp_path):
+    """In this process: the second value's run has begun already, up to a checkpoint."""
+    given = {**TINY, "method": "fedbuff", "checkpoint_every": 1, "seed": 5}
+    _, configs = campaign.of_ablation(given, "buffer_size=1,2", 1, tmp_path)
+    lines = []
+    (one,) = campaign.run_all(configs[:1], notify=lines.append)
+    assert lines == [f"fedbuff_buffer_size=1_seed5: accuracy {one.evaluations[-1]['accuracy']:.4f}"]
+    (one.folder / "summary.json").unlink()  # as if it had been killed just before its end
+    runs = campaign.run_all(configs, notify=lines.append)
+    assert len(lines) == 3
+    groups = comparison.grouped(runs)
+    assert list(groups) == ["fedbuff buffer_size=1", "fedbuff buffer_size=2"]
+    study = report.Study("digits <one>", "compare --x='<&>'", groups, (0.5,), swept="buffer_size")
+    report.write(tmp_path, study)
+    assert (tmp_path / "ablation.png").stat().st_size > 5_000
+    page = (tmp_path / "report.html").read_text()
+    assert "compare --x=&#x27;&lt;&amp;&gt;&#x27;" in page
+    assert "digits &lt;one&gt;" in page
+    (runs[0].folder / "summary.json").unlink()
+    with pytest.raises(ConfigError, match=r"summary\.json cannot be read"):
+        campaign.read_all([runs[0].folder])
+    other = dataclasses.replace(configs[1], client_lr=0.5)
+    with pytest.raises(ConfigError, match="holds a run with another configuration"):
+        campaign.run_all([other])
+    assert len(lines) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--jobs=0"], "--jobs=0: must be at least 1"),
+        (["--targets=0.5,2"], "--targets=0.5,2: must be accuracies"),
+        (["--methods=fedbuff,fedbuff"], "--methods=fedbuff,fedbuff: holds a method twice"),
+        (["--tune", "--ablate=alpha=1,2"], "--ablate: must not be given with --tune"),
+        (["--tune", "--server_lr=1"], "--server_lr=1: is chosen by --tune here"),
+        (["--workdirs=none*"], "--workdirs=none*: there is no none*"),
+        (["--ablate=alpha"], "--ablate=alpha: must be FIELD=v1,v2"),
+    ],
+)
+def test_bad_input(tmp_path, arguments, message):
+    result = call("--out=x", *arguments, program="compare", cwd=tmp_path)
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert message in result.stderr
+    assert list(tmp_path.iterdir()) == []
