@@ -29,6 +29,7 @@ flags.adopt_module_key_flags(config_flags)
 
 def main() -> None:
     from fedrevive_jax.benchmark import convolution_table, measuring, report, stages
+    from fedrevive_jax.devices import create_mesh
 
     given = {name: value for name, value in config_flags.given_values().items() if value}
     name = given.pop("model", None) or "convnet"
@@ -66,7 +67,9 @@ def main() -> None:
     if PEAK.value is not None:
         peak = PEAK.value * 1e12, "given"
     else:
-        peak = measuring.peak_flops(config.precision)
+        one, source = measuring.peak_flops(config.precision)
+        mesh = create_mesh(config.mesh)
+        peak = one * (1 if mesh is None else mesh.size), source
     told = report.figures(measured, peers, peak)
     _write(told)
     print(report.table(told), end="")

@@ -46,7 +46,7 @@ class Health:
         if row["rejected"] is not None:
             self._reasons[row["rejected"]] += 1
         bad = sum(self._recent)
-        if len(self._recent) == RECENT and bad > self._reject_limit * RECENT:
+        if len(self._recent) == RECENT and bad / RECENT > self._reject_limit:
             reasons = ", ".join(f"{count} {name}" for name, count in self._reasons.items())
             self._stop(
                 RejectLimitError(

@@ -51,7 +51,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         message = f"--workdir={path.parent}: {path.name} cannot be read ({error})"
         raise ConfigError(message) from None
 
@@ -148,11 +148,27 @@ class Events:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All complete rows of a file of JSON rows; [] when there is none."""
+    """All complete rows of a file of JSON rows; [] when there is none.
+
+    Raises:
+      ConfigError: a row is no JSON object of a row's kind any more; the message names the line.
+    """
     if not path.is_file():
         return []
     lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is incomplete
-    return [json.loads(line) for line in lines]
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or not ("kind" in row or "index" in row):
+            raise ConfigError(
+                f"--workdir={path.parent}: {path.name} line {number} is damaged; use --overwrite "
+                "to start afresh"
+            )
+        rows.append(row)
+    return rows
 
 
 def configured_differently(run_dir: Path, config: Config) -> list[str]:

@@ -186,6 +186,9 @@ def _opened(config: Config, overwrite: bool) -> Iterator[None]:
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             stack.enter_context(lock.exclusive(folder))
+            # Looked at before without the lock: another run may have begun or finished here since.
+            if is_finished(config, overwrite):
+                raise ConfigError(f"--workdir={folder}: another process has just finished this run")
             _prepare(config, overwrite)
         except OSError as error:
             raise ConfigError(f"--workdir={folder}: cannot be written ({error.strerror})") from None

@@ -360,15 +360,17 @@ class Server:
 
     def restore(self, record: dict[str, Any], params: Params, arrays: dict[str, Any]) -> None:
         """Continues from a snapshot and the parameters of its newest version."""
-        params, self._state, stale = devices.replicate(
-            self._mesh, (params, arrays["method"], arrays["stale"])
-        )
+        params, self._state = devices.replicate(self._mesh, (params, arrays["method"]))
         self._cache.restore(arrays["cache"])
         self._jobs = {ticket[0]: Ticket(*ticket) for ticket in record["jobs"]}
         self._next_job = record["next_job"]
         self._buffered = record["buffered"]
         self._rejections, self._unreviewed = Rejections(record["rejected"]), []
-        stored = {int(v): tree for v, tree in stale.items()}
+        # One by one: on their way to the host they need not all fit on the device.
+        stored = {
+            int(v): self._shelf.store(devices.replicate(self._mesh, tree))
+            for v, tree in arrays["stale"].items()
+        }
         stored[record["version"]] = params
         first, *later = sorted(stored)
         self._versions = VersionStore(first, stored[first], self._shelf)

@@ -292,10 +292,11 @@ class Simulation:
           arrays: all its other arrays.
         """
         self._follow(self._planned, record["restarts"])
-        uploads = devices.replicate(self.mesh, arrays["uploads"])
         self.server.restore(record, params, arrays)
+        # One by one: on their way to the host they need not all fit on the device.
         self._uploads = {
-            int(job): self._shelf.store(Upload(**upload)) for job, upload in uploads.items()
+            int(job): self._shelf.store(devices.replicate(self.mesh, Upload(**upload)))
+            for job, upload in arrays["uploads"].items()
         }
         self.position = record["position"]
 
@@ -351,10 +352,10 @@ class Simulation:
         trained = {}
         limit = self.config.window_limit
         size = min(self.client_batch, limit) if limit else self.client_batch
-        if self.mesh is not None:
-            # An even share of a usual window for each device; more would only be padding.
-            usual = -(-self.schedule.num_arrivals // len(self.windows))
-            size = min(size, -(-usual // self.mesh.size)) * self.mesh.size
+        # No more than an even share of a usual window for each device: the rest would be padding.
+        devices_used = 1 if self.mesh is None else self.mesh.size
+        usual = -(-self.schedule.num_arrivals // max(len(self.windows), 1))
+        size = max(min(size, -(-usual // devices_used)), 1) * devices_used
         for start in range(0, len(jobs), size):
             together = jobs[start : start + size]
             padded = np.resize(together, size)

@@ -95,7 +95,8 @@ def test_a_whole_benchmark(tmp_path):
     )
 
 
-def test_the_ways_of_convolution_are_measured():
+def test_the_ways_of_convolution_are_measured(monkeypatch):
+    monkeypatch.setattr(convolutions, "WAYS", ("patches", "shifted"))
     config, dataset = stages.workload("digits", model_width=4, distillation_steps=1, batch_size=2)
     rows = convolution_table.measure(config, dataset, 1, lambda line: None)
     assert [row["convolution"] for row in rows] == list(convolutions.WAYS)
@@ -109,6 +110,11 @@ def test_the_ways_of_convolution_are_measured():
         (["--model=vgg"], "--model=vgg: must be one of resnet18, convnet, digits, t5"),
         (["--dataset=digits"], "--dataset=digits: is fixed here"),
         (["--peer=tensorflow"], "--peer=tensorflow: must be torch"),
+        (
+            ["--model=digits", "--generation_interval=1"],
+            "--generation_interval=1: must be at least 2",
+        ),
+        (["--model=digits", "--max_versions=3"], "--max_versions=3: the plan makes 3 versions; "),
         (["--repeats=0"], "--repeats=0: must be at least 1"),
         (["--peak_tflops=-1"], "--peak_tflops=-1.0: must be above 0"),
         (["--model=t5", "--convolutions"], "--convolutions: t5 has none"),

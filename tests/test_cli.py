@@ -126,7 +126,7 @@ def test_compare_makes_a_table_and_repeats_nothing(tmp_path):
     first = call(*arguments, program="compare")
     assert first.returncode == 0, first.stderr
     rows = list(csv.DictReader((tmp_path / "out" / "table.csv").open()))
-    assert [row["method"] for row in rows] == ["fedbuff", "afl_dw"]
+    assert [row["label"] for row in rows] == ["fedbuff", "afl_dw"]
     summaries = [
         json.loads((tmp_path / "out" / f"fedbuff_seed{seed}" / "summary.json").read_text())
         for seed in (0, 1)

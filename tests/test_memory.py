@@ -17,8 +17,8 @@ def kinds(tree):
 
 
 def test_versions_in_host_memory_change_nothing():
-    on_device, receipts, _ = play(small("fedrevive", version_memory="device"))
-    on_host, others, _ = play(small("fedrevive", version_memory="host"))
+    on_device, receipts, _ = play(small("fedbuff", version_memory="device"))
+    on_host, others, _ = play(small("fedbuff", version_memory="host"))
     assert rows(receipts) == rows(others)
     assert_same_params(on_device, on_host, atol=0)
     server = on_host.server

@@ -346,7 +346,7 @@ def test_a_run_learns_and_never_moves_the_table(corpus):
 def test_clients_train_with_dropout_and_others_judge_without(corpus):
     config = small_config(vocabulary_size=128)
     simulation = Simulation(config, corpus)
-    simulation._train_window(simulation.windows[0])
+    simulation.train_ahead()
     job = int(simulation.windows[0].jobs[0])
     client = int(simulation.schedule.client[job])
     positions = simulation._shards.batches(client, 0, steps=2, batch_size=8, seed=config.seed)

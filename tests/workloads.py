@@ -14,7 +14,7 @@ from tests.test_cli import call, flags
 
 RECORD = {
     "config.json", "metrics.jsonl", "arrivals.jsonl", "summary.json", "curves.png", "tensorboard",
-    "checkpoints", "clients.npz", "origin.json",
+    "checkpoints", "live", "run.lock", "clients.npz", "origin.json",
 }  # fmt: skip
 DISTILS = ("fedrevive", "dd_fedrevive")
 

@@ -22,7 +22,7 @@ def figures(
     Args:
       measured: see `stages.measure`.
       peers: PyTorch's timings by stage, and of a whole `arrival`; empty without a peer.
-      peak: FLOP/s of the device and where the number is from.
+      peak: FLOP/s of all devices and where the number is from.
     """
     config = measured.config
     arrival = measured.arrival.median

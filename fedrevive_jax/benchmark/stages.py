@@ -13,7 +13,7 @@ import numpy as np
 from fedrevive_jax import data, models, planning, schedule
 from fedrevive_jax.benchmark import measuring
 from fedrevive_jax.benchmark.measuring import Timing
-from fedrevive_jax.config import Config
+from fedrevive_jax.config import Config, ConfigError
 from fedrevive_jax.data.dataset import official_splits
 from fedrevive_jax.dfkd import distillation, loss_guard, reviver, synthesis
 from fedrevive_jax.local_training import initial_taps
@@ -149,11 +149,23 @@ def measure(
       arrivals: whole arrivals that are timed; synthesis is due at every T_gen-th of them.
       say: called with a line about what comes next.
     """
+    interval = config.generation_interval
+    if interval < 2:
+        raise ConfigError(
+            f"--generation_interval={interval}: must be at least 2, so that a server step can be "
+            "timed with and without synthesis"
+        )
     say("planning the preset's whole schedule")
     plan_seconds, planned = _time_schedule(config)
     say("compiling, first arrivals")
     with measuring.compilations() as warm_up:
         simulation = Simulation(config, dataset)
+        needed = interval + 2 + 2 * arrivals
+        if simulation.schedule.num_versions < needed:
+            raise ConfigError(
+                f"--max_versions={config.max_versions}: the plan makes "
+                f"{simulation.schedule.num_versions} versions; {needed} are needed here"
+            )
         # Everything has run once when a version has been distilled and another synthesised.
         while simulation.server.version < config.generation_interval + 2:
             jax.block_until_ready(simulation.advance().metrics)
@@ -162,13 +174,11 @@ def measure(
         whole = _Arrivals(simulation, arrivals)
     say("stages")
     stages = _stages(simulation, whole, repeats)
-    jobs = simulation.schedule.job[simulation.position :][: simulation.client_batch]
-    one = dataclasses.replace(config, client_batch=1, window_limit=1)
-    alone = stages["client training"].timing.median
-    if len(jobs) > 1:
-        single = Simulation(one, dataset)
-        call = lambda: single.train_jobs(single.schedule.job[:1])  # noqa: E731
-        alone = measuring.time_calls(call, repeats).median
+    peak = measuring.peak_bytes()
+    say("one job in a call")
+    single = Simulation(dataclasses.replace(config, client_batch=1), dataset)
+    first = single.windows[0].jobs[: simulation.client_batch]
+    alone = measuring.time_calls(lambda: single.train_jobs(first), repeats).median / len(first)
     told = planning.plan(config, dataset, simulation.model)
     share = 1 / config.generation_interval
     arrival = Timing(
@@ -187,7 +197,7 @@ def measure(
         compile_seconds=warm_up.seconds,
         compilations=warm_up.count,
         recompilations=steady.count,
-        peak_bytes=measuring.peak_bytes(),
+        peak_bytes=peak,
         live_bytes=whole.live_bytes,
         planned_bytes=told["bytes_device"],
         live_versions=whole.live_versions,
@@ -289,7 +299,9 @@ def _stages(simulation: Simulation, whole: _Arrivals, repeats: int) -> dict[str,
             temperature=config.distillation_temperature,
         )
     )
-    jobs = simulation.schedule.job[simulation.position :][: simulation.client_batch]
+    # Jobs that are handed out, so that the versions they start from exist.
+    simulation.train_ahead()
+    jobs = np.asarray(sorted(simulation.uploads))[: simulation.client_batch]
 
     def timed(call, flops, times=1.0, share=1):
         timing = measuring.time_calls(call, repeats)

@@ -22,7 +22,7 @@ URL = (
 )
 SIDE = 28
 # Not all that Pillow reads: some formats are programs that it hands to other programs.
-FORMATS = ("PNG", "JPEG")
+FORMATS = ("PNG", "JPEG", "BMP")
 UNKNOWN_HSF = -1
 
 
