@@ -193,7 +193,7 @@ def test_configurations_are_paired_and_tuning_is_kept_apart(tmp_path):
     ]  # fmt: skip
     chosen = campaign.choices(grid, runs)
     tuned = campaign.of_methods(given, ["ca2fl"], 1, tmp_path, chosen)
-    assert (tuned[0].server_lr, tuned[0].client_lr, tuned[0].eval_split) == (1.0, 0.01, "test")
+    assert (tuned[0].server_lr, tuned[0].client_lr, tuned[0].eval_split) == (0.5, 0.01, "test")
 
 
 def test_ablations(tmp_path):
@@ -240,7 +240,7 @@ def test_tuned_comparison_of_what_diverges_and_what_does_not(tmp_path):
     first = call(*arguments, program="compare")
     assert first.returncode == 0, first.stderr
     diverged = sorted(path.parent.name for path in tmp_path.glob("tune/*/diverged.json"))
-    assert diverged == ["ca2fl_0.5_1e+30_seed1000", "fedbuff_0.3_1e+30_seed1000"]
+    assert diverged == ["ca2fl_0.25_1e+30_seed1000", "fedbuff_0.3_1e+30_seed1000"]
     assert "training has diverged" in first.stdout
     for seed in (0, 1):
         config = json.loads((tmp_path / f"fedbuff_tuned_seed{seed}" / "config.json").read_text())
