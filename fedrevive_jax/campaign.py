@@ -127,8 +127,9 @@ def grid_runs(
 def choices(grid: Sequence[tuple[str, Point, Config]], runs: Sequence[Run]) -> dict[str, Choice]:
     """What tuning chose for each method, from the runs of its grid in the same order."""
     scores: dict[str, dict[Point, list[float]]] = {}
+    horizon = comparison.common_end(runs)
     for (method, point, _), run in zip(grid, runs, strict=True):
-        score = comparison.last_mean(run.evaluations) if run.summary else float("-inf")
+        score = comparison.last_quarter(run.evaluations, horizon) if run.summary else float("-inf")
         scores.setdefault(method, {}).setdefault(point, []).append(score)
     return {method: comparison.choose(own) for method, own in scores.items()}
 

@@ -22,6 +22,13 @@ from fedrevive_jax.restore import read_config
 RECENT = 10  # evaluations whose mean is "last ten": a single one is noisy under asynchrony
 RESAMPLES = 10_000  # of the bootstrap
 COVERAGE = 0.95  # of its interval
+# What a seed means: where these differ, the same seed is another population, delays or test split,
+# and a difference seed by seed would not cancel them.
+WORLD_FIELDS = (
+    "dataset", "eval_split", "num_clients", "partition", "alpha", "samples_per_client",
+    "delays", "delay_mean", "delay_spread", "delay_download", "delay_upload", "delay_trace",
+    "fault_rate", "fault_kinds", "max_time", "concurrency",
+)  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -93,11 +100,10 @@ def last_mean(evaluations: Sequence[Mapping[str, Any]], count: int = RECENT) -> 
     return statistics.fmean(row["accuracy"] for row in evaluations[-count:])
 
 
-def last_quarter(evaluations: Sequence[Mapping[str, Any]]) -> float:
-    """Mean accuracy over the last quarter of a run's simulated time: the same time for all methods,
-    also for those that make few versions and are evaluated seldom."""
-    since = 0.75 * evaluations[-1]["time"]
-    return statistics.fmean(row["accuracy"] for row in evaluations if row["time"] >= since)
+def last_quarter(evaluations: Sequence[Mapping[str, Any]], horizon: float) -> float:
+    """Mean accuracy over simulated time from 3/4 of `horizon` to `horizon`, of the curve of `area`:
+    with one horizon the same time for all methods, however often they are evaluated."""
+    return _mean_over(evaluations, 0.75 * horizon, horizon)
 
 
 def time_to(evaluations: Sequence[Mapping[str, Any]], target: float) -> float:
@@ -110,13 +116,22 @@ def area(evaluations: Sequence[Mapping[str, Any]], horizon: float) -> float:
 
     The curve is linear between evaluations and stays at the last one's accuracy.
     """
+    return _mean_over(evaluations, 0.0, horizon)
+
+
+def _mean_over(evaluations: Sequence[Mapping[str, Any]], start: float, end: float) -> float:
     times = np.asarray([row["time"] for row in evaluations])
     accuracies = np.asarray([row["accuracy"] for row in evaluations])
-    if horizon <= 0:
-        return float(accuracies[0])
-    inside = times[(times > 0) & (times < horizon)]
-    grid = np.concatenate([[0.0], inside, [horizon]])
-    return float(np.trapezoid(np.interp(grid, times, accuracies), grid) / horizon)
+    if end <= start:
+        return float(np.interp(start, times, accuracies))
+    inside = times[(times > start) & (times < end)]
+    grid = np.concatenate([[start], inside, [end]])
+    return float(np.trapezoid(np.interp(grid, times, accuracies), grid) / (end - start))
+
+
+def common_end(runs: Iterable[Run]) -> float:
+    """The simulated time that all runs cover that did not fail; 0 where all did."""
+    return min((run.evaluations[-1]["time"] for run in runs if run.summary), default=0.0)
 
 
 def figures(run: Run, targets: Sequence[float] = (), horizon: float | None = None) -> dict:
@@ -127,7 +142,8 @@ def figures(run: Run, targets: Sequence[float] = (), horizon: float | None = Non
     Args:
       run: the run.
       targets: accuracies to be reached.
-      horizon: simulated time of the area; the run's own end where None.
+      horizon: end of the last quarter and of the area, in simulated time; the run's own end where
+        None.
     """
     rows = run.evaluations
     end = rows[-1]["time"] if horizon is None else horizon
@@ -140,7 +156,7 @@ def figures(run: Run, targets: Sequence[float] = (), horizon: float | None = Non
         "final": lambda: rows[-1]["accuracy"],
         "best": lambda: max(row["accuracy"] for row in rows),
         "last ten": lambda: last_mean(rows),
-        "last quarter": lambda: last_quarter(rows),
+        "last quarter": lambda: last_quarter(rows, end),
         "area": lambda: area(rows, end),
         **{f"time to {t:g}": lambda t=t: time_to(rows, t) for t in targets},
         "versions": lambda: recorded("versions"),
@@ -184,7 +200,8 @@ def paired_difference(
     """The mean over common seeds of ours - theirs, and a percentile bootstrap of that mean.
 
     Seeds are drawn with replacement, the pairs kept together: what a seed does to both cancels.
-    Three seeds give an interval between their extremes; it is a statement about seeds, not more.
+    Two or three seeds give the interval from the smallest to the largest difference. Below six not
+    even that covers their median in 95% of cases: 1 - 2^(1 - n), 75% for three.
 
     Args:
       ours, theirs: a figure by seed; pairs with one that is not finite are left out.
@@ -216,7 +233,8 @@ class Row(NamedTuple):
       seeds: number of runs.
       diverged: number of those that diverged.
       spreads: by column.
-      differences: by column, to the first line; empty in the first line.
+      differences: by column, to the first line; empty in the first line, and where not paired.
+      paired: whether a seed gives the same world here and in the first line.
     """
 
     label: str
@@ -224,19 +242,25 @@ class Row(NamedTuple):
     diverged: int
     spreads: dict[str, Spread]
     differences: dict[str, Difference]
+    paired: bool = True
+
+
+def _same_world(ours: Iterable[Run], theirs: Iterable[Run]) -> bool:
+    """Whether all runs agree in `WORLD_FIELDS`."""
+    return len({tuple(getattr(r.config, n) for n in WORLD_FIELDS) for r in (*ours, *theirs)}) == 1
 
 
 def table(groups: Mapping[str, Sequence[Run]], targets: Sequence[float] = ()) -> list[Row]:
-    """A line for each group; areas go to the end of the shortest run of all."""
-    ends = [run.evaluations[-1]["time"] for own in groups.values() for run in own if run.summary]
-    horizon = min(ends, default=0.0)
+    """A line for each group; areas and last quarters go to the end of the shortest run of all."""
+    horizon = common_end(run for own in groups.values() for run in own)
     rows, first = [], None
+    reference = next(iter(groups.values()))
     for label, own in groups.items():
         by_seed = {run.config.seed: figures(run, targets, horizon) for run in own}
         names = list(next(iter(by_seed.values())))
         columns = {name: {seed: f[name] for seed, f in by_seed.items()} for name in names}
-        differences = {}
-        if first is not None:
+        differences, paired = {}, _same_world(reference, own)
+        if first is not None and paired:
             differences = {n: paired_difference(columns[n], first[n]) for n in names}
         first = columns if first is None else first
         rows.append(
@@ -246,6 +270,7 @@ def table(groups: Mapping[str, Sequence[Run]], targets: Sequence[float] = ()) ->
                 sum(run.summary is None for run in own),
                 {name: spread(values.values()) for name, values in columns.items()},
                 differences,
+                paired,
             )
         )
     return rows
@@ -253,7 +278,7 @@ def table(groups: Mapping[str, Sequence[Run]], targets: Sequence[float] = ()) ->
 
 DIGITS = {"versions": 0, "staleness": 1, "server ms": 1, "sent MB": 1, "seconds": 0}
 # Columns whose difference to the first line is shown beside them; table.csv has all.
-SHOWN_DIFFERENCES = ("final", "last ten")
+SHOWN_DIFFERENCES = ("final", "last ten", "last quarter")
 
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:
@@ -270,7 +295,8 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
         for name in columns:
             line.append(_shown_spread(name, row))
             if name in SHOWN_DIFFERENCES and len(rows) > 1:
-                line.append(_shown_difference(row.differences.get(name)))
+                difference = _shown_difference(row.differences.get(name))
+                line.append(difference if row.paired else "not paired")
         lines.append(line)
     return lines
 
@@ -298,7 +324,8 @@ def _shown_difference(value: Difference | None) -> str:
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
     """A table of texts as Markdown, the first line being its header."""
-    header, *body = ("| " + " | ".join(line) + " |" for line in lines)
+    escaped = ([text.replace("|", "\\|") for text in line] for line in lines)
+    header, *body = ("| " + " | ".join(line) + " |" for line in escaped)
     return "\n".join([header, "|" + "---|" * len(lines[0]), *body]) + "\n"
 
 
@@ -364,7 +391,7 @@ class Choice(NamedTuple):
 
     Attributes:
       point: the best point.
-      scores: mean over tuning seeds of the last ten evaluations, by point; -inf where one diverged.
+      scores: mean over tuning seeds of the last quarter, by point; -inf where a run failed.
       edges: fields of which the best value is the lowest or highest that was tried.
     """
 
@@ -398,7 +425,7 @@ def choose(scores: Mapping[Point, Sequence[float]]) -> Choice:
 
 def tuning_cells(choices: Mapping[str, Choice]) -> list[list[str]]:
     """The chosen rates as texts; a star marks a value on the edge of the grid."""
-    lines = [["method", "server_lr", "client_lr", "validation, last ten", "points tried"]]
+    lines = [["method", "server_lr", "client_lr", "validation, last quarter", "points tried"]]
     for method, choice in choices.items():
         rates = [
             f"{getattr(choice.point, name):g}" + ("*" if name in choice.edges else "")

@@ -57,7 +57,11 @@ def test_figures_by_hand():
     assert comparison.area(run.evaluations, 1.0) == pytest.approx(0.3)
     assert comparison.area(run.evaluations, 2.0) == pytest.approx((0.3 + 0.45) / 2)
     many = evaluations(*((float(i), i / 100) for i in range(30)))
-    assert comparison.last_quarter(many) == pytest.approx(np.mean(np.arange(22, 30)) / 100)
+    assert comparison.last_quarter(many, 29.0) == pytest.approx((21.75 + 29) / 200)
+    # The same curve, evaluated seldom, and one that ends early and stays there.
+    assert comparison.last_quarter(many[::29], 29.0) == pytest.approx((21.75 + 29) / 200)
+    assert comparison.last_quarter(many, 40.0) == 0.29
+    assert comparison.common_end([run, recorded(), recorded(diverged=True)]) == 2.0
     assert comparison.last_mean(many) == pytest.approx(0.245)
     lost = comparison.figures(recorded(diverged=True), (0.5,))
     assert lost.keys() == {*told, "time to 0.5"} - {"time to 0.3", "time to 0.6"}
@@ -75,6 +79,12 @@ def test_paired_difference_by_hand():
     ours, theirs = {1: 0.5, 2: 0.9, 3: 0.1}, {1: 0.4, 2: 0.5, 4: 0.7}
     difference = comparison.paired_difference(ours, theirs)
     assert difference == pytest.approx((0.25, 0.1, 0.4))
+    # Of three all are the lowest in 1/27 of all cases, above 2.5%; of four in 1/256.
+    zeros = dict.fromkeys(range(4), 0.0)
+    three = comparison.paired_difference({0: 0.1, 1: 0.2, 2: 0.6}, zeros)
+    assert three == pytest.approx((0.3, 0.1, 0.6))
+    four = comparison.paired_difference({0: 0.1, 1: 0.2, 2: 0.6, 3: 0.3}, zeros)
+    assert 0.1 < four.low < four.high < 0.6
     assert comparison.paired_difference(ours, theirs) == difference  # nothing is left to chance
     same = comparison.paired_difference({1: 0.6, 2: 0.9}, {1: 0.5, 2: 0.8})
     assert same == pytest.approx((0.1, 0.1, 0.1))
@@ -141,6 +151,20 @@ def test_the_table():
     assert float(parsed[1]["final mean"]) == 0.9
     assert parsed[1]["final std"] == parsed[1]["final low"] == parsed[0]["final difference"] == ""
     assert float(parsed[1]["final difference"]) == pytest.approx(0.4)
+
+
+def test_other_worlds_are_not_paired():
+    groups = {
+        "a": [recorded(seed=0), recorded(seed=1)],
+        "a|lr": [recorded(seed=0, server_lr=0.7, max_versions=9), recorded(seed=1, server_lr=0.7)],
+        "b": [recorded(seed=0), recorded(seed=1, alpha=0.9)],
+    }
+    header, _, same, other = comparison.cells(comparison.table(groups))
+    at = header.index("last quarter − a")
+    assert (same[at], other[at]) == ("+0.000 [+0.000, +0.000]", "not paired")
+    assert r"| a\|lr |" in comparison.markdown([header, same])
+    rows = csv.DictReader(io.StringIO(comparison.as_csv(comparison.table(groups))))
+    assert [row["final difference"] for row in rows] == ["", "0.0", ""]
 
 
 # --- the choice of rates --------------------------------------------------------------------------
