@@ -37,7 +37,8 @@ class Run(NamedTuple):
     Attributes:
       config: its configuration.
       evaluations: rows with version, time, wall_seconds, accuracy, loss.
-      summary: what `summary.json` holds; None for a run that diverged.
+      summary: what `summary.json` holds; None for a run that failed: it diverged, or reached
+        its limit of rejected uploads.
       staleness: int [arrivals], tau of every arrival.
       folder: where it was recorded.
     """
@@ -49,14 +50,14 @@ class Run(NamedTuple):
     folder: Path
 
 
-def read_run(folder: Path, diverged: bool = False) -> Run:
+def read_run(folder: Path, failed: bool = False) -> Run:
     """Reads a run's folder.
 
     Raises:
-      ConfigError: it holds no run, or one that is not finished and has not diverged.
+      ConfigError: it holds no run, or one that is not finished and has not failed.
     """
     config = read_config(folder)
-    summary = None if diverged else record.read_json(folder / record.SUMMARY)
+    summary = None if failed else record.read_json(folder / record.SUMMARY)
     arrivals = record.read_rows(folder / record.ARRIVALS)
     staleness = np.asarray([row["staleness"] for row in arrivals], np.int64)
     return Run(config, read_evaluations(folder), summary, staleness, folder)
@@ -137,7 +138,7 @@ def common_end(runs: Iterable[Run]) -> float:
 def figures(run: Run, targets: Sequence[float] = (), horizon: float | None = None) -> dict:
     """Every figure of the table for one run, by the name of its column.
 
-    NaN where it is not known: all of a run that diverged, and what a run did not record.
+    NaN where it is not known: all of a run that failed, and what a run did not record.
 
     Args:
       run: the run.
@@ -231,7 +232,7 @@ class Row(NamedTuple):
     Attributes:
       label: what is compared.
       seeds: number of runs.
-      diverged: number of those that diverged.
+      failed: number of those that failed.
       spreads: by column.
       differences: by column, to the first line; empty in the first line, and where not paired.
       paired: whether a seed gives the same world here and in the first line.
@@ -239,7 +240,7 @@ class Row(NamedTuple):
 
     label: str
     seeds: int
-    diverged: int
+    failed: int
     spreads: dict[str, Spread]
     differences: dict[str, Difference]
     paired: bool = True
@@ -291,7 +292,7 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
             header.append(f"{name} − {rows[0].label}")
     lines = [header]
     for row in rows:
-        line = [row.label, f"{row.seeds}" + (f", {row.diverged} diverged" if row.diverged else "")]
+        line = [row.label, f"{row.seeds}" + (f", {row.failed} failed" if row.failed else "")]
         for name in columns:
             line.append(_shown_spread(name, row))
             if name in SHOWN_DIFFERENCES and len(rows) > 1:
@@ -304,7 +305,7 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
 def _shown_spread(name: str, row: Row) -> str:
     value = row.spreads[name]
     if not value.count:
-        return "never" if name.startswith("time to") and row.diverged < row.seeds else "–"
+        return "never" if name.startswith("time to") and row.failed < row.seeds else "–"
     digits = DIGITS.get(name, 1 if name.startswith("time to") else 3)
     text = f"{value.mean:.{digits}f}"
     if math.isfinite(value.deviation):
@@ -335,11 +336,11 @@ def as_csv(rows: Sequence[Row]) -> str:
     parts = ("mean", "std", "count", "difference", "low", "high")
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["label", "seeds", "diverged", *(f"{n} {p}" for n in names for p in parts)])
+    writer.writerow(["label", "seeds", "failed", *(f"{n} {p}" for n in names for p in parts)])
     for row in rows:
         values = [v for n in names for v in (*row.spreads[n], *row.differences.get(n, _UNKNOWN))]
         shown = ["" if isinstance(v, float) and not math.isfinite(v) else v for v in values]
-        writer.writerow([row.label, row.seeds, row.diverged, *shown])
+        writer.writerow([row.label, row.seeds, row.failed, *shown])
     return stream.getvalue()
 
 
@@ -403,10 +404,10 @@ class Choice(NamedTuple):
 def choose(scores: Mapping[Point, Sequence[float]]) -> Choice:
     """The point of the highest mean score; of equals the one with the smallest rates.
 
-    A score that is not finite, of a run that diverged, rules its point out.
+    A score that is not finite, of a run that failed, rules its point out.
 
     Raises:
-      ConfigError: every point diverged.
+      ConfigError: every point failed.
     """
     means = {
         point: statistics.fmean(values) if all(map(math.isfinite, values)) else -math.inf
@@ -414,7 +415,7 @@ def choose(scores: Mapping[Point, Sequence[float]]) -> Choice:
     }
     best = max(sorted(means, key=lambda p: p.place), key=means.get)
     if means[best] == -math.inf:
-        raise ConfigError("--tune: every point of the grid diverged; give smaller rates")
+        raise ConfigError("--tune: a run of every point of the grid failed; give smaller rates")
     edges = []
     for axis, name in enumerate(("server_lr", "client_lr")):
         places = {point.place[axis] for point in means}

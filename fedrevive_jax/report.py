@@ -30,6 +30,8 @@ NOTES = (
     "faults, simulated time), so that the same seed does not mean the same.",
     "server ms: milliseconds of a server step, a sample of the arrivals; seconds: wall time with "
     "compilation. Both depend on what else the machine did.",
+    "failed: training diverged, or more uploads than --reject_limit allows were rejected; the "
+    "figures are of the other seeds.",
     "sent MB: models that were sent down and up, with feature statistics, in float32.",
 )
 
