@@ -79,7 +79,8 @@ def main() -> None:
             )
             choices = campaign.choices(grid, run([config for _, _, config in grid]))
             tuning = (
-                f"Rates chosen on the validation split by the mean of the last ten evaluations: "
+                f"Rates chosen on the validation split by the mean accuracy over the last "
+                f"quarter of the simulated time: "
                 f"{len(grid)} runs of {grid[0][2].max_time:g} simulated time units, seeds "
                 f"{grid[0][2].seed} to {grid[-1][2].seed}. A star marks the edge of the grid: a "
                 "better value may lie beyond."

@@ -5,6 +5,7 @@ delays.
 """
 
 import concurrent.futures
+import dataclasses
 import multiprocessing
 import os
 import sys
@@ -12,13 +13,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedrevive_jax import comparison, record, runner
+from fedrevive_jax import client_cache, comparison, planning, record, runner
 from fedrevive_jax.comparison import Choice, Point, Run
-from fedrevive_jax.config import Config, ConfigError
+from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS, Config, ConfigError
 from fedrevive_jax.presets import resolve
 
-# Marks a run that diverged, which would only diverge again.
-DIVERGED = "diverged.json"
+# Marks a run that diverged or whose uploads were rejected, which would only end so again.
+FAILED = "failed.json"
 # Tuning takes seeds this far from those of the comparison.
 TUNING_SEEDS = 1000
 
@@ -50,7 +51,8 @@ def of_methods(
         if chosen is not None:
             point = chosen[method].point
             fields |= {"server_lr": point.server_lr, "client_lr": point.client_lr}
-            word = "_tuned"
+            # Another grid may choose other rates: those are other runs.
+            word = f"_tuned_{point.server_lr:g}_{point.client_lr:g}"
         for seed in range(first, first + seeds):
             place = str(out / f"{method}{word}_seed{seed}")
             configs.append(resolve(**{**fields, "seed": seed, "workdir": place}))
@@ -68,8 +70,17 @@ def of_ablation(
             f"--ablate={ablate}: must be FIELD=v1,v2,... with two or more values of a field other "
             "than method and seed"
         )
+    known = {known.name for known in dataclasses.fields(Config)}
+    if field not in known - {*LOCATION_FIELDS, *DEVICE_FIELDS}:
+        raise ConfigError(
+            f"--ablate={ablate}: {field} must be a setting of the run, not a place, a device or "
+            "preset_scale; see --help"
+        )
     _refuse(given, field, "by --ablate")
     first = resolve(**given).seed
+    told = [getattr(resolve(**{**given, field: value}), field) for value in values.split(",")]
+    if len(set(told)) < len(told):
+        raise ConfigError(f"--ablate={ablate}: must not hold a value twice")
     configs = []
     for value in values.split(","):
         for seed in range(first, first + seeds):
@@ -109,7 +120,6 @@ def grid_runs(
         points = comparison.grid(server_lr, client_lr, resolve(**{**given, "method": method}))
         for point in points:
             for seed in range(first, first + seeds):
-                name = f"{method}_{point.server_lr:g}_{point.client_lr:g}_seed{seed}"
                 config = resolve(
                     **{
                         **fields,
@@ -117,18 +127,23 @@ def grid_runs(
                         "seed": seed,
                         "server_lr": point.server_lr,
                         "client_lr": point.client_lr,
-                        "workdir": str(out / "tune" / name),
                     }
                 )
-                runs.append((method, point, config))
+                name = (
+                    f"{method}_{point.server_lr:g}_{point.client_lr:g}_time{config.max_time:g}"
+                    f"_seed{seed}"
+                )
+                place = str(out / "tune" / name)
+                runs.append((method, point, dataclasses.replace(config, workdir=place)))
     return runs
 
 
 def choices(grid: Sequence[tuple[str, Point, Config]], runs: Sequence[Run]) -> dict[str, Choice]:
     """What tuning chose for each method, from the runs of its grid in the same order."""
     scores: dict[str, dict[Point, list[float]]] = {}
+    horizon = comparison.common_end(runs)
     for (method, point, _), run in zip(grid, runs, strict=True):
-        score = comparison.last_mean(run.evaluations) if run.summary else float("-inf")
+        score = comparison.last_quarter(run.evaluations, horizon) if run.summary else float("-inf")
         scores.setdefault(method, {}).setdefault(point, []).append(score)
     return {method: comparison.choose(own) for method, own in scores.items()}
 
@@ -138,7 +153,8 @@ def run_all(
 ) -> list[Run]:
     """Runs what is not done, continues what was interrupted, and reads what all have recorded.
 
-    A run that diverges is marked in its folder and counts as done.
+    A run that diverges or reaches its limit of rejected uploads is marked in its folder and counts
+    as done.
 
     Args:
       configs: what to run, each with a folder of its own.
@@ -147,10 +163,12 @@ def run_all(
       notify: told a line for every run.
 
     Raises:
-      ConfigError: a folder holds another run, or the data are not what a run needs.
+      ConfigError: a folder holds another run, a memory of all clients cannot fit, or the data are
+        not what a run needs.
     """
-    # All folders are checked before the first run, so that a wrong one is told at once.
+    # Folders and memories are checked before the first run, so that a wrong one is told at once.
     waiting = [config for config in configs if overwrite or not _is_done(config)]
+    _check_caches(waiting)
     if jobs == 1:
         for config in waiting:
             _run(config, overwrite)
@@ -158,14 +176,14 @@ def run_all(
     else:
         _run_side_by_side(waiting, jobs, overwrite, notify)
     return [
-        comparison.read_run(config.run_dir, (config.run_dir / DIVERGED).exists())
+        comparison.read_run(config.run_dir, (config.run_dir / FAILED).exists())
         for config in configs
     ]
 
 
 def read_all(folders: Sequence[Path]) -> list[Run]:
     """Runs that exist already."""
-    return [comparison.read_run(folder, (folder / DIVERGED).exists()) for folder in folders]
+    return [comparison.read_run(folder, (folder / FAILED).exists()) for folder in folders]
 
 
 def _run_side_by_side(configs, jobs: int, overwrite: bool, notify: Notify) -> None:
@@ -187,18 +205,33 @@ def _run_side_by_side(configs, jobs: int, overwrite: bool, notify: Notify) -> No
 def _run(config: Config, overwrite: bool) -> None:
     try:
         runner.run(config, keep_record=True, overwrite=overwrite)
-    except runner.DivergenceError as error:
-        record.write_json(config.run_dir / DIVERGED, {"message": str(error)})
+    except (runner.DivergenceError, runner.RejectLimitError) as error:
+        ended = {"by": type(error).__name__, "message": str(error)}
+        record.write_json(config.run_dir / FAILED, ended)
+
+
+def _check_caches(configs: Sequence[Config]) -> None:
+    """Whether what each method keeps of every client fits, see `client_cache.check_fit`.
+
+    Raises:
+      ConfigError: it does not.
+    """
+    # Seeds, rates and folders change no size.
+    same = {"seed": 0, "server_lr": 1.0, "client_lr": 1.0, "workdir": ""}
+    for config in dict.fromkeys(dataclasses.replace(config, **same) for config in configs):
+        needed = planning.cache_bytes(config)
+        if needed:
+            client_cache.check_fit(config, needed)
 
 
 def _is_done(config: Config) -> bool:
-    return runner.is_finished(config) or (config.run_dir / DIVERGED).exists()
+    return runner.is_finished(config) or (config.run_dir / FAILED).exists()
 
 
 def _line(config: Config) -> str:
     folder = config.run_dir
-    if (folder / DIVERGED).exists():
-        return f"{folder.name}: {record.read_json(folder / DIVERGED)['message']}"
+    if (folder / FAILED).exists():
+        return f"{folder.name}: {record.read_json(folder / FAILED)['message']}"
     accuracy = record.read_json(folder / record.SUMMARY)["final_accuracy"]
     return f"{folder.name}: accuracy {accuracy:.4f}"
 

@@ -180,7 +180,7 @@ def check_fit(config: Config, needed: int, beside: int = 0) -> None:
     """Whether a cache of `needed` bytes fits where it is to live, on the device with `beside` more.
 
     Beside it a checkpoint needs room for a copy: on the host, but for a cache on disk, which is
-    copied on disk.
+    copied on disk. On a CPU the device's memory is the host's, so that both are there.
 
     Raises:
       ConfigError: it does not.
@@ -192,7 +192,15 @@ def check_fit(config: Config, needed: int, beside: int = 0) -> None:
         room, needed = shutil.disk_usage(folder).free, 2 * needed
         where = f"disk with --cache_dir={folder}"
     elif where == "device":
-        room, needed = device_memory(), needed + beside
+        room = device_memory()
+        if room is not None and needed > host_memory():
+            raise ConfigError(
+                f"--cache_memory=device: a checkpoint copies {needed / 1e9:.1f} GB to the host, "
+                f"which has {host_memory() / 1e9:.1f} GB; --cache_memory=disk or "
+                "--cache_dtype=bfloat16 may help"
+            )
+        needed = needed + beside if room is not None else 2 * needed + beside
+        room = host_memory() if room is None else room
     else:
         room, needed = host_memory(), 2 * needed
     if needed > room:
@@ -203,10 +211,10 @@ def check_fit(config: Config, needed: int, beside: int = 0) -> None:
         )
 
 
-def device_memory() -> int:
-    """Memory of the first device in bytes; that of the host where a device has none of its own."""
+def device_memory() -> int | None:
+    """Memory of the first device in bytes; None where a device has none of its own, as a CPU."""
     statistics = jax.local_devices()[0].memory_stats() or {}
-    return statistics.get("bytes_limit") or host_memory()
+    return statistics.get("bytes_limit")
 
 
 def host_memory() -> int:

@@ -22,6 +22,13 @@ from fedrevive_jax.restore import read_config
 RECENT = 10  # evaluations whose mean is "last ten": a single one is noisy under asynchrony
 RESAMPLES = 10_000  # of the bootstrap
 COVERAGE = 0.95  # of its interval
+# What a seed means: where these differ, the same seed is another population, delays or test split,
+# and a difference seed by seed would not cancel them.
+WORLD_FIELDS = (
+    "dataset", "eval_split", "num_clients", "partition", "alpha", "samples_per_client",
+    "delays", "delay_mean", "delay_spread", "delay_download", "delay_upload", "delay_trace",
+    "fault_rate", "fault_kinds", "max_time", "concurrency",
+)  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -30,7 +37,8 @@ class Run(NamedTuple):
     Attributes:
       config: its configuration.
       evaluations: rows with version, time, wall_seconds, accuracy, loss.
-      summary: what `summary.json` holds; None for a run that diverged.
+      summary: what `summary.json` holds; None for a run that failed: it diverged, or reached
+        its limit of rejected uploads.
       staleness: int [arrivals], tau of every arrival.
       folder: where it was recorded.
     """
@@ -42,14 +50,14 @@ class Run(NamedTuple):
     folder: Path
 
 
-def read_run(folder: Path, diverged: bool = False) -> Run:
+def read_run(folder: Path, failed: bool = False) -> Run:
     """Reads a run's folder.
 
     Raises:
-      ConfigError: it holds no run, or one that is not finished and has not diverged.
+      ConfigError: it holds no run, or one that is not finished and has not failed.
     """
     config = read_config(folder)
-    summary = None if diverged else record.read_json(folder / record.SUMMARY)
+    summary = None if failed else record.read_json(folder / record.SUMMARY)
     arrivals = record.read_rows(folder / record.ARRIVALS)
     staleness = np.asarray([row["staleness"] for row in arrivals], np.int64)
     return Run(config, read_evaluations(folder), summary, staleness, folder)
@@ -93,11 +101,10 @@ def last_mean(evaluations: Sequence[Mapping[str, Any]], count: int = RECENT) -> 
     return statistics.fmean(row["accuracy"] for row in evaluations[-count:])
 
 
-def last_quarter(evaluations: Sequence[Mapping[str, Any]]) -> float:
-    """Mean accuracy over the last quarter of a run's simulated time: the same time for all methods,
-    also for those that make few versions and are evaluated seldom."""
-    since = 0.75 * evaluations[-1]["time"]
-    return statistics.fmean(row["accuracy"] for row in evaluations if row["time"] >= since)
+def last_quarter(evaluations: Sequence[Mapping[str, Any]], horizon: float) -> float:
+    """Mean accuracy over simulated time from 3/4 of `horizon` to `horizon`, of the curve of `area`:
+    with one horizon the same time for all methods, however often they are evaluated."""
+    return _mean_over(evaluations, 0.75 * horizon, horizon)
 
 
 def time_to(evaluations: Sequence[Mapping[str, Any]], target: float) -> float:
@@ -110,24 +117,34 @@ def area(evaluations: Sequence[Mapping[str, Any]], horizon: float) -> float:
 
     The curve is linear between evaluations and stays at the last one's accuracy.
     """
+    return _mean_over(evaluations, 0.0, horizon)
+
+
+def _mean_over(evaluations: Sequence[Mapping[str, Any]], start: float, end: float) -> float:
     times = np.asarray([row["time"] for row in evaluations])
     accuracies = np.asarray([row["accuracy"] for row in evaluations])
-    if horizon <= 0:
-        return float(accuracies[0])
-    inside = times[(times > 0) & (times < horizon)]
-    grid = np.concatenate([[0.0], inside, [horizon]])
-    return float(np.trapezoid(np.interp(grid, times, accuracies), grid) / horizon)
+    if end <= start:
+        return float(np.interp(start, times, accuracies))
+    inside = times[(times > start) & (times < end)]
+    grid = np.concatenate([[start], inside, [end]])
+    return float(np.trapezoid(np.interp(grid, times, accuracies), grid) / (end - start))
+
+
+def common_end(runs: Iterable[Run]) -> float:
+    """The simulated time that all runs cover that did not fail; 0 where all did."""
+    return min((run.evaluations[-1]["time"] for run in runs if run.summary), default=0.0)
 
 
 def figures(run: Run, targets: Sequence[float] = (), horizon: float | None = None) -> dict:
     """Every figure of the table for one run, by the name of its column.
 
-    NaN where it is not known: all of a run that diverged, and what a run did not record.
+    NaN where it is not known: all of a run that failed, and what a run did not record.
 
     Args:
       run: the run.
       targets: accuracies to be reached.
-      horizon: simulated time of the area; the run's own end where None.
+      horizon: end of the last quarter and of the area, in simulated time; the run's own end where
+        None.
     """
     rows = run.evaluations
     end = rows[-1]["time"] if horizon is None else horizon
@@ -140,7 +157,7 @@ def figures(run: Run, targets: Sequence[float] = (), horizon: float | None = Non
         "final": lambda: rows[-1]["accuracy"],
         "best": lambda: max(row["accuracy"] for row in rows),
         "last ten": lambda: last_mean(rows),
-        "last quarter": lambda: last_quarter(rows),
+        "last quarter": lambda: last_quarter(rows, end),
         "area": lambda: area(rows, end),
         **{f"time to {t:g}": lambda t=t: time_to(rows, t) for t in targets},
         "versions": lambda: recorded("versions"),
@@ -184,7 +201,8 @@ def paired_difference(
     """The mean over common seeds of ours - theirs, and a percentile bootstrap of that mean.
 
     Seeds are drawn with replacement, the pairs kept together: what a seed does to both cancels.
-    Three seeds give an interval between their extremes; it is a statement about seeds, not more.
+    Two or three seeds give the interval from the smallest to the largest difference. Below six not
+    even that covers their median in 95% of cases: 1 - 2^(1 - n), 75% for three.
 
     Args:
       ours, theirs: a figure by seed; pairs with one that is not finite are left out.
@@ -214,29 +232,36 @@ class Row(NamedTuple):
     Attributes:
       label: what is compared.
       seeds: number of runs.
-      diverged: number of those that diverged.
+      failed: number of those that failed.
       spreads: by column.
-      differences: by column, to the first line; empty in the first line.
+      differences: by column, to the first line; empty in the first line, and where not paired.
+      paired: whether a seed gives the same world here and in the first line.
     """
 
     label: str
     seeds: int
-    diverged: int
+    failed: int
     spreads: dict[str, Spread]
     differences: dict[str, Difference]
+    paired: bool = True
+
+
+def _same_world(ours: Iterable[Run], theirs: Iterable[Run]) -> bool:
+    """Whether all runs agree in `WORLD_FIELDS`."""
+    return len({tuple(getattr(r.config, n) for n in WORLD_FIELDS) for r in (*ours, *theirs)}) == 1
 
 
 def table(groups: Mapping[str, Sequence[Run]], targets: Sequence[float] = ()) -> list[Row]:
-    """A line for each group; areas go to the end of the shortest run of all."""
-    ends = [run.evaluations[-1]["time"] for own in groups.values() for run in own if run.summary]
-    horizon = min(ends, default=0.0)
+    """A line for each group; areas and last quarters go to the end of the shortest run of all."""
+    horizon = common_end(run for own in groups.values() for run in own)
     rows, first = [], None
+    reference = next(iter(groups.values()))
     for label, own in groups.items():
         by_seed = {run.config.seed: figures(run, targets, horizon) for run in own}
         names = list(next(iter(by_seed.values())))
         columns = {name: {seed: f[name] for seed, f in by_seed.items()} for name in names}
-        differences = {}
-        if first is not None:
+        differences, paired = {}, _same_world(reference, own)
+        if first is not None and paired:
             differences = {n: paired_difference(columns[n], first[n]) for n in names}
         first = columns if first is None else first
         rows.append(
@@ -246,6 +271,7 @@ def table(groups: Mapping[str, Sequence[Run]], targets: Sequence[float] = ()) ->
                 sum(run.summary is None for run in own),
                 {name: spread(values.values()) for name, values in columns.items()},
                 differences,
+                paired,
             )
         )
     return rows
@@ -253,7 +279,7 @@ def table(groups: Mapping[str, Sequence[Run]], targets: Sequence[float] = ()) ->
 
 DIGITS = {"versions": 0, "staleness": 1, "server ms": 1, "sent MB": 1, "seconds": 0}
 # Columns whose difference to the first line is shown beside them; table.csv has all.
-SHOWN_DIFFERENCES = ("final", "last ten")
+SHOWN_DIFFERENCES = ("final", "last ten", "last quarter")
 
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:
@@ -266,11 +292,12 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
             header.append(f"{name} − {rows[0].label}")
     lines = [header]
     for row in rows:
-        line = [row.label, f"{row.seeds}" + (f", {row.diverged} diverged" if row.diverged else "")]
+        line = [row.label, f"{row.seeds}" + (f", {row.failed} failed" if row.failed else "")]
         for name in columns:
             line.append(_shown_spread(name, row))
             if name in SHOWN_DIFFERENCES and len(rows) > 1:
-                line.append(_shown_difference(row.differences.get(name)))
+                difference = _shown_difference(row.differences.get(name))
+                line.append(difference if row.paired else "not paired")
         lines.append(line)
     return lines
 
@@ -278,7 +305,7 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
 def _shown_spread(name: str, row: Row) -> str:
     value = row.spreads[name]
     if not value.count:
-        return "never" if name.startswith("time to") and row.diverged < row.seeds else "–"
+        return "never" if name.startswith("time to") and row.failed < row.seeds else "–"
     digits = DIGITS.get(name, 1 if name.startswith("time to") else 3)
     text = f"{value.mean:.{digits}f}"
     if math.isfinite(value.deviation):
@@ -298,7 +325,8 @@ def _shown_difference(value: Difference | None) -> str:
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
     """A table of texts as Markdown, the first line being its header."""
-    header, *body = ("| " + " | ".join(line) + " |" for line in lines)
+    escaped = ([text.replace("|", "\\|") for text in line] for line in lines)
+    header, *body = ("| " + " | ".join(line) + " |" for line in escaped)
     return "\n".join([header, "|" + "---|" * len(lines[0]), *body]) + "\n"
 
 
@@ -308,11 +336,11 @@ def as_csv(rows: Sequence[Row]) -> str:
     parts = ("mean", "std", "count", "difference", "low", "high")
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["label", "seeds", "diverged", *(f"{n} {p}" for n in names for p in parts)])
+    writer.writerow(["label", "seeds", "failed", *(f"{n} {p}" for n in names for p in parts)])
     for row in rows:
         values = [v for n in names for v in (*row.spreads[n], *row.differences.get(n, _UNKNOWN))]
         shown = ["" if isinstance(v, float) and not math.isfinite(v) else v for v in values]
-        writer.writerow([row.label, row.seeds, row.diverged, *shown])
+        writer.writerow([row.label, row.seeds, row.failed, *shown])
     return stream.getvalue()
 
 
@@ -364,7 +392,7 @@ class Choice(NamedTuple):
 
     Attributes:
       point: the best point.
-      scores: mean over tuning seeds of the last ten evaluations, by point; -inf where one diverged.
+      scores: mean over tuning seeds of the last quarter, by point; -inf where a run failed.
       edges: fields of which the best value is the lowest or highest that was tried.
     """
 
@@ -376,10 +404,10 @@ class Choice(NamedTuple):
 def choose(scores: Mapping[Point, Sequence[float]]) -> Choice:
     """The point of the highest mean score; of equals the one with the smallest rates.
 
-    A score that is not finite, of a run that diverged, rules its point out.
+    A score that is not finite, of a run that failed, rules its point out.
 
     Raises:
-      ConfigError: every point diverged.
+      ConfigError: every point failed.
     """
     means = {
         point: statistics.fmean(values) if all(map(math.isfinite, values)) else -math.inf
@@ -387,7 +415,7 @@ def choose(scores: Mapping[Point, Sequence[float]]) -> Choice:
     }
     best = max(sorted(means, key=lambda p: p.place), key=means.get)
     if means[best] == -math.inf:
-        raise ConfigError("--tune: every point of the grid diverged; give smaller rates")
+        raise ConfigError("--tune: a run of every point of the grid failed; give smaller rates")
     edges = []
     for axis, name in enumerate(("server_lr", "client_lr")):
         places = {point.place[axis] for point in means}
@@ -398,7 +426,7 @@ def choose(scores: Mapping[Point, Sequence[float]]) -> Choice:
 
 def tuning_cells(choices: Mapping[str, Choice]) -> list[list[str]]:
     """The chosen rates as texts; a star marks a value on the edge of the grid."""
-    lines = [["method", "server_lr", "client_lr", "validation, last ten", "points tried"]]
+    lines = [["method", "server_lr", "client_lr", "validation, last quarter", "points tried"]]
     for method, choice in choices.items():
         rates = [
             f"{getattr(choice.point, name):g}" + ("*" if name in choice.edges else "")

@@ -40,7 +40,7 @@ DELAYS = (
 
 
 def _field(default: Any, help_text: str, **limits: Any) -> Any:
-    """A field with its help text and limits: `choices`, `at_least`, `above`, `at_most`."""
+    """A field with its help text and limits: `choices`, `at_least`, `above`, `at_most`, `below`."""
     return dataclasses.field(default=default, metadata={"help": help_text, **limits})
 
 
@@ -170,8 +170,8 @@ class Config:
         "fedasync mixes the client's model into the global one, or adds its delta",
         choices=("mixing", "delta"),
     )
-    fadas_beta1: float = _field(0.9, "beta_1 of fadas", at_least=0, at_most=1)
-    fadas_beta2: float = _field(0.99, "beta_2 of fadas", at_least=0, at_most=1)
+    fadas_beta1: float = _field(0.9, "beta_1 of fadas", at_least=0, below=1)
+    fadas_beta2: float = _field(0.99, "beta_2 of fadas", at_least=0, below=1)
     fadas_epsilon: float = _field(1e-8, "epsilon of fadas", above=0)
     fadas_bias_correction: str = _field(
         "off",
@@ -364,14 +364,14 @@ DEVICE_FIELDS = ("mesh", "version_memory")
 INPUT_FIELDS = ("t5_weights", "pretrained", "seed_text", "delay_trace")
 
 
+# Limits of a number and their words.
+LIMITS = {"at_least": "at least", "above": "above", "at_most": "at most", "below": "below"}
+
+
 def _checked(field: dataclasses.Field, value: Any) -> Any:
     """The value as the field's type, or an error that names flag, value and what is allowed."""
     limits = field.metadata
-    bounds = [
-        f"{words} {limits[name]}"
-        for name, words in (("at_least", "at least"), ("above", "above"), ("at_most", "at most"))
-        if name in limits
-    ]
+    bounds = [f"{words} {limits[name]}" for name, words in LIMITS.items() if name in limits]
 
     def refused(*allowed: str, joined: str = ", ") -> ConfigError:
         return ConfigError(f"--{field.name}={_shown(value)}: must be {joined.join(allowed)}")
@@ -395,6 +395,7 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
         result >= limits.get("at_least", result)
         and ("above" not in limits or result > limits["above"])
         and result <= limits.get("at_most", result)
+        and ("below" not in limits or result < limits["below"])
     ):
         raise refused(*bounds, joined=" and ")
     return result

@@ -1,7 +1,7 @@
 """What a run will be and cost, told from its configuration alone: no data, no training."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -38,36 +38,13 @@ def plan(
     """
     clock = schedule.from_config(config)
     windows = schedule.plan_windows(clock, config.window_limit)
-    if dataset is not None:
-        shape, classes, stored = dataset.input_shape, dataset.num_classes, len(dataset.labels)
-        kept = len(dataset.splits["distillation"])
-    else:
-        known = data.spec(config)
-        shape, classes, stored = known.input_shape, known.num_classes, known.training_samples
-        kept = data.split_sizes(known.training_samples)["distillation"]
-    if model is None:
-        # Counting is the same whatever way a convolution is computed; lax's form is counted.
-        plain = dataclasses.replace(config, convolution="lax")
-        model = models.from_config(plain, shape, classes)
-    params, shared = jax.eval_shape(lambda k: (model.init(k), model.frozen(k)), jax.random.key(0))
+    sizes = _sizes(config, dataset, model)
+    params, shared, entry = sizes.params, sizes.frozen, sizes.entry
     live = clock.live_versions_max()
     model_bytes = trees.nbytes(params)
-
-    def method_arrays_of(params, frozen):
-        ingredients = Ingredients(
-            model,
-            lambda samples, key: samples,
-            frozen=frozen,
-            class_mixes=np.zeros((config.num_clients, classes), np.float32),
-            real_samples=(_blank_samples(kept, shape), np.zeros(kept, np.int32)),
-        )
-        method = methods.create(config, ingredients)
-        return method.init(params), method.entry(params)
-
-    method_state, entry = jax.eval_shape(method_arrays_of, params, shared)
-    forward = forward_flops(model)
-    data_bytes = _blank_samples(stored, shape).nbytes
-    state_bytes = trees.nbytes(method_state)
+    forward = forward_flops(sizes.model)
+    data_bytes = _blank_samples(sizes.stored, sizes.model.input_shape).nbytes
+    state_bytes = trees.nbytes(sizes.method_state)
     cache_bytes = config.num_clients * trees.nbytes(entry)
     cached = {memory: 0 for memory in ("device", "host", "disk")}
     cached[config.cache_memory] = cache_bytes
@@ -98,6 +75,52 @@ def plan(
         "bytes_host": data_bytes + clock.nbytes + cached["host"],
         "bytes_disk": cached["disk"],
     }
+
+
+def cache_bytes(config: Config) -> int:
+    """Bytes of what the method keeps of all clients; 0 where it keeps nothing of them."""
+    return config.num_clients * trees.nbytes(_sizes(config).entry)
+
+
+class _Sizes(NamedTuple):
+    """The model, how many samples are stored, and the shapes of what lives beside them."""
+
+    model: Model
+    stored: int
+    params: Any
+    frozen: Any
+    method_state: Any
+    entry: Any
+
+
+def _sizes(
+    config: Config, dataset: data.Dataset | None = None, model: Model | None = None
+) -> _Sizes:
+    if dataset is not None:
+        shape, classes, stored = dataset.input_shape, dataset.num_classes, len(dataset.labels)
+        kept = len(dataset.splits["distillation"])
+    else:
+        known = data.spec(config)
+        shape, classes, stored = known.input_shape, known.num_classes, known.training_samples
+        kept = data.split_sizes(known.training_samples)["distillation"]
+    if model is None:
+        # Counting is the same whatever way a convolution is computed; lax's form is counted.
+        plain = dataclasses.replace(config, convolution="lax")
+        model = models.from_config(plain, shape, classes)
+    params, shared = jax.eval_shape(lambda k: (model.init(k), model.frozen(k)), jax.random.key(0))
+
+    def method_arrays_of(params, frozen):
+        ingredients = Ingredients(
+            model,
+            lambda samples, key: samples,
+            frozen=frozen,
+            class_mixes=np.zeros((config.num_clients, classes), np.float32),
+            real_samples=(_blank_samples(kept, shape), np.zeros(kept, np.int32)),
+        )
+        method = methods.create(config, ingredients)
+        return method.init(params), method.entry(params)
+
+    return _Sizes(model, stored, params, shared, *jax.eval_shape(method_arrays_of, params, shared))
 
 
 def _blank_samples(count: int, shape: tuple[int, ...]) -> np.ndarray:

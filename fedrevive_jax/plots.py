@@ -62,7 +62,8 @@ def comparison(path: Path, title: str, runs: dict[str, list[list[dict[str, Any]]
                 np.interp(at, [r[key] for r in rows], [r["accuracy"] for r in rows])
                 for rows in seeds
             ]
-            mean, spread = np.mean(curves, axis=0), np.std(curves, axis=0)
+            mean = np.mean(curves, axis=0)
+            spread = np.std(curves, axis=0, ddof=min(1, len(curves) - 1))  # as in the table
             style = _style(position)
             axes.plot(at, mean, label=label, linewidth=1.5, **style)
             axes.fill_between(
@@ -121,7 +122,7 @@ def sweep(
     )
     axes.set_xticks(range(len(means)), list(means))
     axes.set_xlabel(field)
-    axes.set_ylabel("accuracy, mean of the last ten evaluations")
+    axes.set_ylabel("accuracy, mean over the last quarter")
     axes.margins(x=0.15)
     axes.grid(alpha=0.3)
     axes.set_title(title)

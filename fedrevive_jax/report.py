@@ -16,16 +16,22 @@ from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS
 NOTES = (
     "Figures are mean ± standard deviation over seeds, on the split that is named above.",
     "final: the last evaluation; best: the highest; last ten: the mean of the last ten evaluations "
-    "(a single one is noisy under asynchrony); last quarter: the mean over the last quarter of the "
-    "run's simulated time; area: the mean accuracy over the simulated time "
-    "that all runs cover.",
+    "(a single one is noisy under asynchrony; a method that makes fewer versions may spread them "
+    "over more time); area: the mean accuracy over the simulated time that all runs cover; last "
+    "quarter: the mean over the last quarter of that time.",
     "time to a: simulated time of the first evaluation at accuracy a or above; in brackets how "
     "many seeds got there, if not all, and then the mean is over those.",
-    "final − X, last ten − X: mean of the differences to X, the first line, seed by seed, and the "
-    "95% bootstrap interval of that mean. It speaks of the seeds that were run; with three it is "
-    "rough.",
+    "final − X, last ten − X, last quarter − X: mean of the differences to X, the first line, seed "
+    "by seed, and the 95% bootstrap interval of that mean. It speaks of the seeds that were run. "
+    "With two or three it is only the smallest and the largest difference; with fewer than six it "
+    "is too narrow for 95%: even from the smallest to the largest of n differences their median is "
+    "covered in 1 − 2^(1 − n) of cases, 75% of them for three.",
+    "not paired: these runs are not in the world of the first line (data, population, delays, "
+    "faults, simulated time), so that the same seed does not mean the same.",
     "server ms: milliseconds of a server step, a sample of the arrivals; seconds: wall time with "
     "compilation. Both depend on what else the machine did.",
+    "failed: training diverged, or more uploads than --reject_limit allows were rejected; the "
+    "figures are of the other seeds.",
     "sent MB: models that were sent down and up, with feature statistics, in float32.",
 )
 
@@ -112,7 +118,7 @@ def _pictures(out: Path, study: Study, rows) -> list[tuple[Path, str]]:
     ]
     if study.swept:
         scores = {
-            str(own[0].config.as_dict()[study.swept]): row.spreads["last ten"]
+            str(own[0].config.as_dict()[study.swept]): row.spreads["last quarter"]
             for own, row in zip(study.groups.values(), rows, strict=True)
         }
         means = {value: score.mean for value, score in scores.items() if score.count}

@@ -394,8 +394,10 @@ def test_a_cache_that_cannot_fit_is_refused_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(client_cache, "device_memory", lambda: 40 * 10**9)
     config = resolve("cifar10", "ca2fl", cache_dir=str(tmp_path))
     needed = 1000 * 44_657_408
-    with pytest.raises(ConfigError) as refused:
-        client_cache.check_fit(config, needed)
+    with monkeypatch.context() as patch:
+        patch.setattr(client_cache, "host_memory", lambda: 80 * 10**9)
+        with pytest.raises(ConfigError) as refused:
+            client_cache.check_fit(config, needed)
     assert str(refused.value).startswith(
         "--cache_memory=device: the last updates of --num_clients=1000 and what lives beside them "
         "need 44.7 GB there, of 40.0 GB"
@@ -403,6 +405,13 @@ def test_a_cache_that_cannot_fit_is_refused_at_once(tmp_path, monkeypatch):
     client_cache.check_fit(config, needed // 2)
     with pytest.raises(ConfigError, match=r"need 42\.3 GB there"):
         client_cache.check_fit(config, needed // 2, beside=20 * 10**9)
+    monkeypatch.setattr(client_cache, "device_memory", lambda: 80 * 10**9)
+    with pytest.raises(ConfigError, match=r"copies 44\.7 GB to the host, which has 40\.0 GB"):
+        client_cache.check_fit(config, needed)
+    monkeypatch.setattr(client_cache, "device_memory", lambda: None)  # a CPU: both are on the host
+    with pytest.raises(ConfigError, match=r"need 45\.7 GB there"):
+        client_cache.check_fit(config, needed // 2, beside=10**9)
+    client_cache.check_fit(config, needed // 3)
     host = dataclasses.replace(config, cache_memory="host")
     with pytest.raises(ConfigError, match=r"--cache_memory=host: .* need 44\.7 GB"):
         client_cache.check_fit(host, needed // 2)  # a checkpoint holds a copy

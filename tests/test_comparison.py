@@ -57,7 +57,11 @@ def test_figures_by_hand():
     assert comparison.area(run.evaluations, 1.0) == pytest.approx(0.3)
     assert comparison.area(run.evaluations, 2.0) == pytest.approx((0.3 + 0.45) / 2)
     many = evaluations(*((float(i), i / 100) for i in range(30)))
-    assert comparison.last_quarter(many) == pytest.approx(np.mean(np.arange(22, 30)) / 100)
+    assert comparison.last_quarter(many, 29.0) == pytest.approx((21.75 + 29) / 200)
+    # The same curve, evaluated seldom, and one that ends early and stays there.
+    assert comparison.last_quarter(many[::29], 29.0) == pytest.approx((21.75 + 29) / 200)
+    assert comparison.last_quarter(many, 40.0) == 0.29
+    assert comparison.common_end([run, recorded(), recorded(diverged=True)]) == 2.0
     assert comparison.last_mean(many) == pytest.approx(0.245)
     lost = comparison.figures(recorded(diverged=True), (0.5,))
     assert lost.keys() == {*told, "time to 0.5"} - {"time to 0.3", "time to 0.6"}
@@ -75,6 +79,12 @@ def test_paired_difference_by_hand():
     ours, theirs = {1: 0.5, 2: 0.9, 3: 0.1}, {1: 0.4, 2: 0.5, 4: 0.7}
     difference = comparison.paired_difference(ours, theirs)
     assert difference == pytest.approx((0.25, 0.1, 0.4))
+    # Of three all are the lowest in 1/27 of all cases, above 2.5%; of four in 1/256.
+    zeros = dict.fromkeys(range(4), 0.0)
+    three = comparison.paired_difference({0: 0.1, 1: 0.2, 2: 0.6}, zeros)
+    assert three == pytest.approx((0.3, 0.1, 0.6))
+    four = comparison.paired_difference({0: 0.1, 1: 0.2, 2: 0.6, 3: 0.3}, zeros)
+    assert 0.1 < four.low < four.high < 0.6
     assert comparison.paired_difference(ours, theirs) == difference  # nothing is left to chance
     same = comparison.paired_difference({1: 0.6, 2: 0.9}, {1: 0.5, 2: 0.8})
     assert same == pytest.approx((0.1, 0.1, 0.1))
@@ -127,7 +137,7 @@ def test_the_table():
     rows = comparison.table(groups, (0.55, 0.95))
     header, a, b = comparison.cells(rows)
     table = {name: (x, y) for name, x, y in zip(header, a, b, strict=True)}
-    assert table["seeds"] == ("2", "2, 1 diverged")
+    assert table["seeds"] == ("2", "2, 1 failed")
     assert table["final"] == ("0.550 ± 0.071", "0.900 (1 of 2)")
     assert table["final − a"] == ("–", "+0.400")
     assert table["time to 0.55"] == ("2.0 (1 of 2)", "4.0 (1 of 2)")
@@ -141,6 +151,20 @@ def test_the_table():
     assert float(parsed[1]["final mean"]) == 0.9
     assert parsed[1]["final std"] == parsed[1]["final low"] == parsed[0]["final difference"] == ""
     assert float(parsed[1]["final difference"]) == pytest.approx(0.4)
+
+
+def test_other_worlds_are_not_paired():
+    groups = {
+        "a": [recorded(seed=0), recorded(seed=1)],
+        "a|lr": [recorded(seed=0, server_lr=0.7, max_versions=9), recorded(seed=1, server_lr=0.7)],
+        "b": [recorded(seed=0), recorded(seed=1, alpha=0.9)],
+    }
+    header, _, same, other = comparison.cells(comparison.table(groups))
+    at = header.index("last quarter − a")
+    assert (same[at], other[at]) == ("+0.000 [+0.000, +0.000]", "not paired")
+    assert r"| a\|lr |" in comparison.markdown([header, same])
+    rows = csv.DictReader(io.StringIO(comparison.as_csv(comparison.table(groups))))
+    assert [row["final difference"] for row in rows] == ["", "0.0", ""]
 
 
 # --- the choice of rates --------------------------------------------------------------------------
@@ -169,7 +193,7 @@ def test_the_choice():
     assert (edge.point, edge.edges) == (points[0], ("server_lr",))
     shown = comparison.tuning_cells({"fedbuff": edge})
     assert shown[1] == ["fedbuff", "0.1*", "0.1", "0.500", "3"]
-    with pytest.raises(ConfigError, match="every point of the grid diverged"):
+    with pytest.raises(ConfigError, match="every point of the grid failed"):
         comparison.choose({points[0]: [math.nan]})
 
 
@@ -193,7 +217,8 @@ def test_configurations_are_paired_and_tuning_is_kept_apart(tmp_path):
     ]  # fmt: skip
     chosen = campaign.choices(grid, runs)
     tuned = campaign.of_methods(given, ["ca2fl"], 1, tmp_path, chosen)
-    assert (tuned[0].server_lr, tuned[0].client_lr, tuned[0].eval_split) == (1.0, 0.01, "test")
+    assert tuned[0].run_dir.name == "ca2fl_tuned_0.5_0.01_seed3"
+    assert (tuned[0].server_lr, tuned[0].client_lr, tuned[0].eval_split) == (0.5, 0.01, "test")
 
 
 def test_ablations(tmp_path):
@@ -205,8 +230,41 @@ def test_ablations(tmp_path):
     for text in ("seed=1,2", "generation_interval=1", "generation_interval=", "method=a,b"):
         with pytest.raises(ConfigError, match="must be FIELD=v1,v2"):
             campaign.of_ablation({}, text, 1, tmp_path)
-    with pytest.raises(ConfigError, match="there is no such field"):
-        campaign.of_ablation({}, "none=1,2", 1, tmp_path)
+    for name in ("none", "preset_scale", "cache_dir", "mesh", "version_memory"):
+        with pytest.raises(ConfigError, match=f"{name} must be a setting of the run"):
+            campaign.of_ablation({}, f"{name}=1,2", 1, tmp_path)
+    with pytest.raises(ConfigError, match=r"alpha=0\.1,0\.5,0\.10: must not hold a value twice"):
+        campaign.of_ablation({}, "alpha=0.1,0.5,0.10", 1, tmp_path)
+
+
+def test_a_memory_that_cannot_fit_is_refused_before_the_first_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(campaign.client_cache, "host_memory", lambda: 10**6)
+    configs = campaign.of_methods({"dataset": "digits"}, ["fedbuff", "ca2fl"], 1, tmp_path)
+    assert campaign.planning.cache_bytes(configs[0]) == 0
+    with pytest.raises(ConfigError, match="--cache_memory=device: the last updates of"):
+        campaign.run_all(configs)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_rejects_too_much_is_marked(tmp_path, monkeypatch):
+    """Which error ended it stands in its folder; another one is not swallowed."""
+    (config,) = campaign.of_methods({"dataset": "digits"}, ["fedbuff"], 1, tmp_path)
+    config.run_dir.mkdir()
+
+    def ends(error):
+        def run(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr(campaign.runner, "run", run)
+
+    ends(campaign.runner.RejectLimitError("too many"))
+    campaign._run(config, overwrite=False)
+    assert json.loads((config.run_dir / "failed.json").read_text()) == {
+        "by": "RejectLimitError", "message": "too many",
+    }  # fmt: skip
+    ends(ConfigError("else"))
+    with pytest.raises(ConfigError, match="else"):
+        campaign._run(config, overwrite=False)
 
 
 # --- whole comparisons ----------------------------------------------------------------------------
@@ -239,11 +297,13 @@ def test_tuned_comparison_of_what_diverges_and_what_does_not(tmp_path):
     )  # fmt: skip
     first = call(*arguments, program="compare")
     assert first.returncode == 0, first.stderr
-    diverged = sorted(path.parent.name for path in tmp_path.glob("tune/*/diverged.json"))
-    assert diverged == ["ca2fl_0.5_1e+30_seed1000", "fedbuff_0.3_1e+30_seed1000"]
+    diverged = sorted(path.parent.name for path in tmp_path.glob("tune/*/failed.json"))
+    assert diverged == ["ca2fl_0.25_1e+30_time4_seed1000", "fedbuff_0.3_1e+30_time4_seed1000"]
     assert "training has diverged" in first.stdout
     for seed in (0, 1):
-        config = json.loads((tmp_path / f"fedbuff_tuned_seed{seed}" / "config.json").read_text())
+        config = json.loads(
+            (tmp_path / f"fedbuff_tuned_0.3_0.01_seed{seed}" / "config.json").read_text()
+        )
         assert (config["client_lr"], config["eval_split"]) == (0.01, "test")
     text = (tmp_path / "table.md").read_text()
     assert "| fedbuff | 0.3 | 0.01* |" in text
@@ -266,7 +326,7 @@ def test_tuned_comparison_of_what_diverges_and_what_does_not(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("**/summary.json")} == written
 
     # The same runs, read from where they are.
-    folders = f"{tmp_path}/fedbuff_tuned_*,{tmp_path}/ca2fl_tuned_seed0"
+    folders = f"{tmp_path}/fedbuff_tuned_*,{tmp_path}/ca2fl_tuned_0.25_0.01_seed0"
     read = call(f"--workdirs={folders}", f"--out={tmp_path}", program="compare")
     assert read.returncode == 0, read.stderr
     assert read.stdout == (tmp_path / "table.md").read_text()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fedrevive_jax import schedule
-from fedrevive_jax.config import FAULTS, METHODS, Config, ConfigError
+from fedrevive_jax.config import FAULTS, LIMITS, METHODS, Config, ConfigError
 from fedrevive_jax.presets import SCALES, resolve
 from tests.test_cli import call
 
@@ -44,7 +44,8 @@ def valid(generator, field):
     if field.type is int:
         low, high = TINY.get(field.name, (low, limits.get("at_most", 2**31 - 1)))
         return str(int(generator.integers(low, min(high, low + 1000) + 1)))
-    low, high = TINY_REAL.get(field.name, (low, limits.get("at_most", 1e6)))
+    high = limits.get("at_most", limits.get("below", 1e6))
+    low, high = TINY_REAL.get(field.name, (low, high))
     value = high if "above" in limits else low
     return repr(float(generator.choice([value, generator.uniform(low, high)])))
 
@@ -65,6 +66,8 @@ def invalid(generator, field):
     outside.append(str(low - 1 if "at_least" in limits else low))
     if "at_most" in limits:
         outside.append(str(limits["at_most"] * 2))
+    if "below" in limits:
+        outside.append(str(limits["below"]))
     return str(generator.choice([*NONSENSE, *outside, "1.5" if field.type is int else "-1e-9"]))
 
 
@@ -128,7 +131,7 @@ def test_every_field_tells_what_is_allowed(name):
         message = str(caught.value)
         assert message.startswith(f"--{name}=")
         assert all(choice in message for choice in limits.get("choices", ()))
-        for bound in ("at_least", "above", "at_most"):
+        for bound in LIMITS:
             assert bound not in limits or f" {limits[bound]}" in message
 
 

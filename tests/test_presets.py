@@ -121,3 +121,30 @@ def test_a_flag_beats_the_small_scale():
 def test_an_unknown_scale_is_named():
     with pytest.raises(ConfigError, match="--preset_scale=tiny: must be one of full, small"):
         resolve("digits", preset_scale="tiny")
+
+
+def test_a_method_that_is_revived_brings_the_rule_that_its_rate_is_for():
+    for method, settings in (("fadas", {}), ("fedrevive", {"revive_on": "fadas"})):
+        config = resolve("digits", method, **settings)
+        assert (config.server_lr, config.fadas_delay_rule) == (1e-3, "code")
+
+
+def test_methods_are_evaluated_equally_often_in_arrivals():
+    """10 versions of one arrival, 5 of two, 1 of ten; else as the paper or the user says."""
+
+    def versions(*args, **given):
+        return resolve(*args, **given).eval_every
+
+    told = [versions("digits", m) for m in ("fedrevive", "fedbuff", "fadas", "ca2fl", "fedavg")]
+    assert told == [10, 5, 2, 1, 1]
+    assert versions("image_folder", "fedbuff") == 5  # without a value of its own
+    assert versions("digits", "fedbuff", buffer_size="3") == 3
+    assert versions("digits", "fedbuff", eval_every="10") == 10
+    assert versions("cifar10", "fedbuff") == 10
+
+
+def test_one_step_per_arrival():
+    """FedBuff's published rate of the mean of B, per arrival: 0.05 / 2."""
+    for method in ("fedbuff", "ca2fl", "fedstale", "ace"):
+        config = resolve("cifar10", method)
+        assert config.server_lr / config.buffer_size == 0.025, method

@@ -5,10 +5,11 @@ and S the buffer:
 
     direction = beta h + (1/n) sum_S (Delta_i - beta h_i),    then h_i <- Delta_i for i in S,
 
-where n = |S| = B (fedstale, ca2fl with beta = 1), or n = N and beta = 1: the mean of all refreshed
-h_i (ace). h is kept incrementally, in the order of arrival; a client that is twice in a buffer
-is compared with its own update the second time. The entries h_i live outside of this state, see
-`Method.entry`; only that of the arriving client is needed.
+where n = |S| = B (of which rejected uploads are no part; fedstale, ca2fl with beta = 1), or n = N
+and beta = 1: the mean of all refreshed h_i (ace). With a staleness weight, s(tau_i) Delta_i stands
+in the place of Delta_i, in h_i too. h is kept incrementally, in the order of arrival; a client that
+is twice in a buffer is compared with its own update the second time. The entries h_i live outside
+of this state, see `Method.entry`; only that of the arriving client is needed.
 """
 
 from typing import NamedTuple
