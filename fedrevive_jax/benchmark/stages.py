@@ -155,17 +155,17 @@ def measure(
             f"--generation_interval={interval}: must be at least 2, so that a server step can be "
             "timed with and without synthesis"
         )
+    made, needed = schedule.from_config(config).num_versions, interval + 2 + 2 * arrivals
+    if made < needed:
+        raise ConfigError(
+            f"--max_versions={config.max_versions}: the plan makes {made} versions; at least "
+            f"{needed} are needed here"
+        )
     say("planning the preset's whole schedule")
     plan_seconds, planned = _time_schedule(config)
     say("compiling, first arrivals")
     with measuring.compilations() as warm_up:
         simulation = Simulation(config, dataset)
-        needed = interval + 2 + 2 * arrivals
-        if simulation.schedule.num_versions < needed:
-            raise ConfigError(
-                f"--max_versions={config.max_versions}: the plan makes "
-                f"{simulation.schedule.num_versions} versions; {needed} are needed here"
-            )
         # Everything has run once when a version has been distilled and another synthesised.
         while simulation.server.version < config.generation_interval + 2:
             jax.block_until_ready(simulation.advance().metrics)
