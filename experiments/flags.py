@@ -35,6 +35,7 @@ def define() -> None:
         # Texts throughout: the configuration converts and checks, so that every wrong value gets
         # the same kind of message.
         flags.DEFINE_string(field.name, None, f"{words}. Default: the preset's.")
+    flags.DEFINE_alias("conv", "convolution")
     flags.DEFINE_string(
         "preset_scale", None, f"size of the preset ({', '.join(SCALES)}). Default: {SCALES[0]}."
     )

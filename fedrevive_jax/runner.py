@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import logging
 import os
 import shutil
 import sys
@@ -23,6 +24,8 @@ from fedrevive_jax.profiling import WindowTrace
 from fedrevive_jax.recorder import Recorder, Result, read_evaluations
 from fedrevive_jax.restore import read_params
 from fedrevive_jax.simulator import Simulation
+
+_LOG = logging.getLogger(__name__)
 
 __all__ = ["DivergenceError", "RejectLimitError", "Result", "is_finished", "run", "settle"]
 
@@ -113,6 +116,8 @@ def _play(
                 if not progress.disable:
                     progress.set_postfix_str(recorder.news(), refresh=False)
                 progress.update(1)
+        if trace is not None and not (trace.taken or trace.running):
+            _LOG.warning("--profile: no window came after everything had run once; no trace")
         return recorder.finish()
 
 

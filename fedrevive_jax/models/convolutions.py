@@ -22,7 +22,8 @@ def default() -> str:
 
     CPU, two cores, batch 32, forward and backward inside a loop: winograd where it applies, patches
     elsewhere; 1846 ms a step of the ConvNet with lax, 54 with patches, 42 with winograd.
-    Accelerators have fast convolutions of their own.
+    Accelerators have fast convolutions of their own; with weights that differ from client to client
+    they have not been measured.
     """
     return "winograd" if jax.default_backend() == "cpu" else "lax"
 
