@@ -48,12 +48,12 @@ def plan(
     cache_bytes = config.num_clients * trees.nbytes(entry)
     cached = {memory: 0 for memory in ("device", "host", "disk")}
     cached[config.cache_memory] = cache_bytes
+    # What waits, stale versions and uploads; with `auto` on the device, as long as it has room.
+    waiting = {"device": 0, "host": 0}
+    place = "host" if config.version_memory == "host" else "device"
+    waiting[place] = (live + config.concurrency) * model_bytes
     device_bytes = (
-        data_bytes
-        + trees.nbytes(shared)
-        + state_bytes
-        + cached["device"]
-        + (live + config.concurrency) * model_bytes
+        data_bytes + trees.nbytes(shared) + state_bytes + cached["device"] + waiting["device"]
     )
     return {
         "versions": clock.num_versions,
@@ -72,7 +72,7 @@ def plan(
         "bytes_method_state": state_bytes,
         "bytes_client_cache": cache_bytes,
         "bytes_device": device_bytes,
-        "bytes_host": data_bytes + clock.nbytes + cached["host"],
+        "bytes_host": data_bytes + clock.nbytes + cached["host"] + waiting["host"],
         "bytes_disk": cached["disk"],
     }
 

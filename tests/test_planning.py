@@ -72,3 +72,13 @@ def test_the_plan_tells_where_the_memory_of_clients_lives():
     assert told["device"]["bytes_device"] - told["disk"]["bytes_device"] == size
     assert told["host"]["bytes_host"] - told["disk"]["bytes_host"] == size
     assert [told[memory]["bytes_disk"] for memory in told] == [0, 0, size]
+
+
+def test_what_waits_on_the_host_is_not_on_the_device():
+    on_device, on_host = (
+        plan(resolve("digits", "fedbuff", version_memory=place)) for place in ("device", "host")
+    )
+    waiting = on_device["bytes_live_versions"] + on_device["bytes_uploads_max"]
+    assert waiting > 0
+    assert on_device["bytes_device"] - on_host["bytes_device"] == waiting
+    assert on_host["bytes_host"] - on_device["bytes_host"] == waiting
