@@ -151,7 +151,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """All complete rows of a file of JSON rows; [] when there is none.
 
     Raises:
-      ConfigError: a row is no JSON object of a row's kind any more; the message names the line.
+      ConfigError: a row is no JSON object any more; the message names the line.
     """
     if not path.is_file():
         return []
@@ -162,7 +162,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             row = None
-        if not isinstance(row, dict) or not ("kind" in row or "index" in row):
+        if not isinstance(row, dict):
             raise ConfigError(
                 f"--workdir={path.parent}: {path.name} line {number} is damaged; use --overwrite "
                 "to start afresh"

@@ -156,7 +156,9 @@ def test_killed_and_continued_equals_uninterrupted(whole, tmp_path, method, sign
         rows = record.read_rows(config.run_dir / record.ARRIVALS)
         assert [row["index"] for row in rows] == list(range(len(rows)))
     assert interrupted >= 3
-    assert (finish(config).resumed_version or 0) >= saved
+    done = (config.run_dir / record.SUMMARY).exists()
+    result = finish(config)
+    assert done or (result.resumed_version or 0) >= saved
     assert_same_end(config, reference)
 
 
@@ -379,6 +381,9 @@ def test_rows_are_cut_to_what_counts(tmp_path):
     assert record.read_rows(path) == [{"a": 1, "b": None}, {"a": 2, "b": 0.5}]
     record.Rows(path, size).close()
     assert record.read_rows(path) == [{"a": 1, "b": None}]
+    path.write_bytes(b'{"a": 1}\n{"a": \x00}\n')
+    with pytest.raises(ConfigError, match="rows.jsonl line 2 is damaged"):
+        record.read_rows(path)
 
 
 # --- what a run starts from and keeps -------------------------------------------------------------
