@@ -382,7 +382,7 @@ def test_rows_are_cut_to_what_counts(tmp_path):
     record.Rows(path, size).close()
     assert record.read_rows(path) == [{"a": 1, "b": None}]
     path.write_bytes(b'{"a": 1}\n{"a": \x00}\n')
-    with pytest.raises(ConfigError, match="rows.jsonl line 2 is damaged"):
+    with pytest.raises(ConfigError, match=r"rows\.jsonl line 2 is damaged"):
         record.read_rows(path)
 
 
