@@ -5,6 +5,8 @@ again; interrupted ones continue. The same seed gives every method the same popu
 delays. Writes table.md, table.csv, curves.png, staleness.png, command.txt and report.html into
 DIR, beside a folder for each run.
 
+SIGTERM or SIGINT save the runs under way; the same command goes on from there.
+
 With --tune every method first gets the same grid of rates, scored on the validation split; with
 --ablate one method is compared with itself; with --workdirs runs are read that exist already.
 """
@@ -18,6 +20,7 @@ from absl import flags
 
 from experiments import flags as config_flags
 from fedrevive_jax.config import METHODS, PUBLISHED_METHODS, ConfigError
+from fedrevive_jax.interruption import InterruptedRunError, Interruption
 
 METHOD_LIST = flags.DEFINE_string(
     "methods",
@@ -43,19 +46,35 @@ TUNE_SEEDS = flags.DEFINE_integer("tune_seeds", 1, "seeds at each point of the g
 ABLATE = flags.DEFINE_string(
     "ablate", None, "FIELD=v1,v2,...: compare values of a field, for --method"
 )
+GRACE = config_flags.define_grace()
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "run again what is finished")
 config_flags.define()
 flags.adopt_module_key_flags(config_flags)
 
 
-def main() -> None:
+def main() -> int:
     out, methods, targets = _checked()
+    with Interruption(GRACE.value) as interruption:
+        try:
+            _compare(out, methods, targets, interruption)
+        except InterruptedRunError as message:
+            print(message, file=sys.stderr)
+    return interruption.status
+
+
+def _compare(
+    out: Path, methods: list[str], targets: list[float], interruption: Interruption
+) -> None:
     given = config_flags.given_values()
     from fedrevive_jax import campaign, comparison, report
 
     def run(configs):
         return campaign.run_all(
-            configs, JOBS.value, OVERWRITE.value, lambda line: print(line, flush=True)
+            configs,
+            JOBS.value,
+            OVERWRITE.value,
+            lambda line: print(line, flush=True),
+            interruption,
         )
 
     choices, tuning, field = None, "", ""

@@ -47,6 +47,13 @@ def given_values() -> dict[str, str | None]:
     return {name: flags.FLAGS[name].value for name in names}
 
 
+def define_grace() -> flags.FlagHolder[float]:
+    """Defines the time that programs have which save at a signal."""
+    return flags.DEFINE_float(
+        "grace", 6.0, "seconds after SIGTERM or SIGINT in which a run saves; then it ends anyway"
+    )
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Runs a program; an error that is the user's to mend becomes one line and exit status 1."""
 

@@ -12,16 +12,14 @@ from absl import flags
 
 from experiments import flags as config_flags
 from fedrevive_jax import processes
-from fedrevive_jax.config import Config, ConfigError
+from fedrevive_jax.config import Config
 from fedrevive_jax.interruption import InterruptedRunError, Interruption
 from fedrevive_jax.presets import resolve
 
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the plan as JSON; no training")
 PROFILE = flags.DEFINE_bool("profile", False, "trace a few windows into WORKDIR/profile")
+GRACE = config_flags.define_grace()
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "start afresh in a folder that holds a run")
-GRACE = flags.DEFINE_float(
-    "grace", 6.0, "seconds after SIGTERM or SIGINT in which the run saves; then it ends anyway"
-)
 DISTRIBUTED = flags.DEFINE_string(
     "distributed",
     "auto",
@@ -42,8 +40,7 @@ flags.adopt_module_key_flags(config_flags)
 
 
 def main() -> int:
-    if not 0 < GRACE.value <= 3600:
-        raise ConfigError(f"--grace={GRACE.value:g}: must be above 0 and at most 3600 seconds")
+    watch = Interruption(GRACE.value)
     config = resolve(**config_flags.given_values())
     if DRY_RUN.value:
         from fedrevive_jax.planning import plan
@@ -52,7 +49,7 @@ def main() -> int:
         return 0
     processes.join(DISTRIBUTED.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     # After joining: JAX's own service would take SIGTERM away again.
-    with Interruption(GRACE.value) as interruption:
+    with watch as interruption:
         try:
             _run(config, interruption)
         except InterruptedRunError as message:

@@ -88,6 +88,23 @@ def check_files(folder: Path, files: dict[str, str]) -> None:
             raise CorruptError(f"the checksum of {name} failed")
 
 
+def check_start(path: Path, size: int, sha256: str) -> None:
+    """Compares the first bytes of a file, which may have grown since, with their checksum.
+
+    Raises:
+      CorruptError: there are fewer, or they have changed.
+    """
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(size)
+    except OSError as error:
+        raise CorruptError(f"{path.name} cannot be read ({error.strerror})") from None
+    if len(start) < size:
+        raise CorruptError(f"{path.name} is shorter than it was")
+    if hashlib.sha256(start).hexdigest() != sha256:
+        raise CorruptError(f"the checksum of {path.name} failed")
+
+
 def write(path: Path, tree: Any) -> Sums:
     """Writes a tree of NumPy arrays as a plain .npz, whole or not at all."""
     write_whole(path, lambda stream: np.savez(stream, *jax.tree.leaves(tree)))

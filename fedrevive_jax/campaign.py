@@ -8,6 +8,7 @@ import concurrent.futures
 import dataclasses
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,12 +17,15 @@ from typing import Any
 from fedrevive_jax import client_cache, comparison, planning, record, runner
 from fedrevive_jax.comparison import Choice, Point, Run
 from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS, Config, ConfigError
+from fedrevive_jax.interruption import InterruptedRunError, Interruption
 from fedrevive_jax.presets import resolve
 
 # Marks a run that diverged or whose uploads were rejected, which would only end so again.
 FAILED = "failed.json"
 # Tuning takes seeds this far from those of the comparison.
 TUNING_SEEDS = 1000
+# Seconds between two looks at whether several processes shall stop.
+LOOK_EVERY = 0.2
 
 Notify = Callable[[str], Any]
 
@@ -149,7 +153,11 @@ def choices(grid: Sequence[tuple[str, Point, Config]], runs: Sequence[Run]) -> d
 
 
 def run_all(
-    configs: Sequence[Config], jobs: int = 1, overwrite: bool = False, notify: Notify = print
+    configs: Sequence[Config],
+    jobs: int = 1,
+    overwrite: bool = False,
+    notify: Notify = print,
+    interruption: Interruption | None = None,
 ) -> list[Run]:
     """Runs what is not done, continues what was interrupted, and reads what all have recorded.
 
@@ -161,20 +169,22 @@ def run_all(
       jobs: processes at once; with 1 the runs share this process, one after the other.
       overwrite: run again what is done.
       notify: told a line for every run.
+      interruption: asks the runs to save and stop.
 
     Raises:
       ConfigError: a folder holds another run, a memory of all clients cannot fit, or the data are
         not what a run needs.
+      InterruptedRunError: the runs were asked to stop, and have saved.
     """
     # Folders and memories are checked before the first run, so that a wrong one is told at once.
     waiting = [config for config in configs if overwrite or not _is_done(config)]
     _check_caches(waiting)
     if jobs == 1:
         for config in waiting:
-            _run(config, overwrite)
+            _run(config, overwrite, interruption)
             notify(_line(config))
     else:
-        _run_side_by_side(waiting, jobs, overwrite, notify)
+        _run_side_by_side(waiting, jobs, overwrite, notify, interruption)
     return [
         comparison.read_run(config.run_dir, (config.run_dir / FAILED).exists())
         for config in configs
@@ -186,25 +196,54 @@ def read_all(folders: Sequence[Path]) -> list[Run]:
     return [comparison.read_run(folder, (folder / FAILED).exists()) for folder in folders]
 
 
-def _run_side_by_side(configs, jobs: int, overwrite: bool, notify: Notify) -> None:
+def _run_side_by_side(
+    configs: Sequence[Config],
+    jobs: int,
+    overwrite: bool,
+    notify: Notify,
+    interruption: Interruption | None,
+) -> None:
+    grace = None if interruption is None else interruption.grace
     # Fresh interpreters: a forked JAX may hang.
     pool = concurrent.futures.ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), initializer=_without_bars
+        jobs, multiprocessing.get_context("spawn"), initializer=_become_worker
     )
     with pool:
-        futures = {pool.submit(_run, config, overwrite): config for config in configs}
+        waiting = {
+            pool.submit(_run_in_worker, config, overwrite, grace): config for config in configs
+        }
         try:
-            for future in concurrent.futures.as_completed(futures):
-                future.result()
-                notify(_line(futures[future]))
+            while waiting:
+                done, _ = concurrent.futures.wait(
+                    waiting, LOOK_EVERY, concurrent.futures.FIRST_COMPLETED
+                )
+                for future in done:
+                    config = waiting.pop(future)
+                    future.result()
+                    notify(_line(config))
+                if waiting and interruption is not None and interruption.requested:
+                    raise InterruptedRunError(
+                        f"interrupted: {len(configs) - len(waiting)} of {len(configs)} runs are "
+                        "done, those under way are told to save"
+                    )
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()
             raise
 
 
-def _run(config: Config, overwrite: bool) -> None:
+def _run_in_worker(config: Config, overwrite: bool, grace: float | None) -> None:
+    if grace is None:
+        _run(config, overwrite, None)
+        return
+    with Interruption(grace, (signal.SIGTERM,)) as interruption:
+        _run(config, overwrite, interruption)
+
+
+def _run(config: Config, overwrite: bool, interruption: Interruption | None) -> None:
     try:
-        runner.run(config, keep_record=True, overwrite=overwrite)
+        runner.run(config, keep_record=True, overwrite=overwrite, interruption=interruption)
     except (runner.DivergenceError, runner.RejectLimitError) as error:
         ended = {"by": type(error).__name__, "message": str(error)}
         record.write_json(config.run_dir / FAILED, ended)
@@ -236,8 +275,12 @@ def _line(config: Config) -> str:
     return f"{folder.name}: accuracy {accuracy:.4f}"
 
 
-def _without_bars() -> None:
-    """Progress bars of several processes would overwrite each other; errors come as exceptions."""
+def _become_worker() -> None:
+    """Leaves Ctrl-C, which a terminal sends to all, to the process that started this one.
+
+    Progress bars of several processes would overwrite each other; errors come as exceptions.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
 
 

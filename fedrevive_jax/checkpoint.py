@@ -2,8 +2,8 @@
 
     checkpoints/VERSION/params/      the global model alone, written by orbax for anyone to read
     checkpoints/VERSION/state.npz    the method's state
-    checkpoints/VERSION/record.json  position, jobs in flight, sizes of the run's files, and the
-                                     checksums of every file and every leaf that belong to this
+    checkpoints/VERSION/record.json  position, jobs in flight, and the checksums of the rows so
+                                     far and of every file and every leaf that belong to this
                                      checkpoint; its own checksum is in record.json.sha256
     live/version_V.npz, live/upload_J.npz
                                      stale versions and uploads under way, written once each and
@@ -116,6 +116,9 @@ class Checkpoints:
             try:
                 result = read(step)
             except CorruptError as error:
+                if self._read_only and step not in self.steps():
+                    # The run that writes here has replaced it meanwhile.
+                    return self.newest_good(read)
                 bad.append(step)
                 _LOG.warning(
                     "--%s=%s: checkpoint %d is corrupt (%s); trying the one before it",

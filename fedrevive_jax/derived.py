@@ -54,7 +54,7 @@ def read(folder: Path) -> Derived:
         origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         origin = None
-    return Derived(tokenizer, shards, origin)
+    return Derived(tokenizer, shards, origin if isinstance(origin, dict) else None)
 
 
 def write(folder: Path, derived: Derived) -> None:

@@ -14,8 +14,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 
-from fedrevive_jax.config import UserError
+from fedrevive_jax.config import ConfigError, UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -23,17 +24,31 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _TIMER = """
 import os, select, signal, sys, time
 run, grace = int(sys.argv[1]), float(sys.argv[2])
-first = os.read(0, 1)
-if first and not (select.select([0], [], [], grace)[0] and not os.read(0, 1)):
-    name = signal.Signals(first[0]).name
+
+def heard(seconds):
+    # The next of the two signals; 0 if none comes in time, None at the end of the run.
+    end = time.monotonic() + seconds
+    while select.select([0], [], [], max(0.0, end - time.monotonic()))[0]:
+        byte = os.read(0, 1)
+        if not byte:
+            return None
+        if byte[0] in (signal.SIGTERM, signal.SIGINT):
+            return byte[0]
+    return 0
+
+YEAR = 3e7
+while (first := heard(YEAR)) == 0:
+    pass
+if first and heard(grace) is not None:
+    name = signal.Signals(first).name
     sys.stderr.write(
         f"stopped by {name} in the midst of a computation, after {grace:g} s or a second signal; "
         "the same command continues from the newest checkpoint, if there is one\\n"
     )
     sys.stderr.flush()
-    for number in (first[0], signal.SIGKILL):
+    for number in (first, signal.SIGKILL):
         os.kill(run, number)
-        if select.select([0], [], [], 1)[0] and not os.read(0, 1):
+        if heard(1) is None:
             break
 """
 
@@ -49,13 +64,20 @@ class Interruption:
     second signal at once, also when the context has been left.
     """
 
-    def __init__(self, grace: float):
+    def __init__(self, grace: float, signals: Sequence[signal.Signals] = SIGNALS):
         """To be entered in the main thread.
 
         Args:
           grace: seconds from the first signal to the end of the process at the latest.
+          signals: those that are watched for, some of `SIGNALS`.
+
+        Raises:
+          ConfigError: no run can save in such a time.
         """
-        self._grace = grace
+        if not 0 < grace <= 3600:
+            raise ConfigError(f"--grace={grace:g}: must be above 0 and at most 3600 seconds")
+        self.grace = grace
+        self._signals = signals
         self._signal: signal.Signals | None = None
 
     @property
@@ -71,7 +93,7 @@ class Interruption:
     def __enter__(self) -> "Interruption":
         reading, self._writing = os.pipe()
         self._timer = subprocess.Popen(
-            [sys.executable, "-S", "-E", "-c", _TIMER, str(os.getpid()), str(self._grace)],
+            [sys.executable, "-S", "-E", "-c", _TIMER, str(os.getpid()), str(self.grace)],
             stdin=reading,
             stdout=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for the run
@@ -79,8 +101,8 @@ class Interruption:
         os.close(reading)
         os.set_blocking(self._writing, False)
         self._old_descriptor = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
-        self._old_handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
-        for number in SIGNALS:
+        self._old_handlers = {number: signal.signal(number, self._note) for number in self._signals}
+        for number in self._signals:
             _once(number)
         return self
 

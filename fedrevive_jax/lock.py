@@ -67,6 +67,7 @@ def _holder(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     known = isinstance(holder, dict) and holder.keys() == {"pid", "host", "since"}
+    known = known and isinstance(holder["pid"], int)
     return holder if known else {}
 
 
@@ -82,7 +83,7 @@ def _in_use(folder: Path, holder: dict[str, Any]) -> str:
 def _check_holder(folder: Path, holder: dict[str, Any]) -> None:
     if not holder:
         return
-    if holder["host"] == socket.gethostname() and not _is_alive(int(holder["pid"])):
+    if holder["host"] == socket.gethostname() and not _is_alive(holder["pid"]):
         _LOG.warning("--workdir=%s: taken over from process %s", folder, holder["pid"])
         return
     raise ConfigError(

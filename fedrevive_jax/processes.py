@@ -20,8 +20,11 @@ MODES = ("auto", "on", "off")
 CHUNK = 2**24
 SHORTEST = 2**10
 MESSAGE = 1000
-# How the runtime's errors begin when an exchange with another process fails.
-LOST = ("UNKNOWN:", "UNAVAILABLE:", "DEADLINE_EXCEEDED:", "ABORTED:", "INTERNAL:")
+# How the runtime's errors begin when an exchange with another process fails. The last two begin
+# others, too; an exchange is told by who carries it.
+LOST = ("UNAVAILABLE:", "DEADLINE_EXCEEDED:", "ABORTED:")
+LOST_IF_CARRIED = ("UNKNOWN:", "INTERNAL:")
+CARRIERS = ("gloo", "nccl", "coordination", "heartbeat", "connection", "peer")
 
 
 def join(
@@ -101,7 +104,9 @@ def is_first() -> bool:
 
 def is_lost_contact(error: Exception) -> bool:
     """Whether an error of JAX's runtime says that another process is gone."""
-    return joined() and str(error).startswith(LOST)
+    text = str(error)
+    carried = any(word in text.lower() for word in CARRIERS)
+    return joined() and (text.startswith(LOST) or (text.startswith(LOST_IF_CARRIED) and carried))
 
 
 def leave(status: int) -> None:
@@ -122,7 +127,7 @@ def first(function: Callable[[], Any]) -> Any:
       function: run by the first process alone. Its result is plain, with arrays of NumPy.
 
     Raises:
-      UserError: what it raised there is raised on every process.
+      UserError, OSError: what it raised there is raised on every process.
     """
     import jax
 
@@ -132,7 +137,7 @@ def first(function: Callable[[], Any]) -> Any:
     if is_first():
         try:
             outcome = function(), None
-        except UserError as error:
+        except (UserError, OSError) as error:
             outcome = None, error
         message = pickle.dumps(outcome)
     result, error = pickle.loads(_broadcast(message))

@@ -5,6 +5,7 @@ and what `derived` keeps.
 """
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -60,6 +61,7 @@ class Rows:
     """A file of JSON rows; `flush` writes the appended ones and makes them durable.
 
     Rows are written whole, many at a time, so that whoever reads the file finds complete lines.
+    What has been written is never changed, so its checksum goes along.
     """
 
     def __init__(self, path: Path, size: int = 0):
@@ -70,7 +72,7 @@ class Rows:
         """
         self._path = path
         self._waiting: list[bytes] = []
-        self._stream = path.open("ab", buffering=0)
+        self._stream = path.open("a+b", buffering=0)
         if self._stream.seek(0, os.SEEK_END) < size:
             self._stream.close()
             raise ConfigError(
@@ -78,6 +80,8 @@ class Rows:
                 "--overwrite to start afresh"
             )
         self._stream.truncate(size)
+        self._stream.seek(0)
+        self._digest = hashlib.file_digest(self._stream, "sha256")
 
     def append(self, row: dict[str, Any]) -> None:
         """Appends one row; numbers that are not finite become null, as JSON has none."""
@@ -87,20 +91,22 @@ class Rows:
         }
         self._waiting.append((json.dumps(clean) + "\n").encode())
 
-    def flush(self) -> int:
-        """Makes all rows durable and returns the size of the file in bytes.
+    def flush(self) -> dict[str, Any]:
+        """Makes all rows durable and returns what `archive.check_start` takes: size and sha256.
 
         Raises:
           OSError: they cannot be written, or the file has been removed.
         """
-        rest, self._waiting = memoryview(b"".join(self._waiting)), []
+        text, self._waiting = b"".join(self._waiting), []
+        self._digest.update(text)
+        rest = memoryview(text)
         while rest:
             rest = rest[self._stream.write(rest) :]
         os.fsync(self._stream.fileno())
         state = os.fstat(self._stream.fileno())
         if state.st_nlink == 0:
             raise FileNotFoundError(errno.ENOENT, "removed while the run goes on", str(self._path))
-        return state.st_size
+        return {"size": state.st_size, "sha256": self._digest.hexdigest()}
 
     def close(self) -> None:
         try:

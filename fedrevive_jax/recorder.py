@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedrevive_jax import plots, processes, record
+from fedrevive_jax import archive, plots, processes, record
 from fedrevive_jax.admission import VERDICTS
 from fedrevive_jax.checkpoint import Checkpoints, Saved
 from fedrevive_jax.dfkd.pool import Pool
@@ -77,7 +77,8 @@ class Recorder:
             self._resumed, (saved, params, arrays) = found
             simulation = self._simulation
             simulation.restore(saved["simulation"], params, arrays)
-            sizes, self._wall_before = saved["sizes"], saved["wall_seconds"]
+            sizes = {name: rows["size"] for name, rows in saved["rows"].items()}
+            self._wall_before = saved["wall_seconds"]
             self._saved_position = simulation.position
             if simulation.jobs_restarted and self._run_dir is not None:
                 _LOG.warning(
@@ -94,7 +95,11 @@ class Recorder:
 
     def _load(self, step: int) -> Saved:
         simulation = self._simulation
-        simulation.check(self._checkpoints.record(step)["simulation"])
+        saved = self._checkpoints.record(step)
+        simulation.check(saved["simulation"])
+        for name in (record.METRICS, record.ARRIVALS):
+            # Rows before an older checkpoint may be whole still.
+            archive.check_start(self._run_dir / name, **saved["rows"][name])
         return self._checkpoints.load(
             step,
             simulation.server.params,
@@ -289,7 +294,7 @@ class Recorder:
             "version": plain["version"],
             "simulation": plain,
             "wall_seconds": self._wall_seconds(),
-            "sizes": {
+            "rows": {
                 record.METRICS: self._metrics.flush(),
                 record.ARRIVALS: self._arrivals.flush(),
             },

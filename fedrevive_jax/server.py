@@ -6,6 +6,7 @@ the network. The same sequence of calls gives the same model either way. Uploads
 """
 
 import math
+from collections import deque
 from typing import Any, NamedTuple
 
 import jax
@@ -133,6 +134,7 @@ class Server:
         self._traces = 0
         self._rejections = Rejections()
         self._unreviewed: list[tuple[Ticket, jax.Array, jax.Array]] = []
+        self._found: deque[Rejection] = deque(maxlen=REVIEW_AFTER)
 
         def step(params, base, state, entry, upload, arrival):
             self._traces += 1  # runs when traced, not when called
@@ -264,7 +266,7 @@ class Server:
             self._versions.put(version + 1, params)
         self._end(ticket)
         if len(self._unreviewed) == REVIEW_AFTER:
-            self.review()
+            self._judge_waiting()
         self._unreviewed.append((ticket, verdict, norm))
         return Receipt(
             ticket.job,
@@ -281,21 +283,26 @@ class Server:
         )
 
     def review(self) -> list[Rejection]:
-        """Waits for what the device found in the uploads since the last call; counts and logs it.
+        """Waits for what the device found in the uploads so far; counts and logs it.
 
         A live server calls it whenever it likes, a run once for every window.
 
         Returns:
-          Those that were rejected.
+          Those that were rejected since the last call; of very many the last ones.
         """
+        self._judge_waiting()
+        found, self._found = list(self._found), deque(maxlen=REVIEW_AFTER)
+        return found
+
+    def _judge_waiting(self) -> None:
         tickets = [ticket for ticket, *_ in self._unreviewed]
         found = jax.device_get([values for _, *values in self._unreviewed])
         self._unreviewed = []
-        return [
+        self._found += (
             self._rejections.add(Rejection(*ticket, reason, self._words(reason, float(norm))))
             for ticket, (verdict, norm) in zip(tickets, found, strict=True)
             if (reason := VERDICTS[verdict]) is not None
-        ]
+        )
 
     def _words(self, reason: Reason, norm: float) -> str:
         if reason is Reason.UPDATE_NORM:
@@ -337,7 +344,7 @@ class Server:
             record, arrays = self.snapshot()
             jobs = [[job, client, self.version] for job, client, _ in record["jobs"]]
             return {**record, "jobs": jobs, "stale_versions": []}, {**arrays, "stale": {}}
-        self.review()
+        self._judge_waiting()
         record = {
             "version": self.version,
             "buffered": self._buffered,
@@ -366,6 +373,7 @@ class Server:
         self._next_job = record["next_job"]
         self._buffered = record["buffered"]
         self._rejections, self._unreviewed = Rejections(record["rejected"]), []
+        self._found = deque(maxlen=REVIEW_AFTER)
         # One by one: on their way to the host they need not all fit on the device.
         stored = {
             int(v): self._shelf.store(devices.replicate(self._mesh, tree))

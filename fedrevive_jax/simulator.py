@@ -263,7 +263,7 @@ class Simulation:
         Raises:
           ConfigError: it belongs to another plan or to other data.
         """
-        if record["fingerprint"] != self.fingerprint:
+        if record.get("fingerprint") != self.fingerprint:
             raise ConfigError(
                 f"--workdir={self.config.run_dir}: the checkpoint belongs to another plan or other "
                 "data (a file that the run reads has changed); use --overwrite to start afresh"

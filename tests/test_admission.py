@@ -166,6 +166,16 @@ def test_numbers_without_a_limit_of_the_norm(upload, reason):
         assert float(server.params["w"]) == 1.0
 
 
+def test_a_review_tells_what_was_looked_at_before():
+    """A snapshot looks at the numbers, too; whoever reviews later is still told."""
+    server = make()
+    server.dispatch(0)
+    server.submit(0, host_upload(math.nan))
+    server.snapshot()
+    assert [r.reason for r in server.review()] == [Reason.NOT_FINITE]
+    assert server.review() == []
+
+
 def test_counts_survive_a_snapshot():
     server = make()
     server.dispatch(0)

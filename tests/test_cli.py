@@ -15,16 +15,21 @@ from fedrevive_jax.presets import resolve
 from tests.test_simulator import SMALL
 
 
-def call(*arguments, program="main", cwd=None):
-    here = os.getcwd()
-    return subprocess.run(
+def started(*arguments, program="main", cwd=None):
+    return subprocess.Popen(
         [sys.executable, "-m", f"experiments.{program}", *map(str, arguments)],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": here},
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
     )
+
+
+def call(*arguments, **where):
+    with started(*arguments, **where) as process:
+        out, errors = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
 
 
 def flags(**values):

@@ -6,6 +6,8 @@ import html.parser
 import io
 import json
 import math
+import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from fedrevive_jax import campaign, comparison, report
 from fedrevive_jax.comparison import Point, Run
 from fedrevive_jax.config import ConfigError
 from fedrevive_jax.presets import resolve
-from tests.test_cli import call, flags
+from tests.test_cli import call, flags, started
 from tests.test_simulator import SMALL
 
 
@@ -287,6 +289,26 @@ class Page(html.parser.HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_signal_saves_the_runs_under_way(tmp_path, jobs):
+    """After the first run is done; the same command finishes what is left."""
+    arguments = flags(**TINY, methods="fedbuff", seeds=jobs + 2, out=tmp_path, jobs=jobs)
+    with started(*arguments, "--grace=300", program="compare") as process:
+        assert re.match(r"fedbuff_seed\d: accuracy", process.stdout.readline())
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=300)
+    assert process.returncode == 143, errors
+    assert errors.startswith("interrupted: ")
+    assert not (tmp_path / "table.md").exists()
+    locks = list(tmp_path.glob("*/run.lock"))
+    assert locks
+    assert all(lock.read_bytes() == b"" for lock in locks)  # whoever held them has let go
+    again = call(*arguments, program="compare")
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "table.md").exists()
+    assert len(list(tmp_path.glob("*/summary.json"))) == jobs + 2
 
 
 def test_tuned_comparison_of_what_diverges_and_what_does_not(tmp_path):

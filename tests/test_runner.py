@@ -328,7 +328,24 @@ def test_rows_that_are_gone_are_noticed(tmp_path):
     finish(config)
     (config.run_dir / record.SUMMARY).unlink()
     (config.run_dir / record.METRICS).unlink()
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl is shorter"):
+    with pytest.raises(ConfigError, match="no checkpoint is whole"):
+        finish(config)
+
+
+def test_rows_that_have_changed_are_noticed(tmp_path, caplog):
+    """One digit of a row is another: the run continues from before that row, and writes it anew."""
+    config = config_in(tmp_path / "run", "fedbuff", checkpoint_every=1, eval_every=1)
+    finish(config)
+    (config.run_dir / record.SUMMARY).unlink()
+    path = config.run_dir / record.ARRIVALS
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10] + (b"1" if whole[-10:-9] != b"1" else b"2") + whole[-9:])
+    finish(config)
+    assert "corrupt (the checksum of arrivals.jsonl failed)" in caplog.text
+    assert path.read_bytes() == whole
+    path.write_bytes(whole.replace(b"0.", b"1.", 1))  # in the first row, before every checkpoint
+    (config.run_dir / record.SUMMARY).unlink()
+    with pytest.raises(ConfigError, match="no checkpoint is whole"):
         finish(config)
 
 
@@ -373,7 +390,7 @@ def test_rows_are_cut_to_what_counts(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = record.Rows(path)
     rows.append({"a": 1, "b": float("nan")})
-    size = rows.flush()
+    size = rows.flush()["size"]
     rows.append({"a": 2, "b": 0.5})
     rows.close()
     with path.open("ab") as stream:
