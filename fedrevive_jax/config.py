@@ -79,8 +79,8 @@ class Config:
     )
     convolution: str = _field(
         "auto",
-        "how convolutions are computed: auto picks winograd on CPU, lax elsewhere",
-        choices=("auto", "lax", "patches", "shifted", "winograd"),
+        "how convolutions are computed: auto picks mixed on CPU, lax elsewhere",
+        choices=("auto", "lax", "patches", "shifted", "mixed"),
     )
     precision: str = _field(
         "auto",

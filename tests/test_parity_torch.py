@@ -23,7 +23,7 @@ from fedrevive_jax.benchmark.torch_networks import (  # noqa: E402
 )
 
 
-@pytest.mark.parametrize("convolution", ["lax", "winograd"])
+@pytest.mark.parametrize("convolution", ["lax", "mixed"])
 @pytest.mark.parametrize(
     ("name", "shape", "classes", "twin"),
     [

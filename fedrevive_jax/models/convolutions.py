@@ -14,18 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-WAYS = ("lax", "patches", "shifted", "winograd")
+WAYS = ("lax", "patches", "shifted", "mixed")
 
 
 def default() -> str:
     """What `auto` stands for on the backend at hand.
 
-    CPU, two cores, batch 32, forward and backward inside a loop: winograd where it applies, patches
-    elsewhere; 1846 ms a step of the ConvNet with lax, 54 with patches, 42 with winograd.
-    Accelerators have fast convolutions of their own; with weights that differ from client to client
-    they have not been measured.
+    On a CPU mixed: XLA's convolutions run at the peak there, but not the gradients that it derives
+    from them, which take 1.8 s a step of the ConvNet. Accelerators have fast gradients of their
+    own; with weights that differ from client to client they have not been measured.
     """
-    return "winograd" if jax.default_backend() == "cpu" else "lax"
+    return "mixed" if jax.default_backend() == "cpu" else "lax"
 
 
 def choose(how: str) -> Callable:
@@ -34,8 +33,8 @@ def choose(how: str) -> Callable:
     Args:
       how: `lax`: XLA's convolution. `patches`: shifted slices side by side, times the kernel as one
         matrix. `shifted`: the sum of one matrix product for each place of the kernel; needs the
-        least memory. `winograd`: F(2x2, 3x3), see `winograd`; patches where it does not apply or
-        does not pay. `auto`: by the backend, see `default`.
+        least memory. `mixed`: values and each gradient in a way of its own, see `mixed`; patches
+        in half precision. `auto`: by the backend, see `default`.
     """
     if how == "auto":
         how = default()
@@ -63,11 +62,10 @@ def _plain(
     dilated = any(d != 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
     if feature_group_count != 1 or dilated:
         raise ValueError(f"the {how} convolution knows neither groups nor dilation")
-    if how == "winograd":
+    if how == "mixed":
         # Sums of rounded numbers would be rounded again: not in half precision.
-        whole = inputs.dtype != jnp.bfloat16
-        if whole and _winograd_pays(inputs.shape, kernel.shape, window_strides, padding):
-            return winograd(inputs, kernel, padding[0][0])
+        if inputs.dtype != jnp.bfloat16:
+            return mixed(inputs, kernel, tuple(window_strides), tuple(map(tuple, padding)))
         how = "patches"
     inputs = jnp.pad(inputs, ((0, 0), *padding, (0, 0)))
     rows, columns = (
@@ -93,6 +91,120 @@ def _plain(
     return result.astype(inputs.dtype)
 
 
+# --- values and gradients, each in its own way ---------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def mixed(
+    inputs: jax.Array,
+    kernel: jax.Array,
+    strides: tuple[int, int],
+    padding: tuple[tuple[int, int], tuple[int, int]],
+) -> jax.Array:
+    """A convolution for CPUs that computes values alone in another way than values of which
+    gradients are taken.
+
+    Values alone, of teachers and evaluations, are XLA's convolution. With gradients, `patches` is
+    the fastest for few channels. For many, the gradient of the inputs is a convolution of the same
+    kind with the kernel turned; that of the kernel is a sum over images and places, for which XLA
+    has no fast way, and a product of Winograd's tiles. Tiles also give the values where XLA hands
+    convolutions without padding to a library that is slow inside loops, and where they are very
+    wide.
+
+    Milliseconds on two cores: 320 images through the ConvNet 85 (by tiles 133, patches 187), a
+    training step of 32 images 43 (by tiles throughout 49, patches 57); a step of ResNet-18 848
+    (patches 1218).
+
+    Args:
+      inputs: [b, height, width, channels].
+      kernel: [rows, columns, channels, features].
+      strides, padding: of both sides.
+    """
+    return _own_kernels(strides, padding)(inputs, kernel)
+
+
+def _mixed_forward(inputs, kernel, strides, padding):
+    way = _with_patches if min(kernel.shape[2:]) < 32 else _many_channels
+    return jax.vjp(lambda x, k: way(x, k, strides, padding), inputs, kernel)
+
+
+def _mixed_backward(strides, padding, pull_back, gradient):
+    del strides, padding
+    return pull_back(gradient)
+
+
+mixed.defvjp(_mixed_forward, _mixed_backward)
+
+
+def _with_patches(inputs, kernel, strides, padding):
+    return _plain("patches", inputs, kernel, strides, padding)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _many_channels(inputs, kernel, strides, padding):
+    if _tiles_fit(kernel, strides, padding):
+        places = min(_geometry(inputs, padding[0][0])[1:3])
+        least = 128 if padding[0][0] else 32
+        if min(kernel.shape[2:]) >= least and 4 <= places <= 28:
+            return winograd(inputs, kernel, padding[0][0])
+    return _own_kernels(strides, padding)(inputs, kernel)
+
+
+def _many_channels_forward(inputs, kernel, strides, padding):
+    return _many_channels(inputs, kernel, strides, padding), (inputs, kernel)
+
+
+def _many_channels_backward(strides, padding, saved, gradient):
+    inputs, kernel = saved
+    sides = list(zip(kernel.shape, padding, strict=False))
+    if strides == (1, 1) and all(max(pair) < size for size, pair in sides):
+        turned = kernel[::-1, ::-1].swapaxes(2, 3)
+        opposite = tuple((size - 1 - low, size - 1 - high) for size, (low, high) in sides)
+        by_inputs = _many_channels(gradient, turned, strides, opposite)
+    else:
+        pull_back = jax.vjp(lambda x: _with_patches(x, kernel, strides, padding), inputs)[1]
+        (by_inputs,) = pull_back(gradient)
+    if _tiles_fit(kernel, strides, padding) and min(gradient.shape[1:3]) >= 4:
+        by_kernel = winograd_kernel_gradient(inputs, gradient, padding[0][0])
+    else:
+        pull_back = jax.vjp(lambda k: _with_patches(inputs, k, strides, padding), kernel)[1]
+        (by_kernel,) = pull_back(gradient)
+    return by_inputs, by_kernel
+
+
+_many_channels.defvjp(_many_channels_forward, _many_channels_backward)
+
+
+def _tiles_fit(kernel, strides, padding) -> bool:
+    """3x3, stride 1, equal padding on all sides."""
+    even = len({side for pair in padding for side in pair}) == 1 and padding[0][0] <= 2
+    return kernel.shape[:2] == (3, 3) and strides == (1, 1) and even
+
+
+def _own_kernels(strides, padding) -> Callable:
+    """XLA's convolution; where jobs with kernels of their own are mapped together, one by one.
+
+    A grouped convolution is slow on a CPU.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def convolve(inputs, kernel):
+        named = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            inputs, kernel, strides, padding, dimension_numbers=named
+        )
+
+    @convolve.def_vmap
+    def several(size, batched, inputs, kernel):
+        if batched[1]:
+            whole = inputs if batched[0] else jnp.broadcast_to(inputs, (size, *inputs.shape))
+            return jax.lax.map(lambda pair: convolve(*pair), (whole, kernel)), True
+        together = convolve(inputs.reshape(-1, *inputs.shape[2:]), kernel)
+        return together.reshape(size, -1, *together.shape[1:]), True
+
+    return convolve
+
+
 # --- Winograd's minimal filtering, F(2x2, 3x3) ---------------------------------------------------
 
 # Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv 1509.09308, section 4:
@@ -103,22 +215,8 @@ A_T = np.array([[1, 1, 1, 0], [0, 1, -1, -1]])
 TILE, SPAN = 2, 4
 
 
-def _winograd_pays(inputs, kernel, strides, padding) -> bool:
-    """3x3, stride 1, equal padding on all sides, enough channels and tiles for the matrices."""
-    square = kernel[:2] == (3, 3) and tuple(strides) == (1, 1)
-    even = len({side for pair in padding for side in pair}) == 1 and padding[0][0] <= 2
-    if not (square and even):
-        return False
-    outputs = min(inputs[1:3]) + 2 * padding[0][0] - 2
-    return min(kernel[2:]) >= 32 and outputs >= 6
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def winograd(inputs: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
     """A 3x3 convolution of stride 1 with 16 products for every 2x2 outputs instead of 36.
-
-    The derivatives are written out, because the transposes of overlapping tiles are slow sums: that
-    of the inputs is a convolution of the same kind, that of the kernel a product of tiles.
 
     Args:
       inputs: [b, height, width, channels].
@@ -134,27 +232,24 @@ def winograd(inputs: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
     return outputs[:, :height, :width]
 
 
-def _winograd_forward(inputs, kernel, padding):
-    return winograd(inputs, kernel, padding), (inputs, kernel)
+def winograd_kernel_gradient(inputs: jax.Array, gradient: jax.Array, padding: int) -> jax.Array:
+    """What `winograd` does to its kernel's gradient: a product of tiles.
 
-
-def _winograd_backward(padding, saved, gradient):
-    inputs, kernel = saved
-    turned = kernel[::-1, ::-1].swapaxes(2, 3)
-    inputs_gradient = winograd(gradient, turned, 2 - padding)
-
+    Args:
+      inputs: [b, height, width, channels].
+      gradient: of the outputs, [b, height, width, features].
+      padding: see `winograd`.
+    """
+    channels, features = inputs.shape[-1], gradient.shape[-1]
     batch, height, width, rows, columns = _geometry(inputs, padding)
     ends = (TILE * rows - height, TILE * columns - width)
     padded = jnp.pad(gradient, ((0, 0), (0, ends[0]), (0, ends[1]), (0, 0)))
     split = padded.reshape(batch, rows, TILE, columns, TILE, -1)
     grid = [[split[:, :, i, :, j] for j in range(TILE)] for i in range(TILE)]
-    spread = _flat(_both_sides(A_T.T, grid), kernel.shape[-1])
+    spread = _flat(_both_sides(A_T.T, grid), features)
     products = jnp.einsum("ntc,ntf->ncf", _input_tiles(inputs, padding), spread)
-    kernel_gradient = _both_sides(G.T, products.reshape(SPAN, SPAN, *kernel.shape[2:]))
-    return inputs_gradient, jnp.stack([jnp.stack(row) for row in kernel_gradient])
-
-
-winograd.defvjp(_winograd_forward, _winograd_backward)
+    by_kernel = _both_sides(G.T, products.reshape(SPAN, SPAN, channels, features))
+    return jnp.stack([jnp.stack(row) for row in by_kernel])
 
 
 def _geometry(inputs, padding) -> tuple[int, int, int, int, int]:
