@@ -86,26 +86,74 @@ def test_a_convolution_is_a_convolution(x64, way, size, stride, padding):
         np.testing.assert_allclose(ours, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_winograd_applies_where_it_pays():
-    """Otherwise the test above would compare patches with themselves."""
-    kernel = jnp.zeros((3, 3, 32, 33))
+@pytest.mark.parametrize(
+    ("channels", "stride", "padding"), [(2, 1, 1), (32, 1, 0), (32, 2, 1), (128, 1, 1)]
+)
+def test_mixed_is_one_function(x64, channels, stride, padding):
+    """Values alone, values under a gradient, and jobs with kernels of their own, each of which goes
+    another way; few, many and very many channels."""
+    x = jax.random.normal(jax.random.key(0), (3, 2, 6, 7, channels))
+    kernels = jax.random.normal(jax.random.key(1), (3, 3, 3, channels, channels))
 
-    def uses_winograd(x, strides=(1, 1)):
-        call = functools.partial(convolutions.choose("winograd"), window_strides=strides)
-        program = jax.make_jaxpr(lambda x: call(x, kernel, padding=((1, 1), (1, 1))))(x)
-        return "custom_vjp_call" in str(program)
+    def convolve(how):
+        sides = ((padding, padding),) * 2
+        named = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+        return lambda x, k: convolutions.choose(how)(x, k, (stride, stride), sides, **named)
 
-    assert uses_winograd(jnp.zeros((2, 9, 12, 32)))
-    assert not uses_winograd(jnp.zeros((2, 9, 12, 32)), (2, 2))
-    assert not uses_winograd(jnp.zeros((2, 4, 4, 32)))
+    def under_a_gradient(how):
+        def both(x, k):
+            outputs, pull_back = jax.vjp(convolve(how), x, k)
+            return outputs, *pull_back(jnp.cos(outputs))
+
+        return both
+
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
+    same(convolve("mixed")(x[0], kernels[0]), convolve("lax")(x[0], kernels[0]))
+    for mapped in (convolve, under_a_gradient):
+        ours, expected = (jax.vmap(mapped(how))(x, kernels) for how in ("mixed", "lax"))
+        jax.tree.map(same, ours, expected)
+    shared = [jax.vmap(convolve(how), (0, None))(x, kernels[0]) for how in ("mixed", "lax")]
+    same(*shared)
+    shared = [jax.vmap(convolve(how), (None, 0))(x[0], kernels) for how in ("mixed", "lax")]
+    same(*shared)
 
 
-def test_second_derivatives_of_winograd(x64):
+def test_which_way_mixed_goes():
+    """Otherwise the tests would compare a way with itself."""
+
+    def program(x_shape, features, stride=1, padding=1, gradient=True):
+        kernel = jnp.zeros((3, 3, x_shape[-1], features))
+        sides = ((padding, padding),) * 2
+
+        def convolve(x, kernel):
+            return convolutions.choose("mixed")(x, kernel, (stride, stride), sides)
+
+        def pulled(x, kernel):
+            outputs, pull_back = jax.vjp(convolve, x, kernel)
+            return outputs, pull_back(outputs)
+
+        text = str(jax.make_jaxpr(pulled if gradient else convolve)(jnp.zeros(x_shape), kernel))
+        return text.count("conv_general_dilated["), text.count("dot_general[")
+
+    xla, products = program((2, 9, 12, 33), 32, gradient=False)
+    assert (xla, products) == (1, 0)
+    assert program((2, 9, 12, 8), 32)[0] == 0  # few channels: patches throughout
+    assert program((2, 9, 12, 33), 32) == (2, 1)  # the kernel's gradient by tiles
+    assert program((2, 9, 12, 33), 32, padding=0) == (1, 2)  # the values, too
+    assert program((2, 9, 12, 128), 128)[0] == 0  # all by tiles
+    assert program((2, 9, 12, 33), 32, stride=2)[0] == 1  # gradients by patches
+
+
+@pytest.mark.parametrize("channels", [2, 32])
+def test_second_derivatives_of_mixed(x64, channels):
     """Full MAML differentiates a gradient."""
-    x = jax.random.normal(jax.random.key(0), (1, 6, 6, 2))
-    kernel = jax.random.normal(jax.random.key(1), (3, 3, 2, 2))
+    x = jax.random.normal(jax.random.key(0), (1, 6, 6, channels))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, channels, channels))
 
-    def curvature(convolve):
+    def curvature(how):
+        def convolve(x, kernel):
+            return convolutions.choose(how)(x, kernel, (1, 1), ((1, 1), (1, 1)))
+
         def gradient_norm(kernel):
             return sum(
                 (g**2).sum()
@@ -114,11 +162,7 @@ def test_second_derivatives_of_winograd(x64):
 
         return jax.grad(gradient_norm)(kernel)
 
-    def plain(x, kernel):
-        return convolutions.choose("patches")(x, kernel, (1, 1), ((1, 1), (1, 1)))
-
-    ours = curvature(lambda x, kernel: convolutions.winograd(x, kernel, 1))
-    np.testing.assert_allclose(ours, curvature(plain), rtol=1e-9)
+    np.testing.assert_allclose(curvature("mixed"), curvature("patches"), rtol=1e-8)
 
 
 def test_convnet_names_the_least_size():
