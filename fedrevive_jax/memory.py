@@ -102,8 +102,8 @@ def choose_shelf(config: Config, job: int, used: int, mesh: Mesh | None = None) 
 def default_client_batch(model: Model, config: Config, job: int, used: int) -> int:
     """Jobs trained in one call of a device where the configuration leaves it open.
 
-    On a CPU one job of large images already fills the cores and the caches; of small ones two are a
-    tenth faster. An accelerator takes as many as fit beside what lives there.
+    On a CPU one job of texts or large images already fills the cores and the caches; of small
+    images two are a tenth faster. An accelerator takes as many as fit beside what lives there.
 
     Args:
       model: the model.
@@ -112,6 +112,8 @@ def default_client_batch(model: Model, config: Config, job: int, used: int) -> i
       used: bytes that arrays take between calls.
     """
     if jax.default_backend() == "cpu":
+        if model.vocabulary is not None:
+            return 1
         return per_call(2, config.batch_size, model.input_shape)
     free = (device_bytes() or 0) - used
     return min(max(free // max(job, 1), 1), JOBS_IN_A_CALL)
