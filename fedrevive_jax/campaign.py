@@ -235,13 +235,13 @@ def _run_side_by_side(
 
 def _run_in_worker(config: Config, overwrite: bool, grace: float | None) -> None:
     if grace is None:
-        _run(config, overwrite, None)
+        _run(config, overwrite)
         return
     with Interruption(grace, (signal.SIGTERM,)) as interruption:
         _run(config, overwrite, interruption)
 
 
-def _run(config: Config, overwrite: bool, interruption: Interruption | None) -> None:
+def _run(config: Config, overwrite: bool, interruption: Interruption | None = None) -> None:
     try:
         runner.run(config, keep_record=True, overwrite=overwrite, interruption=interruption)
     except (runner.DivergenceError, runner.RejectLimitError) as error:

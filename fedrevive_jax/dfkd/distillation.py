@@ -1,5 +1,6 @@
 """Multi-teacher distillation of pool samples into the global parameters."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -57,10 +58,15 @@ def teacher_logits(
     size = per_call(steps, batch, model.input_shape) * batch
 
     def judge_in_turn(frozen, pairs):
+        def values(params, x):
+            # Computed as under the student's gradient: the same parameters give the very same
+            # logits, whose distance to the student's Adam would blow up otherwise.
+            return jax.vjp(lambda p: model.apply(p, as_inputs(x, frozen))[0], params)[0]
+
         def judge(pair):
             params, own = pair
             calls = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), own)
-            logits = jax.lax.map(lambda x: model.apply(params, as_inputs(x, frozen))[0], calls)
+            logits = jax.lax.map(functools.partial(values, params), calls)
             return logits.reshape(-1, logits.shape[-1])
 
         # One plain call per teacher: weights that differ per call would make grouped convolutions.
