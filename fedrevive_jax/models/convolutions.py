@@ -104,7 +104,7 @@ def mixed(
     """A convolution for CPUs that computes values alone in another way than values of which
     gradients are taken.
 
-    Values alone, of teachers and evaluations, are XLA's convolution. With gradients, `patches` is
+    Values alone, of evaluations, are XLA's convolution. With gradients, `patches` is
     the fastest for few channels. For many, the gradient of the inputs is a convolution of the same
     kind with the kernel turned; that of the kernel is a sum over images and places, for which XLA
     has no fast way, and a product of Winograd's tiles. Tiles also give the values where XLA hands
