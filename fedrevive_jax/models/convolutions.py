@@ -104,12 +104,10 @@ def mixed(
     """A convolution for CPUs that computes values alone in another way than values of which
     gradients are taken.
 
-    Values alone, of evaluations, are XLA's convolution. With gradients, `patches` is
-    the fastest for few channels. For many, the gradient of the inputs is a convolution of the same
-    kind with the kernel turned; that of the kernel is a sum over images and places, for which XLA
-    has no fast way, and a product of Winograd's tiles. Tiles also give the values where XLA hands
-    convolutions without padding to a library that is slow inside loops, and where they are very
-    wide.
+    Values alone, of evaluations, are XLA's convolution. With gradients, `patches` is the fastest
+    for few channels. For many, the gradient of the inputs is a convolution of the same kind with
+    the kernel turned; that of the kernel is a sum over images and places, for which XLA has no fast
+    way, and a product of Winograd's tiles.
 
     Milliseconds on two cores: 320 images through the ConvNet 85 (by tiles 133, patches 187), a
     training step of 32 images 43 (by tiles throughout 49, patches 57); a step of ResNet-18 848
@@ -142,6 +140,8 @@ def _with_patches(inputs, kernel, strides, padding):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _many_channels(inputs, kernel, strides, padding):
+    # XLA hands convolutions without padding to a library that is slow inside loops, 38 ms instead
+    # of 12; with padding Winograd's tiles are faster from 128 channels on.
     if _tiles_fit(kernel, strides, padding):
         places = min(_geometry(inputs, padding[0][0])[1:3])
         least = 128 if padding[0][0] else 32
