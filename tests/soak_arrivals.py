@@ -1,13 +1,14 @@
 """python -m tests.soak_arrivals [ARRIVALS [METHOD ...]]: a toy model's long run must not wear out.
 
 FedRevive and FedBuff on the scalar model, driven as a run is: windows of trained jobs, server
-steps, evaluations, rows; with failing clients. Prints resident memory, compilations, live
-versions and time, and fails where one of them grows.
+steps, evaluations, rows, checkpoints; with failing clients. Prints resident memory, compilations,
+live versions and time, and fails where one of them grows.
 """
 
 import gc
 import logging
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -63,18 +64,19 @@ def resident_mb() -> float:
     return pages * 4096 / 2**20
 
 
-def soak(method: str, arrivals: int, warm_up: int) -> Figures:
-    """Runs so many arrivals and looks at memory every 250 of them."""
+def soak(method: str, arrivals: int, warm_up: int, folder: Path) -> Figures:
+    """Runs so many arrivals, recorded in a folder, and looks at memory every 250 of them."""
     config = resolve(
         "custom", method, num_clients=20, concurrency=CONCURRENCY, max_time=1e6,
         max_versions=arrivals, buffer_size=1, samples_per_client=4, local_iterations=1,
         batch_size=2, num_teachers=2, latent_size=2, generator_features=1, synthesis_batch=2,
         synthesis_steps=1, pool_size=8, distillation_steps=1, distillation_batch=2,
         proxy_samples=2, freeze_versions=2, warmup_versions=3, beta_s_max=5, eval_every=50,
-        fault_rate=0.1,
+        fault_rate=0.1, checkpoint_every=250,
     )  # fmt: skip
     simulation = Simulation(config, toy_data(), scalar_model())
-    recorder = Recorder(simulation, None)
+    recorder = Recorder(simulation, folder)
+    recorder.resume()
     compiled = [0]
 
     def count(event: str, seconds: float, **_) -> None:
@@ -98,6 +100,7 @@ def soak(method: str, arrivals: int, warm_up: int) -> Figures:
             gc.collect()
             readings.append((index, resident_mb()))
     result = recorder.finish()
+    recorder.close()
     assert result.summary["arrivals"] == arrivals
     slope = np.polyfit(*np.asarray(readings).T, 1)[0] * 1000
     return Figures(
@@ -116,7 +119,8 @@ def check(figures: Figures) -> None:
 def main(arrivals: int, methods: list[str]) -> None:
     logging.getLogger("fedrevive_jax").setLevel(logging.ERROR)  # a line for every bad upload
     for method in methods or ("fedrevive", "fedbuff"):
-        figures = soak(method, arrivals, arrivals // 10)
+        with tempfile.TemporaryDirectory() as folder:
+            figures = soak(method, arrivals, arrivals // 10, Path(folder))
         print(method, figures._asdict(), flush=True)
         check(figures)
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from fedrevive_jax import memory, models
+from fedrevive_jax.models.model import Vocabulary
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.simulator import Simulation
 from fedrevive_jax.version_store import VersionStore
@@ -63,6 +64,18 @@ def test_as_many_jobs_as_fit(monkeypatch):
     for used, job, count in ((0, 100, 10), (500, 100, 5), (990, 100, 1), (5000, 100, 1)):
         assert memory.default_client_batch(model, config, job, used) == count
     assert memory.default_client_batch(model, config, 1, 0) == memory.JOBS_IN_A_CALL
+
+
+def test_jobs_in_a_call_on_a_cpu():
+    """Two of small images; one of large images, and of texts, whose few numbers become many."""
+    config = resolve("digits", "fedbuff", batch_size=32)
+    for model, shape, count in (
+        ("digitsnet", (8, 8, 1), 2), ("convnet", (28, 28, 1), 1), ("resnet18", (32, 32, 3), 1),
+    ):  # fmt: skip
+        images = models.create(model, input_shape=shape, num_classes=10, width=4)
+        assert memory.default_client_batch(images, config, 1, 0) == count
+    texts = scalar_model()._replace(vocabulary=Vocabulary(16, 8))
+    assert memory.default_client_batch(texts, config, 1, 0) == 1
 
 
 @pytest.mark.parametrize("batch", [8, 32])
