@@ -302,6 +302,8 @@ def test_a_signal_saves_the_runs_under_way(tmp_path, jobs):
     assert process.returncode == 143, errors
     assert errors.startswith("interrupted: ")
     assert not (tmp_path / "table.md").exists()
+    begun, done = ({p.parent for p in tmp_path.glob(f"*/{n}.json")} for n in ("config", "summary"))
+    assert begun - done  # told to stop, and not only waited for
     locks = list(tmp_path.glob("*/run.lock"))
     assert locks
     assert all(lock.read_bytes() == b"" for lock in locks)  # whoever held them has let go
