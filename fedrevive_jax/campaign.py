@@ -206,12 +206,13 @@ def _run_side_by_side(
     grace = None if interruption is None else interruption.grace
     # Fresh interpreters: a forked JAX may hang.
     pool = concurrent.futures.ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), initializer=_become_worker
+        jobs,
+        multiprocessing.get_context("spawn"),
+        initializer=_become_worker,
+        initargs=(grace,),
     )
     with pool:
-        waiting = {
-            pool.submit(_run_in_worker, config, overwrite, grace): config for config in configs
-        }
+        waiting = {pool.submit(_run_in_worker, config, overwrite): config for config in configs}
         try:
             while waiting:
                 done, _ = concurrent.futures.wait(
@@ -233,12 +234,26 @@ def _run_side_by_side(
             raise
 
 
-def _run_in_worker(config: Config, overwrite: bool, grace: float | None) -> None:
-    if grace is None:
-        _run(config, overwrite)
-        return
-    with Interruption(grace, (signal.SIGTERM,)) as interruption:
-        _run(config, overwrite, interruption)
+def _become_worker(grace: float | None) -> None:
+    """Leaves Ctrl-C, which a terminal sends to all, to the process that started this one, and
+    watches for its SIGTERM from now on: a worker that died of one between two runs would take the
+    others with it.
+
+    Progress bars of several processes would overwrite each other; errors come as exceptions.
+    """
+    global _watch
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if grace is not None:
+        _watch = Interruption(grace, (signal.SIGTERM,)).__enter__()
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
+
+
+# Of a worker, as long as the process.
+_watch: Interruption | None = None
+
+
+def _run_in_worker(config: Config, overwrite: bool) -> None:
+    _run(config, overwrite, _watch)
 
 
 def _run(config: Config, overwrite: bool, interruption: Interruption | None = None) -> None:
@@ -273,15 +288,6 @@ def _line(config: Config) -> str:
         return f"{folder.name}: {record.read_json(folder / FAILED)['message']}"
     accuracy = record.read_json(folder / record.SUMMARY)["final_accuracy"]
     return f"{folder.name}: accuracy {accuracy:.4f}"
-
-
-def _become_worker() -> None:
-    """Leaves Ctrl-C, which a terminal sends to all, to the process that started this one.
-
-    Progress bars of several processes would overwrite each other; errors come as exceptions.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
 
 
 def _refuse(given: dict[str, Any], name: str, by: str) -> None:

@@ -98,19 +98,31 @@ def test_a_process_that_does_not_end_itself_is_ended():
     assert process.returncode == -signal.SIGTERM
 
 
-def test_other_signals_count_for_nothing():
-    """One of the program's own before SIGTERM is not the first of two: the process goes on until
-    the second SIGTERM."""
-    own = 'import signal; signal.signal(signal.SIGUSR1, lambda *_: print("own", flush=True))'
-    process = started(own + HANGS, "1000")
-    process.send_signal(signal.SIGUSR1)
-    assert process.stdout.readline() == "own\n"
-    process.send_signal(signal.SIGTERM)
-    assert process.stdout.readline() == "noticed\n"
-    process.send_signal(signal.SIGTERM)
-    _, words = ended(process)
-    assert process.returncode == -signal.SIGTERM
-    assert words.startswith("stopped by SIGTERM")
+def test_other_signals_do_not_end_a_process():
+    """A handler of the program's own stays its own affair, long after a grace of a millisecond."""
+    code = """
+import signal, subprocess, sys
+from fedrevive_jax.interruption import Interruption
+signal.signal(signal.SIGUSR1, lambda *_: print("own", flush=True))
+with Interruption(0.001) as interruption:
+    print("ready", flush=True)
+    input()
+    for _ in range(5):
+        subprocess.run([sys.executable, "-c", ""])
+    print(interruption.requested)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGUSR1)
+        assert process.stdout.readline() == "own\n"
+        words, errors = process.communicate("\n", timeout=100)
+        assert (words, errors, process.returncode) == ("False\n", "", 0)
 
 
 def test_nothing_is_left_of_a_process_that_is_killed():
