@@ -246,21 +246,31 @@ class Row(NamedTuple):
     paired: bool = True
 
 
-def _same_world(ours: Iterable[Run], theirs: Iterable[Run]) -> bool:
-    """Whether all runs agree in `WORLD_FIELDS`."""
-    return len({tuple(getattr(r.config, n) for n in WORLD_FIELDS) for r in (*ours, *theirs)}) == 1
+def _world(run: Run) -> tuple[Any, ...]:
+    """What its seed means."""
+    return tuple(getattr(run.config, name) for name in WORLD_FIELDS)
+
+
+def horizons(runs: Iterable[Run]) -> dict[tuple[Any, ...], float]:
+    """By world, the simulated time that all of its runs cover: a shorter world, as of a higher
+    concurrency at as many arrivals, does not cut the others."""
+    worlds: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        worlds.setdefault(_world(run), []).append(run)
+    return {world: common_end(own) for world, own in worlds.items()}
 
 
 def table(groups: Mapping[str, Sequence[Run]], targets: Sequence[float] = ()) -> list[Row]:
-    """A line for each group; areas and last quarters go to the end of the shortest run of all."""
-    horizon = common_end(run for own in groups.values() for run in own)
+    """A line for each group; areas and last quarters go to the end of the shortest run of a
+    world."""
+    ends = horizons(run for own in groups.values() for run in own)
     rows, first = [], None
-    reference = next(iter(groups.values()))
+    reference = {_world(run) for run in next(iter(groups.values()))}
     for label, own in groups.items():
-        by_seed = {run.config.seed: figures(run, targets, horizon) for run in own}
+        by_seed = {run.config.seed: figures(run, targets, ends[_world(run)]) for run in own}
         names = list(next(iter(by_seed.values())))
         columns = {name: {seed: f[name] for seed, f in by_seed.items()} for name in names}
-        differences, paired = {}, _same_world(reference, own)
+        differences, paired = {}, len(reference | {_world(run) for run in own}) == 1
         if first is not None and paired:
             differences = {n: paired_difference(columns[n], first[n]) for n in names}
         first = columns if first is None else first

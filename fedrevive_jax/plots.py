@@ -129,6 +129,38 @@ def sweep(
     figure.savefig(path, dpi=120)
 
 
+def by_staleness(path: Path, title: str, lines: dict[str, list[tuple[float, Any]]]) -> None:
+    """Accuracy against mean staleness, a line per method and bars of one deviation.
+
+    Args:
+      path: where to write it.
+      title: above the picture.
+      lines: by method, mean staleness and `comparison.Spread` of the accuracy, in ascending order.
+    """
+    figure = _figure(figsize=(8, 4.4))
+    axes = figure.subplots()
+    for position, (method, points) in enumerate(lines.items()):
+        bars = [0.0 if np.isnan(spread.deviation) else spread.deviation for _, spread in points]
+        axes.errorbar(
+            [staleness for staleness, _ in points],
+            [spread.mean for _, spread in points],
+            yerr=bars,
+            marker="o",
+            markersize=4,
+            capsize=3,
+            linewidth=1.5,
+            label=method,
+            **_style(position),
+        )
+    axes.set_xscale("symlog", linthresh=1)
+    axes.set_xlabel("mean staleness (versions)")
+    axes.set_ylabel("accuracy, mean over the last quarter")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False)
+    axes.set_title(title)
+    figure.savefig(path, dpi=120)
+
+
 def _style(position: int) -> dict[str, Any]:
     """Ten colours, then the same ten dashed."""
     return {"color": f"C{position % 10}", "linestyle": "-" if position < 10 else "--"}

@@ -10,15 +10,15 @@ from typing import NamedTuple
 import numpy as np
 
 from fedrevive_jax import comparison, plots, record
-from fedrevive_jax.comparison import Choice, Run
+from fedrevive_jax.comparison import Choice, Run, Spread
 from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS
 
 NOTES = (
     "Figures are mean ± standard deviation over seeds, on the split that is named above.",
     "final: the last evaluation; best: the highest; last ten: the mean of the last ten evaluations "
     "(a single one is noisy under asynchrony; a method that makes fewer versions may spread them "
-    "over more time); area: the mean accuracy over the simulated time that all runs cover; last "
-    "quarter: the mean over the last quarter of that time.",
+    "over more time); area: the mean accuracy over the simulated time that all runs of the same "
+    "world cover; last quarter: the mean over the last quarter of that time.",
     "time to a: simulated time of the first evaluation at accuracy a or above; in brackets how "
     "many seeds got there, if not all, and then the mean is over those.",
     "final − X, last ten − X, last quarter − X: mean of the differences to X, the first line, seed "
@@ -116,6 +116,13 @@ def _pictures(out: Path, study: Study, rows) -> list[tuple[Path, str]]:
         (out / "curves.png", "Mean accuracy; the band is one standard deviation over seeds."),
         (out / "staleness.png", "How stale the updates were when they arrived."),
     ]
+    lines = staleness_lines(study, rows)
+    if lines:
+        plots.by_staleness(out / "by_staleness.png", study.title, lines)
+        found.insert(
+            0,
+            (out / "by_staleness.png", "Accuracy by how stale the updates were, over seeds."),
+        )
     if study.swept:
         scores = {
             str(own[0].config.as_dict()[study.swept]): row.spreads["last quarter"]
@@ -131,6 +138,19 @@ def _pictures(out: Path, study: Study, rows) -> list[tuple[Path, str]]:
         )
         found.insert(0, (out / "ablation.png", f"Accuracy by {study.swept}, over seeds."))
     return found
+
+
+def staleness_lines(study: Study, rows) -> dict[str, list[tuple[float, Spread]]]:
+    """Mean staleness and accuracy of the groups of each method, if one comes at several."""
+    lines: dict[str, list[tuple[float, Spread]]] = {}
+    for own, row in zip(study.groups.values(), rows, strict=True):
+        staleness, accuracy = row.spreads["staleness"], row.spreads["last quarter"]
+        if accuracy.count:
+            lines.setdefault(own[0].config.method, []).append((staleness.mean, accuracy))
+    concurrencies = {run.config.concurrency for own in study.groups.values() for run in own}
+    return (
+        {method: sorted(line) for method, line in lines.items()} if len(concurrencies) > 1 else {}
+    )
 
 
 def _page(study: Study, lines, pictures) -> str:

@@ -28,9 +28,16 @@ def evaluations(*pairs):
     ]
 
 
-def recorded(method="fedbuff", seed=0, pairs=((0.0, 0.1), (2.0, 0.5)), diverged=False, **fields):
+def recorded(
+    method="fedbuff",
+    seed=0,
+    pairs=((0.0, 0.1), (2.0, 0.5)),
+    diverged=False,
+    staleness=1.5,
+    **fields,
+):
     summary = {
-        "versions": 7, "staleness_mean": 1.5, "server_seconds_per_arrival": 0.002,
+        "versions": 7, "staleness_mean": staleness, "server_seconds_per_arrival": 0.002,
         "bytes_sent": 3_000_000, "wall_seconds": 4.0, "device": "cpu",
     }  # fmt: skip
     return Run(
@@ -167,6 +174,46 @@ def test_other_worlds_are_not_paired():
     assert r"| a\|lr |" in comparison.markdown([header, same])
     rows = csv.DictReader(io.StringIO(comparison.as_csv(comparison.table(groups))))
     assert [row["final difference"] for row in rows] == ["", "0.0", ""]
+
+
+def test_a_shorter_world_does_not_cut_the_others():
+    """At as many arrivals, four times the concurrency takes a quarter of the time. The last
+    quarter of a, (0.4 + 0.5)/2, ends at its own end; b's runs both at that of its shortest."""
+    groups = {
+        "a": [recorded(concurrency=5)],
+        "b": [
+            recorded(seed=0, concurrency=20, pairs=((0.0, 0.1), (0.5, 0.3))),
+            recorded(seed=1, concurrency=20, pairs=((0.0, 0.1), (1.0, 0.9))),
+        ],
+    }
+    a, b = comparison.table(groups)
+    assert a.spreads["last quarter"].mean == pytest.approx((0.4 + 0.5) / 2)
+    assert a.spreads["area"].mean == pytest.approx(0.3)
+    assert b.spreads["area"].mean == pytest.approx((0.2 + 0.3) / 2)
+    assert not b.paired
+
+
+def test_accuracy_by_staleness(tmp_path):
+    """A picture where a method comes at several concurrencies, and only there."""
+
+    def groups(*concurrencies):
+        return comparison.grouped(
+            recorded(method, 0, concurrency=k, staleness=k - 1.0)
+            for method in ("fedbuff", "afl_dw")
+            for k in concurrencies
+        )
+
+    report.write(tmp_path, report.Study("one", "", groups(5)))
+    assert not (tmp_path / "by_staleness.png").exists()
+    several = report.Study("several", "", groups(20, 5))
+    lines = report.staleness_lines(several, comparison.table(several.groups))
+    assert {m: [(x, y.mean) for x, y in line] for m, line in lines.items()} == {
+        "fedbuff": [(4.0, pytest.approx(0.45)), (19.0, pytest.approx(0.45))],
+        "afl_dw": [(4.0, pytest.approx(0.45)), (19.0, pytest.approx(0.45))],
+    }
+    report.write(tmp_path, several)
+    assert (tmp_path / "by_staleness.png").exists()
+    assert "by_staleness" in (tmp_path / "report.html").read_text()
 
 
 # --- the choice of rates --------------------------------------------------------------------------
