@@ -137,11 +137,34 @@ def test_which_way_mixed_goes():
 
     xla, products = program((2, 9, 12, 33), 32, gradient=False)
     assert (xla, products) == (1, 0)
-    assert program((2, 9, 12, 8), 32)[0] == 0  # few channels: patches throughout
+    assert program((2, 12, 13, 8), 32) == (0, 3)  # few channels: folded
+    assert program((2, 12, 13, 8), 32, gradient=False) == (0, 1)
+    for other in ({"x_shape": (2, 11, 12, 8)}, {"x_shape": (2, 12, 13, 8), "stride": 2}):
+        assert program(features=32, **other) == (0, 3)  # patches
+        assert program(features=32, gradient=False, **other) == (1, 0)
     assert program((2, 9, 12, 33), 32) == (2, 1)  # the kernel's gradient by tiles
     assert program((2, 9, 12, 33), 32, padding=0) == (1, 2)  # the values, too
     assert program((2, 9, 12, 128), 128)[0] == 0  # all by tiles
     assert program((2, 9, 12, 33), 32, stride=2)[0] == 1  # gradients by patches
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (3, 3), (5, 4)])
+@pytest.mark.parametrize("padding", [((0, 0), (0, 0)), ((1, 1), (2, 2)), ((0, 3), (2, 1))])
+def test_folded(x64, size, padding):
+    """Even and odd kernels, paddings and sides: values and both gradients."""
+    x = jax.random.normal(jax.random.key(0), (2, 8, 9, 3))
+    kernel = jax.random.normal(jax.random.key(1), (*size, 3, 5))
+    results = []
+    for convolve in (
+        lambda x, k: convolutions.folded(x, k, padding),
+        lambda x, k: jax.lax.conv_general_dilated(
+            x, k, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        ),
+    ):
+        outputs, pull_back = jax.vjp(convolve, x, kernel)
+        results.append((outputs, *pull_back(jnp.cos(outputs))))
+    for ours, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("channels", [2, 32])
