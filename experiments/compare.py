@@ -1,14 +1,17 @@
 """Compares methods over seeds: python -m experiments.compare --methods=a,b --seeds=3 --out=DIR.
 
-Any flag of `experiments.main` is passed on to every run. Runs that are finished are read, not run
-again; interrupted ones continue. The same seed gives every method the same population, shards and
-delays. Writes table.md, table.csv, curves.png, staleness.png, command.txt and report.html into
-DIR, beside a folder for each run.
+Any setting of a run that `experiments.main` takes is passed on to every run. What is finished is
+read, not run again; what was interrupted continues. The same seed gives every method the same
+population, shards and delays. Writes table.md, table.csv, curves.png, staleness.png, command.txt
+and report.html into DIR, beside a folder for each run; with --ablate also ablation.png, and
+by_staleness.png where runs of a method differ in --concurrency.
 
-SIGTERM or SIGINT save the runs under way; the same command goes on from there.
+SIGTERM or SIGINT save the runs under way; the same command goes on from there (with --overwrite it
+starts afresh).
 
-With --tune every method first gets the same grid of rates, scored on the validation split; with
---ablate one method is compared with itself; with --workdirs runs are read that exist already.
+With --tune every method first gets the same grid, of factors of its preset's rates or of rates,
+scored on the validation split; with --ablate one method is compared with itself; with --workdirs
+runs are read that exist already.
 """
 
 import glob
@@ -59,6 +62,8 @@ def main() -> int:
             _compare(out, methods, targets, interruption)
         except InterruptedRunError as message:
             print(message, file=sys.stderr)
+            # Where a process of --jobs alone was asked to stop there is no status of a signal.
+            return interruption.status or 1
     return interruption.status
 
 
@@ -69,6 +74,7 @@ def _compare(
     from fedrevive_jax import campaign, comparison, report
 
     def run(configs):
+        report.prepare(out)  # before the first run, not after the last
         return campaign.run_all(
             configs,
             JOBS.value,
@@ -99,7 +105,8 @@ def _compare(
             choices = campaign.choices(grid, run([config for _, _, config in grid]))
             tuning = (
                 f"Rates chosen on the validation split by the mean accuracy over the last "
-                f"quarter of the simulated time: "
+                f"quarter of the simulated time, {TUNE_SERVER.value} for the server and "
+                f"{TUNE_CLIENT.value} for the clients: "
                 f"{len(grid)} runs of {grid[0][2].max_time:g} simulated time units, seeds "
                 f"{grid[0][2].seed} to {grid[-1][2].seed}. A star marks the edge of the grid: a "
                 "better value may lie beyond."

@@ -5,7 +5,9 @@ delays.
 """
 
 import concurrent.futures
+import concurrent.futures.process
 import dataclasses
+import math
 import multiprocessing
 import os
 import signal
@@ -16,9 +18,10 @@ from typing import Any
 
 from fedrevive_jax import client_cache, comparison, planning, record, runner
 from fedrevive_jax.comparison import Choice, Point, Run
-from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS, Config, ConfigError
+from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS, Config, ConfigError, UserError
 from fedrevive_jax.interruption import InterruptedRunError, Interruption
 from fedrevive_jax.presets import resolve
+from fedrevive_jax.restore import read_config
 
 # Marks a run that diverged or whose uploads were rejected, which would only end so again.
 FAILED = "failed.json"
@@ -28,6 +31,10 @@ TUNING_SEEDS = 1000
 LOOK_EVERY = 0.2
 
 Notify = Callable[[str], Any]
+
+
+class LostWorkerError(UserError):
+    """A process that ran a part of the comparison is gone."""
 
 
 def of_methods(
@@ -82,7 +89,11 @@ def of_ablation(
         )
     _refuse(given, field, "by --ablate")
     first = resolve(**given).seed
-    told = [getattr(resolve(**{**given, field: value}), field) for value in values.split(",")]
+    # Settled: auto may stand for another value of the list.
+    told = [
+        getattr(runner.settle(resolve(**{**given, field: value})), field)
+        for value in values.split(",")
+    ]
     if len(set(told)) < len(told):
         raise ConfigError(f"--ablate={ablate}: must not hold a value twice")
     configs = []
@@ -144,12 +155,19 @@ def grid_runs(
 
 def choices(grid: Sequence[tuple[str, Point, Config]], runs: Sequence[Run]) -> dict[str, Choice]:
     """What tuning chose for each method, from the runs of its grid in the same order."""
-    scores: dict[str, dict[Point, list[float]]] = {}
-    horizon = comparison.common_end(runs)
+    by_method: dict[str, list[tuple[Point, Run]]] = {}
     for (method, point, _), run in zip(grid, runs, strict=True):
-        score = comparison.last_quarter(run.evaluations, horizon) if run.summary else float("-inf")
-        scores.setdefault(method, {}).setdefault(point, []).append(score)
-    return {method: comparison.choose(own) for method, own in scores.items()}
+        by_method.setdefault(method, []).append((point, run))
+    chosen = {}
+    for method, own in by_method.items():
+        # Each method's own end, so that no choice depends on what else is compared.
+        end = comparison.common_end(run for _, run in own)
+        scores: dict[Point, list[float]] = {}
+        for point, run in own:
+            score = comparison.last_quarter(run.evaluations, end) if run.summary else -math.inf
+            scores.setdefault(point, []).append(score)
+        chosen[method] = comparison.choose(method, scores)
+    return chosen
 
 
 def run_all(
@@ -220,7 +238,13 @@ def _run_side_by_side(
                 )
                 for future in done:
                     config = waiting.pop(future)
-                    future.result()
+                    try:
+                        future.result()
+                    except concurrent.futures.process.BrokenProcessPool:
+                        raise LostWorkerError(
+                            "a process of --jobs has died, killed or out of memory; the same "
+                            "command continues"
+                        ) from None
                     notify(_line(config))
                 if waiting and interruption is not None and interruption.requested:
                     raise InterruptedRunError(
@@ -279,7 +303,16 @@ def _check_caches(configs: Sequence[Config]) -> None:
 
 
 def _is_done(config: Config) -> bool:
-    return runner.is_finished(config) or (config.run_dir / FAILED).exists()
+    done = runner.is_finished(config) or (config.run_dir / FAILED).exists()
+    if done and config.dataset in comparison.FOLDERS:
+        # The place of other data is no part of what is computed; here it says which data they are.
+        places = (read_config(config.run_dir).data_dir, config.data_dir)
+        if Path(places[0]).absolute() != Path(places[1]).absolute():
+            raise ConfigError(
+                f"--data_dir={places[1]}: {config.run_dir} holds a run on {places[0]}; give "
+                "another --out, or --overwrite"
+            )
+    return done
 
 
 def _line(config: Config) -> str:

@@ -22,6 +22,7 @@ from fedrevive_jax.restore import read_config
 RECENT = 10  # evaluations whose mean is "last ten": a single one is noisy under asynchrony
 RESAMPLES = 10_000  # of the bootstrap
 COVERAGE = 0.95  # of its interval
+NEEDED = {"simulated_time", "device"}  # of a summary; other figures may be missing
 # What a seed means: where these differ, the same seed is another population, delays or test split,
 # and a difference seed by seed would not cancel them.
 WORLD_FIELDS = (
@@ -29,6 +30,10 @@ WORLD_FIELDS = (
     "delays", "delay_mean", "delay_spread", "delay_download", "delay_upload", "delay_trace",
     "fault_rate", "fault_kinds", "max_time", "concurrency",
 )  # fmt: skip
+
+
+# Data sets whose place says which data they are.
+FOLDERS = ("image_folder", "text_folder")
 
 
 class Run(NamedTuple):
@@ -58,9 +63,15 @@ def read_run(folder: Path, failed: bool = False) -> Run:
     """
     config = read_config(folder)
     summary = None if failed else record.read_json(folder / record.SUMMARY)
+    evaluations = read_evaluations(folder)
+    if not failed and not (isinstance(summary, dict) and summary.keys() >= NEEDED and evaluations):
+        raise ConfigError(
+            f"--workdir={folder}: {record.SUMMARY} or {record.METRICS} is damaged or of another "
+            "version of fedrevive_jax"
+        )
     arrivals = record.read_rows(folder / record.ARRIVALS)
     staleness = np.asarray([row["staleness"] for row in arrivals], np.int64)
-    return Run(config, read_evaluations(folder), summary, staleness, folder)
+    return Run(config, evaluations, summary, staleness, folder)
 
 
 def grouped(runs: Iterable[Run]) -> dict[str, list[Run]]:
@@ -76,21 +87,28 @@ def grouped(runs: Iterable[Run]) -> dict[str, list[Run]]:
     for run in runs:
         by_method.setdefault(run.config.method, []).append(run)
     groups: dict[str, list[Run]] = {}
-    for method, own in by_method.items():
-        settings = [run.config.as_dict() for run in own]
-        ignored = {"seed", *LOCATION_FIELDS, *DEVICE_FIELDS}
-        names = [n for n in settings[0] if n not in ignored and len({s[n] for s in settings}) > 1]
+    ignored = {"seed", *LOCATION_FIELDS, *DEVICE_FIELDS}
+    for own in by_method.values():
+        settings = [
+            {name: value for name, value in run.config.as_dict().items() if name not in ignored}
+            for run in own
+        ]
         for run, values in zip(own, settings, strict=True):
-            label = " ".join([method, *(f"{name}={values[name]}" for name in names)])
-            groups.setdefault(label, []).append(run)
-    for label, own in groups.items():
+            groups.setdefault(label_of(values, settings), []).append(run)
+    for name, own in groups.items():
         own.sort(key=lambda run: run.config.seed)
         for one, other in itertools.pairwise(own):
             if one.config.seed == other.config.seed:
                 raise ConfigError(
-                    f"{one.folder} and {other.folder}: are both {label}, seed {one.config.seed}"
+                    f"{one.folder} and {other.folder}: are both {name}, seed {one.config.seed}"
                 )
     return groups
+
+
+def label_of(settings: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
+    """The method of some settings, and the fields in which others of the same method differ."""
+    names = [name for name in settings if len({other[name] for other in others}) > 1]
+    return " ".join([settings["method"], *(f"{name}={settings[name]}" for name in names)])
 
 
 # --- figures of one run ---------------------------------------------------------------------------
@@ -131,8 +149,10 @@ def _mean_over(evaluations: Sequence[Mapping[str, Any]], start: float, end: floa
 
 
 def common_end(runs: Iterable[Run]) -> float:
-    """The simulated time that all runs cover that did not fail; 0 where all did."""
-    return min((run.evaluations[-1]["time"] for run in runs if run.summary), default=0.0)
+    """The simulated time that all runs cover that did not fail, to the last arrival of the
+    shortest; 0 where all failed. The last evaluation may be far from it: FedAvg makes one with a
+    whole round only."""
+    return min((run.summary["simulated_time"] for run in runs if run.summary), default=0.0)
 
 
 def figures(run: Run, targets: Sequence[float] = (), horizon: float | None = None) -> dict:
@@ -188,11 +208,12 @@ def spread(values: Iterable[float]) -> Spread:
 
 
 class Difference(NamedTuple):
-    """Mean of paired differences with its bootstrap interval."""
+    """Mean of paired differences with its bootstrap interval, and the number of pairs."""
 
     mean: float
     low: float
     high: float
+    count: int
 
 
 def paired_difference(
@@ -213,17 +234,19 @@ def paired_difference(
     """
     pairs = [ours[s] - theirs[s] for s in sorted(ours.keys() & theirs.keys())]
     differences = np.asarray([d for d in pairs if math.isfinite(d)])
-    if len(differences) < 2:
-        return Difference(*differences[:1], math.nan, math.nan) if len(differences) else _UNKNOWN
+    if len(differences) == 0:
+        return _UNKNOWN
+    if len(differences) == 1:
+        return Difference(float(differences[0]), math.nan, math.nan, 1)
     generator = np.random.default_rng(seed)
     drawn = generator.integers(len(differences), size=(RESAMPLES, len(differences)))
     means = differences[drawn].mean(axis=1)
     tail = (1 - COVERAGE) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
-    return Difference(float(differences.mean()), float(low), float(high))
+    return Difference(float(differences.mean()), float(low), float(high), len(differences))
 
 
-_UNKNOWN = Difference(math.nan, math.nan, math.nan)
+_UNKNOWN = Difference(math.nan, math.nan, math.nan, 0)
 
 
 class Row(NamedTuple):
@@ -248,7 +271,9 @@ class Row(NamedTuple):
 
 def _world(run: Run) -> tuple[Any, ...]:
     """What its seed means."""
-    return tuple(getattr(run.config, name) for name in WORLD_FIELDS)
+    config = run.config
+    folder = Path(config.data_dir).absolute() if config.dataset in FOLDERS else None
+    return *(getattr(config, name) for name in WORLD_FIELDS), folder
 
 
 def horizons(runs: Iterable[Run]) -> dict[tuple[Any, ...], float]:
@@ -306,7 +331,7 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
         for name in columns:
             line.append(_shown_spread(name, row))
             if name in SHOWN_DIFFERENCES and len(rows) > 1:
-                difference = _shown_difference(row.differences.get(name))
+                difference = _shown_difference(row.differences.get(name), row.seeds)
                 line.append(difference if row.paired else "not paired")
         lines.append(line)
     return lines
@@ -325,12 +350,13 @@ def _shown_spread(name: str, row: Row) -> str:
     return text
 
 
-def _shown_difference(value: Difference | None) -> str:
-    if value is None or not math.isfinite(value.mean):
+def _shown_difference(value: Difference | None, seeds: int) -> str:
+    if value is None or not value.count:
         return "–"
     # Rounded first: there is no use in a sign before 0.000.
-    mean, low, high = (f"{round(number, 3) + 0.0:+.3f}" for number in value)
-    return f"{mean} [{low}, {high}]" if math.isfinite(value.low) else mean
+    mean, low, high = (f"{round(number, 3) + 0.0:+.3f}" for number in value[:3])
+    text = f"{mean} [{low}, {high}]" if math.isfinite(value.low) else mean
+    return text + (f" ({value.count} of {seeds})" if value.count < seeds else "")
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
@@ -341,9 +367,10 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """All figures, empty where not known; `difference`, `low` and `high` are to the first line."""
+    """All figures, empty where not known; `difference`, its `low` and `high` and the number of
+    `pairs` behind it are to the first line."""
     names = list(rows[0].spreads)
-    parts = ("mean", "std", "count", "difference", "low", "high")
+    parts = ("mean", "std", "count", "difference", "low", "high", "pairs")
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["label", "seeds", "failed", *(f"{n} {p}" for n in names for p in parts)])
@@ -411,7 +438,7 @@ class Choice(NamedTuple):
     edges: tuple[str, ...]
 
 
-def choose(scores: Mapping[Point, Sequence[float]]) -> Choice:
+def choose(method: str, scores: Mapping[Point, Sequence[float]]) -> Choice:
     """The point of the highest mean score; of equals the one with the smallest rates.
 
     A score that is not finite, of a run that failed, rules its point out.
@@ -425,7 +452,9 @@ def choose(scores: Mapping[Point, Sequence[float]]) -> Choice:
     }
     best = max(sorted(means, key=lambda p: p.place), key=means.get)
     if means[best] == -math.inf:
-        raise ConfigError("--tune: a run of every point of the grid failed; give smaller rates")
+        raise ConfigError(
+            f"--tune: a run of every point of the grid of {method} failed; give smaller rates"
+        )
     edges = []
     for axis, name in enumerate(("server_lr", "client_lr")):
         places = {point.place[axis] for point in means}

@@ -30,7 +30,8 @@ def curves(path: Path, title: str, evaluations: list[dict[str, Any]], staleness:
         axes.grid(alpha=0.3)
     if staleness:
         top = max(staleness)
-        bins = np.arange(-0.5, top + 1.5, max(1, (top + 1) // 40))
+        step = max(1, (top + 1) // 40)
+        bins = np.arange(-0.5, top + 0.5 + step, step)  # the last one holds the top
         histogram.hist(staleness, bins=bins, color="tab:orange")
         mean = float(np.mean(staleness))
         histogram.axvline(mean, color="black", linestyle="--", linewidth=1)
@@ -130,16 +131,16 @@ def sweep(
 
 
 def by_staleness(path: Path, title: str, lines: dict[str, list[tuple[float, Any]]]) -> None:
-    """Accuracy against mean staleness, a line per method and bars of one deviation.
+    """Accuracy against mean staleness, a line per label and bars of one deviation.
 
     Args:
       path: where to write it.
       title: above the picture.
-      lines: by method, mean staleness and `comparison.Spread` of the accuracy, in ascending order.
+      lines: by label, mean staleness and `comparison.Spread` of the accuracy, in ascending order.
     """
     figure = _figure(figsize=(8, 4.4))
     axes = figure.subplots()
-    for position, (method, points) in enumerate(lines.items()):
+    for position, (label, points) in enumerate(lines.items()):
         bars = [0.0 if np.isnan(spread.deviation) else spread.deviation for _, spread in points]
         axes.errorbar(
             [staleness for staleness, _ in points],
@@ -149,7 +150,7 @@ def by_staleness(path: Path, title: str, lines: dict[str, list[tuple[float, Any]
             markersize=4,
             capsize=3,
             linewidth=1.5,
-            label=method,
+            label=label,
             **_style(position),
         )
     axes.set_xscale("symlog", linthresh=1)

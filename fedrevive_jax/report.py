@@ -11,7 +11,7 @@ import numpy as np
 
 from fedrevive_jax import comparison, plots, record
 from fedrevive_jax.comparison import Choice, Run, Spread
-from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS
+from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS, ConfigError
 
 NOTES = (
     "Figures are mean ± standard deviation over seeds, on the split that is named above.",
@@ -22,12 +22,13 @@ NOTES = (
     "time to a: simulated time of the first evaluation at accuracy a or above; in brackets how "
     "many seeds got there, if not all, and then the mean is over those.",
     "final − X, last ten − X, last quarter − X: mean of the differences to X, the first line, seed "
-    "by seed, and the 95% bootstrap interval of that mean. It speaks of the seeds that were run. "
+    "by seed, and the 95% bootstrap interval of that mean; in brackets how many seeds have a "
+    "partner there, if not all. It speaks of the seeds that were run. "
     "With two or three it is only the smallest and the largest difference; with fewer than six it "
     "is too narrow for 95%: even from the smallest to the largest of n differences their median is "
     "covered in 1 − 2^(1 − n) of cases, 75% of them for three.",
-    "not paired: these runs are not in the world of the first line (data, population, delays, "
-    "faults, simulated time), so that the same seed does not mean the same.",
+    "not paired: these runs are not in the world of the first line (data, split, population, "
+    "concurrency, delays, faults, simulated time), so that the same seed does not mean the same.",
     "server ms: milliseconds of a server step, a sample of the arrivals; seconds: wall time with "
     "compilation. Both depend on what else the machine did.",
     "failed: training diverged, or more uploads than --reject_limit allows were rejected; the "
@@ -73,8 +74,25 @@ class Study(NamedTuple):
     swept: str = ""
 
 
+def prepare(out: Path) -> None:
+    """Makes the folder of a comparison where there is none.
+
+    Raises:
+      ConfigError: it cannot be made.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out={out}: cannot be made ({error.strerror})") from None
+
+
 def write(out: Path, study: Study) -> str:
-    """Writes every file of a comparison into a folder and returns its table as Markdown."""
+    """Writes every file of a comparison into a folder and returns its table as Markdown.
+
+    Raises:
+      ConfigError: the folder cannot be made.
+    """
+    prepare(out)
     rows = comparison.table(study.groups, study.targets)
     lines = comparison.cells(rows)
     pictures = _pictures(out, study, rows)
@@ -96,7 +114,10 @@ def write(out: Path, study: Study) -> str:
 
 
 def _pictures(out: Path, study: Study, rows) -> list[tuple[Path, str]]:
-    """Draws the pictures; returns their files and captions."""
+    """Draws the pictures; returns their files and captions. Those of an earlier comparison in the
+    same folder that do not belong to this one are removed."""
+    for name in ("by_staleness.png", "ablation.png"):
+        (out / name).unlink(missing_ok=True)
     whole = {
         label: [run.evaluations for run in own if run.summary]
         for label, own in study.groups.items()
@@ -140,17 +161,33 @@ def _pictures(out: Path, study: Study, rows) -> list[tuple[Path, str]]:
     return found
 
 
+# What goes with the concurrency when the number of arrivals stays.
+WITH_CONCURRENCY = ("concurrency", "max_time", "max_versions", "eval_every", "checkpoint_every")
+# FedAvg waits for all.
+OF_A_ROUND = ("buffer_size", "open_slots")
+
+
 def staleness_lines(study: Study, rows) -> dict[str, list[tuple[float, Spread]]]:
-    """Mean staleness and accuracy of the groups of each method, if one comes at several."""
+    """Mean staleness and accuracy of groups that differ in concurrency alone, by their label;
+    empty where there are no such groups."""
+
+    def settings(config):
+        free = {"seed", *WITH_CONCURRENCY, *LOCATION_FIELDS, *DEVICE_FIELDS}
+        free |= set(OF_A_ROUND) if config.method == "fedavg" else set()
+        return {name: value for name, value in config.as_dict().items() if name not in free}
+
+    kept = [settings(own[0].config) for own in study.groups.values()]
     lines: dict[str, list[tuple[float, Spread]]] = {}
-    for own, row in zip(study.groups.values(), rows, strict=True):
+    concurrencies: dict[str, set[int]] = {}
+    for own, config, row in zip(study.groups.values(), kept, rows, strict=True):
+        label = comparison.label_of(config, [c for c in kept if c["method"] == config["method"]])
         staleness, accuracy = row.spreads["staleness"], row.spreads["last quarter"]
         if accuracy.count:
-            lines.setdefault(own[0].config.method, []).append((staleness.mean, accuracy))
-    concurrencies = {run.config.concurrency for own in study.groups.values() for run in own}
-    return (
-        {method: sorted(line) for method, line in lines.items()} if len(concurrencies) > 1 else {}
-    )
+            lines.setdefault(label, []).append((staleness.mean, accuracy))
+            concurrencies.setdefault(label, set()).add(own[0].config.concurrency)
+    if all(len(values) == 1 for values in concurrencies.values()):
+        return {}
+    return {label: sorted(line) for label, line in lines.items()}
 
 
 def _page(study: Study, lines, pictures) -> str:
@@ -158,8 +195,9 @@ def _page(study: Study, lines, pictures) -> str:
     first = next(iter(study.groups.values()))[0]
     devices = {run.summary["device"] for own in study.groups.values() for run in own if run.summary}
     seeds = sorted({run.config.seed for own in study.groups.values() for run in own})
+    splits = sorted({run.config.eval_split for own in study.groups.values() for run in own})
     facts = (
-        f"Data set {first.config.dataset}, {first.config.eval_split} split; seeds "
+        f"Data set {first.config.dataset}, {' and '.join(splits)} split; seeds "
         f"{', '.join(map(str, seeds))}; device {', '.join(sorted(devices)) or 'unknown'}."
     )
     parts = [

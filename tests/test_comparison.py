@@ -6,6 +6,7 @@ import html.parser
 import io
 import json
 import math
+import os
 import re
 import signal
 from pathlib import Path
@@ -34,9 +35,11 @@ def recorded(
     pairs=((0.0, 0.1), (2.0, 0.5)),
     diverged=False,
     staleness=1.5,
+    end=None,
     **fields,
 ):
     summary = {
+        "simulated_time": pairs[-1][0] if end is None else end,
         "versions": 7, "staleness_mean": staleness, "server_seconds_per_arrival": 0.002,
         "bytes_sent": 3_000_000, "wall_seconds": 4.0, "device": "cpu",
     }  # fmt: skip
@@ -70,7 +73,11 @@ def test_figures_by_hand():
     # The same curve, evaluated seldom, and one that ends early and stays there.
     assert comparison.last_quarter(many[::29], 29.0) == pytest.approx((21.75 + 29) / 200)
     assert comparison.last_quarter(many, 40.0) == 0.29
-    assert comparison.common_end([run, recorded(), recorded(diverged=True)]) == 2.0
+    early = recorded(pairs=((0.0, 0.1), (1.0, 0.2)), diverged=True)
+    assert comparison.common_end([run, recorded(), early]) == 2.0
+    assert comparison.common_end([early]) == 0.0
+    # A round that never ends: evaluated at the start alone, but it lasted.
+    assert comparison.common_end([run, recorded("fedavg", pairs=((0.0, 0.1),), end=2.5)]) == 2.5
     assert comparison.last_mean(many) == pytest.approx(0.245)
     lost = comparison.figures(recorded(diverged=True), (0.5,))
     assert lost.keys() == {*told, "time to 0.5"} - {"time to 0.3", "time to 0.6"}
@@ -87,19 +94,20 @@ def test_paired_difference_by_hand():
     """Of two pairs a resample is the lower twice in a quarter of all cases: the bounds are they."""
     ours, theirs = {1: 0.5, 2: 0.9, 3: 0.1}, {1: 0.4, 2: 0.5, 4: 0.7}
     difference = comparison.paired_difference(ours, theirs)
-    assert difference == pytest.approx((0.25, 0.1, 0.4))
+    assert difference == pytest.approx((0.25, 0.1, 0.4, 2))
     # Of three all are the lowest in 1/27 of all cases, above 2.5%; of four in 1/256.
     zeros = dict.fromkeys(range(4), 0.0)
     three = comparison.paired_difference({0: 0.1, 1: 0.2, 2: 0.6}, zeros)
-    assert three == pytest.approx((0.3, 0.1, 0.6))
+    assert three == pytest.approx((0.3, 0.1, 0.6, 3))
     four = comparison.paired_difference({0: 0.1, 1: 0.2, 2: 0.6, 3: 0.3}, zeros)
     assert 0.1 < four.low < four.high < 0.6
     assert comparison.paired_difference(ours, theirs) == difference  # nothing is left to chance
     same = comparison.paired_difference({1: 0.6, 2: 0.9}, {1: 0.5, 2: 0.8})
-    assert same == pytest.approx((0.1, 0.1, 0.1))
+    assert same == pytest.approx((0.1, 0.1, 0.1, 2))
     one = comparison.paired_difference({1: 0.6, 2: math.nan}, {1: 0.5, 2: 0.8})
     assert one.mean == pytest.approx(0.1)
     assert math.isnan(one.low)
+    assert one.count == 1
     assert math.isnan(comparison.paired_difference({1: 0.6}, {2: 0.5}).mean)
 
 
@@ -148,7 +156,7 @@ def test_the_table():
     table = {name: (x, y) for name, x, y in zip(header, a, b, strict=True)}
     assert table["seeds"] == ("2", "2, 1 failed")
     assert table["final"] == ("0.550 ± 0.071", "0.900 (1 of 2)")
-    assert table["final − a"] == ("–", "+0.400")
+    assert table["final − a"] == ("–", "+0.400 (1 of 2)")
     assert table["time to 0.55"] == ("2.0 (1 of 2)", "4.0 (1 of 2)")
     assert table["time to 0.95"] == ("never", "never")
     # The area ends where the shortest run ends, at 2: b is at 0.5 there.
@@ -193,27 +201,77 @@ def test_a_shorter_world_does_not_cut_the_others():
     assert not b.paired
 
 
-def test_accuracy_by_staleness(tmp_path):
-    """A picture where a method comes at several concurrencies, and only there."""
-
-    def groups(*concurrencies):
-        return comparison.grouped(
-            recorded(method, 0, concurrency=k, staleness=k - 1.0)
-            for method in ("fedbuff", "afl_dw")
-            for k in concurrencies
-        )
-
-    report.write(tmp_path, report.Study("one", "", groups(5)))
-    assert not (tmp_path / "by_staleness.png").exists()
-    several = report.Study("several", "", groups(20, 5))
-    lines = report.staleness_lines(several, comparison.table(several.groups))
-    assert {m: [(x, y.mean) for x, y in line] for m, line in lines.items()} == {
-        "fedbuff": [(4.0, pytest.approx(0.45)), (19.0, pytest.approx(0.45))],
-        "afl_dw": [(4.0, pytest.approx(0.45)), (19.0, pytest.approx(0.45))],
+def test_a_difference_says_how_many_pairs_it_is_of():
+    """Seeds 0 and 1 against 1, 2 and 3: one pair of three seeds."""
+    groups = {
+        "a": [recorded(seed=s) for s in (0, 1)],
+        "b": [recorded("afl_dw", s, ((0.0, 0.1), (2.0, 0.9))) for s in (1, 2, 3)],
     }
-    report.write(tmp_path, several)
-    assert (tmp_path / "by_staleness.png").exists()
-    assert "by_staleness" in (tmp_path / "report.html").read_text()
+    rows = comparison.table(groups)
+    header, _, b = comparison.cells(rows)
+    assert b[header.index("final − a")] == "+0.400 (1 of 3)"
+    parsed = list(csv.DictReader(io.StringIO(comparison.as_csv(rows))))
+    assert parsed[1]["final pairs"] == "1"
+
+
+@pytest.mark.parametrize("name", comparison.WORLD_FIELDS)
+def test_what_makes_another_world(name):
+    default = resolve("digits", "fedbuff")
+    given = getattr(default, name)
+    # Past the limits of a configuration: only whether they are equal matters.
+    other = dataclasses.replace(default)
+    object.__setattr__(other, name, f"not {given}")
+    groups = {"a": [recorded()], "b": [recorded()._replace(config=other)]}
+    assert not comparison.table(groups)[1].paired
+
+
+def test_other_folders_are_other_data():
+    here, there = (recorded(data_dir=place) for place in ("/a", "/b"))
+    assert comparison.table({"a": [here], "b": [there]})[1].paired  # digits that moved
+    here, there = (
+        run._replace(config=resolve("image_folder", "fedbuff", data_dir=run.config.data_dir))
+        for run in (here, there)
+    )
+    assert not comparison.table({"a": [here], "b": [there]})[1].paired
+
+
+def test_accuracy_by_staleness(tmp_path):
+    """A line for what differs in concurrency alone, and only where a method comes at several."""
+
+    def runs(*concurrencies, **fields):
+        return [
+            recorded("afl_dw", concurrency=k, max_time=200 / k, staleness=k - 1.0, **fields)
+            for k in concurrencies
+        ]
+
+    def groups(*runs):
+        other = [recorded("fedbuff", concurrency=7, staleness=6.0), recorded("ace", diverged=True)]
+        return comparison.grouped([*runs, *other])
+
+    def lines(*runs):
+        study = report.Study("", "", groups(*runs))
+        return {
+            label: [(x, round(y.mean, 3)) for x, y in line]
+            for label, line in report.staleness_lines(study, comparison.table(study.groups)).items()
+        }
+
+    assert lines(*runs(5)) == {}  # two methods at different concurrencies are no line
+    assert lines(*runs(20, 5)) == {
+        "afl_dw": [(4.0, 0.45), (19.0, 0.45)], "fedbuff": [(6.0, 0.45)],
+    }  # fmt: skip
+    found = lines(*runs(20, 5), *runs(10, 5, server_lr=0.7))
+    assert {label: len(line) for label, line in found.items()} == {
+        "afl_dw server_lr=0.1": 2, "afl_dw server_lr=0.7": 2, "fedbuff": 1,
+    }  # fmt: skip
+    out = tmp_path / "new" / "folder"
+    report.write(out, report.Study("several", "", groups(*runs(20, 5))))
+    assert (out / "by_staleness.png").exists()
+    assert "by_staleness" in (out / "report.html").read_text()
+    report.write(out, report.Study("one", "", groups(*runs(5))))
+    assert not (out / "by_staleness.png").exists()  # of an earlier comparison
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--out=.*file: cannot be made"):
+        report.write(tmp_path / "file", report.Study("one", "", groups(*runs(5))))
 
 
 # --- the choice of rates --------------------------------------------------------------------------
@@ -235,15 +293,62 @@ def test_the_grid():
 def test_the_choice():
     points = [Point(s, 0.1, (i, 0)) for i, s in enumerate((0.1, 0.3, 1.0))]
     scores = dict(zip(points, ([0.5, 0.6], [0.9, 0.8], [0.99, -math.inf]), strict=True))
-    choice = comparison.choose(scores)
+    choice = comparison.choose("fedbuff", scores)
     assert choice.point == points[1]
     assert choice.edges == ()  # a single client rate was not searched: no edge
-    edge = comparison.choose({points[0]: [0.5], points[1]: [0.5], points[2]: [0.4]})
+    edge = comparison.choose("fedbuff", {points[0]: [0.5], points[1]: [0.5], points[2]: [0.4]})
     assert (edge.point, edge.edges) == (points[0], ("server_lr",))
     shown = comparison.tuning_cells({"fedbuff": edge})
     assert shown[1] == ["fedbuff", "0.1*", "0.1", "0.500", "3"]
-    with pytest.raises(ConfigError, match="every point of the grid failed"):
-        comparison.choose({points[0]: [math.nan]})
+    with pytest.raises(ConfigError, match="every point of the grid of fedbuff failed"):
+        comparison.choose("fedbuff", {points[0]: [math.nan]})
+
+
+def test_a_choice_depends_on_no_other_method():
+    """afl_dw ends at 1, before fedbuff's good rate gains anything; its second rate fails early."""
+    slow, good = ((0.0, 0.1), (1.0, 0.2), (4.0, 0.3)), ((0.0, 0.1), (1.0, 0.1), (4.0, 0.9))
+    short, early = ((0.0, 0.1), (1.0, 0.5)), ((0.0, 0.1), (0.1, 0.9))
+    runs = [
+        recorded("fedbuff", pairs=slow), recorded("fedbuff", pairs=good),
+        recorded("afl_dw", pairs=short), recorded("afl_dw", pairs=early, diverged=True),
+    ]  # fmt: skip
+    points = [Point(s, 0.1, (i, 0)) for i, s in enumerate((0.1, 0.3))]
+    grid = [(run.config.method, points[i % 2], run.config) for i, run in enumerate(runs)]
+    chosen = campaign.choices(grid, runs)
+    assert {name: choice.point.server_lr for name, choice in chosen.items()} == {
+        "fedbuff": 0.3, "afl_dw": 0.1,
+    }  # fmt: skip
+    # From 3 to 4: (0.1 + 2/3 * 0.8 + 0.9)/2.
+    assert chosen["fedbuff"].scores[points[1]] == pytest.approx((0.1 + 1.6 / 3 + 0.9) / 2)
+    assert chosen["afl_dw"].scores[points[1]] == -math.inf
+    assert campaign.choices(grid[:2], runs[:2])["fedbuff"] == chosen["fedbuff"]
+
+
+def test_finished_runs_on_other_folders_are_not_taken(tmp_path):
+    fields = {"data_dir": str(tmp_path / "a"), "workdir": str(tmp_path / "run")}
+    config = resolve("image_folder", "fedbuff", **fields)
+    config.run_dir.mkdir()
+    settled = campaign.runner.settle(config)
+    (config.run_dir / "config.json").write_text(json.dumps(settled.as_dict()))
+    (config.run_dir / "summary.json").write_text("{}")
+    assert campaign._is_done(config)
+    with pytest.raises(ConfigError, match=r"--data_dir=.*b: .*run holds a run on .*a; give anothe"):
+        campaign._is_done(dataclasses.replace(config, data_dir=str(tmp_path / "b")))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("summary.json", "[]"), ("summary.json", "{}"), ("metrics.jsonl", None)],
+)
+def test_damaged_folders_are_named(tmp_path, name, content):
+    config = campaign.runner.settle(resolve("digits", "fedbuff"))
+    (tmp_path / "config.json").write_text(json.dumps(config.as_dict()))
+    (tmp_path / "summary.json").write_text('{"simulated_time": 1.0, "device": "cpu"}')
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "evaluation", "time": 0.0}\n')
+    assert comparison.read_run(tmp_path).summary["device"] == "cpu"
+    (tmp_path / name).unlink() if content is None else (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=r"summary\.json or metrics\.jsonl is damaged"):
+        comparison.read_run(tmp_path)
 
 
 def test_configurations_are_paired_and_tuning_is_kept_apart(tmp_path):
@@ -282,8 +387,9 @@ def test_ablations(tmp_path):
     for name in ("none", "preset_scale", "cache_dir", "mesh", "version_memory"):
         with pytest.raises(ConfigError, match=f"{name} must be a setting of the run"):
             campaign.of_ablation({}, f"{name}=1,2", 1, tmp_path)
-    with pytest.raises(ConfigError, match=r"alpha=0\.1,0\.5,0\.10: must not hold a value twice"):
-        campaign.of_ablation({}, "alpha=0.1,0.5,0.10", 1, tmp_path)
+    for text in ("alpha=0.1,0.5,0.10", "precision=auto,float32"):  # on a CPU
+        with pytest.raises(ConfigError, match=re.escape(f"{text}: must not hold a value twice")):
+            campaign.of_ablation({}, text, 1, tmp_path)
 
 
 def test_a_memory_that_cannot_fit_is_refused_before_the_first_run(tmp_path, monkeypatch):
@@ -314,6 +420,18 @@ def test_a_run_that_rejects_too_much_is_marked(tmp_path, monkeypatch):
     ends(ConfigError("else"))
     with pytest.raises(ConfigError, match="else"):
         campaign._run(config, overwrite=False)
+
+
+def die(config, overwrite):
+    """In place of a run, in a process of its own: what the kernel does when memory is out."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_lost_process_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(campaign, "_run_in_worker", die)
+    configs = campaign.of_methods({"dataset": "digits"}, ["fedbuff"], 1, tmp_path)
+    with pytest.raises(campaign.LostWorkerError, match="has died, killed or out of memory"):
+        campaign.run_all(configs, jobs=2)
 
 
 # --- whole comparisons ----------------------------------------------------------------------------
@@ -415,7 +533,10 @@ def test_an_ablation_continues_what_was_interrupted(tmp_path):
     (one,) = campaign.run_all(configs[:1], notify=lines.append)
     assert lines == [f"fedbuff_buffer_size=1_seed5: accuracy {one.evaluations[-1]['accuracy']:.4f}"]
     (one.folder / "summary.json").unlink()  # as if it had been killed just before its end
+    kept = {path: path.stat().st_mtime_ns for path in one.folder.glob("checkpoints/*/*")}
     runs = campaign.run_all(configs, notify=lines.append)
+    assert kept  # and not computed again:
+    assert kept == {path: path.stat().st_mtime_ns for path in one.folder.glob("checkpoints/*/*")}
     assert len(lines) == 3
     groups = comparison.grouped(runs)
     assert list(groups) == ["fedbuff buffer_size=1", "fedbuff buffer_size=2"]
@@ -444,6 +565,7 @@ def test_an_ablation_continues_what_was_interrupted(tmp_path):
         (["--tune", "--server_lr=1"], "--server_lr=1: is chosen by --tune here"),
         (["--workdirs=none*"], "--workdirs=none*: there is no none*"),
         (["--ablate=alpha"], "--ablate=alpha: must be FIELD=v1,v2"),
+        (["--out=/dev/null/x"], "--out=/dev/null/x: cannot be made"),
     ],
 )
 def test_bad_input(tmp_path, arguments, message):
