@@ -2,8 +2,8 @@
 
 Random data of the preset's shapes, a warm-up, medians of several calls whose results are waited
 for. --peer=torch runs the same work, stage by stage, in eager PyTorch in the same process.
---convolutions measures the ways to compute the model's convolutions instead. Any flag of
-experiments.main changes what is measured.
+--convolutions measures the ways to compute the model's convolutions instead. Other settings of a
+run change what is measured, but for data set, method and folder.
 """
 
 import json

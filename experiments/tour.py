@@ -1,8 +1,8 @@
 """Walks through a run, piece by piece: python -m experiments.tour [--out=DIR].
 
 From the data over the plan and one window of local training to server steps and images made without
-data; prints shapes and writes pictures. Any flag of `experiments.main` is taken; without flags it
-is FedRevive on the bundled digits, short, done in a minute or two.
+data; prints shapes and writes pictures. Any setting of a run with FedRevive on images is taken;
+without flags it is the bundled digits, short, done in a minute or two.
 """
 
 from pathlib import Path
@@ -32,6 +32,8 @@ def main() -> None:
     config = resolve(**given)
     if config.method != "fedrevive":
         raise ConfigError(f"--method={config.method}: the tour walks through fedrevive")
+    if config.model == "t5":
+        raise ConfigError(f"--dataset={config.dataset}: the tour shows images, not texts")
     walk(config, Path(OUT.value))
 
 
