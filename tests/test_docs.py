@@ -109,5 +109,5 @@ def test_the_tour(tmp_path):
     assert re.search(r"pool: \d+ of 32 images", result.stdout)
     texts = call("--dataset=newsgroups", f"--out={tmp_path / 'texts'}", program="tour")
     assert texts.returncode == 1
-    assert texts.stderr == "--dataset=newsgroups: the tour shows images, not texts\n"
+    assert texts.stderr == "error: --dataset=newsgroups: the tour shows images, not texts\n"
     assert not (tmp_path / "texts").exists()
