@@ -227,7 +227,7 @@ BY_PAIR: dict[tuple[str, str], dict[str, Any]] = {
     ("digits", "afl_dw"): {"server_lr": 0.1},
     ("custom", "fedbuff"): {"server_lr": 0.05},
     ("custom", "dd_fedrevive"): {"server_lr": 0.2},
-    # FEMNIST's published rates. The README's table gives fedbuff and afl_dw others.
+    # FEMNIST's published rates.
     ("fashion_mnist", "fedbuff"): {"buffer_size": 1, "server_lr": 0.025},
     ("fashion_mnist", "dd_fedrevive"): {"server_lr": 0.1},
 }

@@ -257,23 +257,14 @@ def folded(
     pads = [(low, end) for (low, _), end in zip(padding, ends, strict=True)]
     padded = jnp.pad(inputs, ((0, 0), *pads, (0, 0)))
     blocks = _blocks_to_channels(padded)
-    moved = [
-        [
-            jnp.pad(
-                kernel,
-                (
-                    (i, 2 * down - kernel.shape[0] - i),
-                    (j, 2 * right - kernel.shape[1] - j),
-                    (0, 0),
-                    (0, 0),
-                ),
-            )
-            for j in range(2)
-        ]
-        for i in range(2)
-    ]
+    spare = (2 * down - kernel.shape[0], 2 * right - kernel.shape[1])
+
+    def moved(i, j):
+        return jnp.pad(kernel, ((i, spare[0] - i), (j, spare[1] - j), (0, 0), (0, 0)))
+
     # [2 down, 2 right, channels, 2, 2, features]
-    places = jnp.stack([jnp.stack(row, axis=3) for row in moved], axis=3)
+    by_row = [jnp.stack([moved(i, j) for j in range(2)], axis=3) for i in range(2)]
+    places = jnp.stack(by_row, axis=3)
     large = _blocks_to_channels(places.reshape(1, *places.shape[:2], -1))
     large = large.reshape(down, right, 4 * channels, 4 * features)
     products = _plain("patches", blocks, large, (1, 1), ((0, 0), (0, 0)))
