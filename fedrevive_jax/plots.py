@@ -29,10 +29,7 @@ def curves(path: Path, title: str, evaluations: list[dict[str, Any]], staleness:
         axes.set_ylim(0, 1)
         axes.grid(alpha=0.3)
     if staleness:
-        top = max(staleness)
-        step = max(1, (top + 1) // 40)
-        bins = np.arange(-0.5, top + 0.5 + step, step)  # the last one holds the top
-        histogram.hist(staleness, bins=bins, color="tab:orange")
+        histogram.hist(staleness, bins=staleness_bins(max(staleness)), color="tab:orange")
         mean = float(np.mean(staleness))
         histogram.axvline(mean, color="black", linestyle="--", linewidth=1)
         histogram.set_title(f"mean {mean:.1f}", fontsize=10)
@@ -40,6 +37,12 @@ def curves(path: Path, title: str, evaluations: list[dict[str, Any]], staleness:
     histogram.set_ylabel("arrivals")
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
+
+
+def staleness_bins(top: int) -> np.ndarray:
+    """Edges of a histogram of whole numbers from 0 to `top`, in bins of equally many, about 40."""
+    step = max(1, (top + 1) // 40)
+    return np.arange(-0.5, top + 0.5 + step, step)  # the last bin holds the top
 
 
 def comparison(path: Path, title: str, runs: dict[str, list[list[dict[str, Any]]]]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedrevive_jax import campaign, comparison, report
+from fedrevive_jax import campaign, comparison, plots, report
 from fedrevive_jax.comparison import Point, Run
 from fedrevive_jax.config import ConfigError
 from fedrevive_jax.presets import resolve
@@ -214,7 +214,14 @@ def test_a_difference_says_how_many_pairs_it_is_of():
     assert parsed[1]["final pairs"] == "1"
 
 
-@pytest.mark.parametrize("name", comparison.WORLD_FIELDS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dataset", "eval_split", "num_clients", "partition", "alpha", "samples_per_client",
+        "delays", "delay_mean", "delay_spread", "delay_download", "delay_upload", "delay_trace",
+        "fault_rate", "fault_kinds", "max_time", "concurrency",
+    ],
+)  # fmt: skip
 def test_what_makes_another_world(name):
     default = resolve("digits", "fedbuff")
     given = getattr(default, name)
@@ -233,6 +240,13 @@ def test_other_folders_are_other_data():
         for run in (here, there)
     )
     assert not comparison.table({"a": [here], "b": [there]})[1].paired
+
+
+@pytest.mark.parametrize("top", [0, 1, 39, 40, 100, 119, 1000])
+def test_a_histogram_of_staleness_holds_all(top):
+    counts, _ = np.histogram(np.arange(top + 1), plots.staleness_bins(top))
+    assert counts.sum() == top + 1
+    assert len(counts) <= 80
 
 
 def test_accuracy_by_staleness(tmp_path):
@@ -477,6 +491,21 @@ def test_a_signal_saves_the_runs_under_way(tmp_path, jobs):
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "table.md").exists()
     assert len(list(tmp_path.glob("*/summary.json"))) == 2
+
+
+def test_a_process_that_is_told_to_stop_alone(tmp_path):
+    """It saves, the comparison ends without a table, and not with status 0."""
+    arguments = flags(**TINY, methods="fedbuff,fedrevive", seeds=1, out=tmp_path, jobs=2)
+    with started(*arguments, "--grace=300", program="compare") as process:
+        assert re.match("fedbuff_seed0: accuracy", process.stdout.readline())
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for child in children:
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                os.kill(int(child), signal.SIGTERM)
+        _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1, errors
+    assert errors.startswith("interrupted: ")
+    assert not (tmp_path / "table.md").exists()
 
 
 def test_tuned_comparison_of_what_diverges_and_what_does_not(tmp_path):
