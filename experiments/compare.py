@@ -46,8 +46,11 @@ TUNE_TIME = flags.DEFINE_string(
     "tune_time", None, "simulated time of tuning runs. Default: max_time"
 )
 TUNE_SEEDS = flags.DEFINE_integer("tune_seeds", 1, "seeds at each point of the grid")
-ABLATE = flags.DEFINE_string(
-    "ablate", None, "FIELD=v1,v2,...: compare values of a field, for --method"
+ABLATE = flags.DEFINE_multi_string(
+    "ablate",
+    None,
+    "FIELD=v1,v2,...: compare values of a field, for --method; given more than once, each changes "
+    "one field of the same reference",
 )
 GRACE = config_flags.define_grace()
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "run again what is finished")
@@ -83,11 +86,11 @@ def _compare(
             interruption,
         )
 
-    choices, tuning, field = None, "", ""
+    choices, tuning, fields = None, "", ()
     if WORKDIRS.value is not None:
         runs = campaign.read_all(_folders(WORKDIRS.value))
     elif ABLATE.value is not None:
-        field, configs = campaign.of_ablation(given, ABLATE.value, SEEDS.value, out)
+        fields, configs = campaign.of_ablation(given, ABLATE.value, SEEDS.value, out)
         runs = run(configs)
     else:
         # All configurations are resolved before the first run, so that a wrong one is told at once.
@@ -118,7 +121,7 @@ def _compare(
     count = max(map(len, groups.values()))
     title = f"{', '.join(datasets)}, {'one seed' if count == 1 else f'{count} seeds'}"
     command = shlex.join(["python", "-m", "experiments.compare", *sys.argv[1:]])
-    study = report.Study(title, command, groups, targets, choices, tuning, field)
+    study = report.Study(title, command, groups, targets, choices, tuning, fields)
     print(report.write(out, study), end="")
 
 

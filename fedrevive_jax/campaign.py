@@ -71,38 +71,64 @@ def of_methods(
 
 
 def of_ablation(
-    given: dict[str, Any], ablate: str, seeds: int, out: Path
-) -> tuple[str, list[Config]]:
-    """The field of FIELD=v1,v2,... and a configuration for each of its values and seeds."""
+    given: dict[str, Any], ablations: Sequence[str], seeds: int, out: Path
+) -> tuple[list[str], list[Config]]:
+    """The ablated fields, and a configuration for each of their values and seeds.
+
+    Args:
+      given: what the user says of other fields, and of `preset_scale`.
+      ablations: texts FIELD=v1,v2,... Of one, all values are compared. Of several, each changes
+        one field of the same reference, which comes first and is what the user and the preset say.
+      seeds: how many, counted up from the given or the preset's.
+      out: folder for the runs' folders.
+    """
     _refuse(given, "workdir", "by --out")
-    field, _, values = ablate.partition("=")
-    if field in ("seed", "method", "workdir") or not values or len(set(values.split(","))) < 2:
+    together = len(ablations) > 1
+    swept: dict[str, list[str]] = {}
+    for ablation in ablations:
+        field, values = _ablated(ablation, at_least=1 if together else 2)
+        _refuse(given, field, "by --ablate")
+        if field in swept:
+            raise ConfigError(f"--ablate={ablation}: must not name a field twice")
+        swept[field] = values
+
+    def settled(field, **fields):  # auto may stand for another value of the list
+        return getattr(runner.settle(resolve(**{**given, **fields})), field)
+
+    reference = resolve(**given)
+    changes: dict[str, dict[str, str]] = {"": {}} if together else {}
+    for field, values in swept.items():
+        told = [settled(field, **{field: value}) for value in values]
+        if len(set(told)) < len(told):
+            raise ConfigError(f"--ablate={field}={','.join(values)}: must not hold a value twice")
+        for value, meant in zip(values, told, strict=True):
+            if not together or meant != settled(field):
+                changes[f"_{field}={value.replace('/', '_')}"] = {field: value}
+    configs = []
+    for word, change in changes.items():
+        for seed in range(reference.seed, reference.seed + seeds):
+            place = str(out / f"{reference.method}{word}_seed{seed}")
+            configs.append(resolve(**{**given, **change, "seed": seed, "workdir": place}))
+    return list(swept), configs
+
+
+def _ablated(text: str, at_least: int) -> tuple[str, list[str]]:
+    """The field and the values of FIELD=v1,v2,..."""
+    field, _, values = text.partition("=")
+    parts = values.split(",") if values else []
+    if field in ("seed", "method", "workdir") or len(set(parts)) < at_least:
+        count = "two or more values" if at_least > 1 else "values"
         raise ConfigError(
-            f"--ablate={ablate}: must be FIELD=v1,v2,... with two or more values of a field other "
-            "than method and seed"
+            f"--ablate={text}: must be FIELD=v1,v2,... with {count} of a field other than method "
+            "and seed"
         )
     known = {known.name for known in dataclasses.fields(Config)}
     if field not in known - {*LOCATION_FIELDS, *DEVICE_FIELDS}:
         raise ConfigError(
-            f"--ablate={ablate}: {field} must be a setting of the run, not a place, a device or "
+            f"--ablate={text}: {field} must be a setting of the run, not a place, a device or "
             "preset_scale; see --help"
         )
-    _refuse(given, field, "by --ablate")
-    first = resolve(**given).seed
-    # Settled: auto may stand for another value of the list.
-    told = [
-        getattr(runner.settle(resolve(**{**given, field: value})), field)
-        for value in values.split(",")
-    ]
-    if len(set(told)) < len(told):
-        raise ConfigError(f"--ablate={ablate}: must not hold a value twice")
-    configs = []
-    for value in values.split(","):
-        for seed in range(first, first + seeds):
-            fields = {**given, field: value, "seed": seed}
-            name = f"{resolve(**fields).method}_{field}={value.replace('/', '_')}_seed{seed}"
-            configs.append(resolve(**{**fields, "workdir": str(out / name)}))
-    return field, configs
+    return field, parts
 
 
 def grid_runs(

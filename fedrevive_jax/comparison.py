@@ -78,7 +78,7 @@ def grouped(runs: Iterable[Run]) -> dict[str, list[Run]]:
     """Runs by label, each group in the order of its seeds.
 
     The label is the method; where a method comes with several configurations, beside seeds and
-    places, also the fields in which they differ.
+    places, also the fields in which they differ, see `label_of`.
 
     Raises:
       ConfigError: two runs of a group have the same seed.
@@ -106,8 +106,18 @@ def grouped(runs: Iterable[Run]) -> dict[str, list[Run]]:
 
 
 def label_of(settings: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
-    """The method of some settings, and the fields in which others of the same method differ."""
+    """The method of some settings, and the fields in which others of the same method differ.
+
+    Where several fields differ, but all others differ from the first in one field at most, that
+    field alone is named, and none for the first.
+    """
     names = [name for name in settings if len({other[name] for other in others}) > 1]
+
+    def changed(other):
+        return [name for name in names if other[name] != others[0][name]]
+
+    if len(names) > 1 and all(len(changed(other)) <= 1 for other in others):
+        names = changed(settings)
     return " ".join([settings["method"], *(f"{name}={settings[name]}" for name in names)])
 
 

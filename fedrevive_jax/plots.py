@@ -133,6 +133,30 @@ def sweep(
     figure.savefig(path, dpi=120)
 
 
+def differences(path: Path, title: str, reference: str, values: dict[str, Any]) -> None:
+    """Paired differences in accuracy to a reference, a line each: the mean and its interval.
+
+    Args:
+      path: where to write it.
+      title: above the picture.
+      reference: what they are differences to.
+      values: by label, `comparison.Difference`.
+    """
+    figure = _figure(figsize=(7, 1.4 + 0.32 * len(values)))
+    axes = figure.subplots()
+    for position, value in enumerate(values.values()):
+        if np.isfinite(value.low):
+            axes.plot([value.low, value.high], [position] * 2, color="tab:blue", linewidth=1.5)
+        axes.plot(value.mean, position, "o", color="tab:blue", markersize=5)
+    axes.axvline(0, color="black", linewidth=1)
+    axes.set_yticks(range(len(values)), list(values))
+    axes.set_ylim(len(values) - 0.5, -0.5)
+    axes.set_xlabel(f"accuracy − {reference}, mean over the last quarter")
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_title(title)
+    figure.savefig(path, dpi=120)
+
+
 def by_staleness(path: Path, title: str, lines: dict[str, list[tuple[float, Any]]]) -> None:
     """Accuracy against mean staleness, a line per label and bars of one deviation.
 

@@ -62,7 +62,7 @@ class Study(NamedTuple):
       targets: accuracies whose time is told.
       choices: what tuning chose, by method.
       tuning: in words, at what budget.
-      swept: the field of an ablation.
+      swept: the fields of an ablation.
     """
 
     title: str
@@ -71,7 +71,7 @@ class Study(NamedTuple):
     targets: Sequence[float] = ()
     choices: Mapping[str, Choice] | None = None
     tuning: str = ""
-    swept: str = ""
+    swept: Sequence[str] = ()
 
 
 def prepare(out: Path) -> None:
@@ -144,20 +144,37 @@ def _pictures(out: Path, study: Study, rows) -> list[tuple[Path, str]]:
             0,
             (out / "by_staleness.png", "Accuracy by how stale the updates were, over seeds."),
         )
-    if study.swept:
+    if len(study.swept) == 1:
+        (field,) = study.swept
         scores = {
-            str(own[0].config.as_dict()[study.swept]): row.spreads["last quarter"]
+            str(own[0].config.as_dict()[field]): row.spreads["last quarter"]
             for own, row in zip(study.groups.values(), rows, strict=True)
         }
         means = {value: score.mean for value, score in scores.items() if score.count}
         plots.sweep(
             out / "ablation.png",
             study.title,
-            study.swept,
+            field,
             means,
             {value: scores[value].deviation for value in means},
         )
-        found.insert(0, (out / "ablation.png", f"Accuracy by {study.swept}, over seeds."))
+        found.insert(0, (out / "ablation.png", f"Accuracy by {field}, over seeds."))
+    elif study.swept:
+        differences = {
+            # Without the method, which all have.
+            " ".join(row.label.split()[1:]): row.differences["last quarter"]
+            for row in rows
+            if row.differences and row.differences["last quarter"].count
+        }
+        plots.differences(out / "ablation.png", study.title, rows[0].label, differences)
+        found.insert(
+            0,
+            (
+                out / "ablation.png",
+                f"Accuracy against {rows[0].label}, seed by seed: the mean of the differences and "
+                "its 95% bootstrap interval.",
+            ),
+        )
     return found
 
 

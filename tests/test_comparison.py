@@ -390,20 +390,76 @@ def test_configurations_are_paired_and_tuning_is_kept_apart(tmp_path):
 
 
 def test_ablations(tmp_path):
-    field, configs = campaign.of_ablation(
-        {"method": "fedrevive", "dataset": "digits"}, "generation_interval=1,10", 2, tmp_path
+    fields, configs = campaign.of_ablation(
+        {"method": "fedrevive", "dataset": "digits"}, ["generation_interval=1,10"], 2, tmp_path
     )
-    assert field == "generation_interval"
+    assert fields == ["generation_interval"]
     assert [(c.generation_interval, c.seed) for c in configs] == [(1, 0), (1, 1), (10, 0), (10, 1)]
     for text in ("seed=1,2", "generation_interval=1", "generation_interval=", "method=a,b"):
         with pytest.raises(ConfigError, match="must be FIELD=v1,v2"):
-            campaign.of_ablation({}, text, 1, tmp_path)
+            campaign.of_ablation({}, [text], 1, tmp_path)
     for name in ("none", "preset_scale", "cache_dir", "mesh", "version_memory"):
         with pytest.raises(ConfigError, match=f"{name} must be a setting of the run"):
-            campaign.of_ablation({}, f"{name}=1,2", 1, tmp_path)
+            campaign.of_ablation({}, [f"{name}=1,2"], 1, tmp_path)
     for text in ("alpha=0.1,0.5,0.10", "precision=auto,float32"):  # on a CPU
         with pytest.raises(ConfigError, match=re.escape(f"{text}: must not hold a value twice")):
-            campaign.of_ablation({}, text, 1, tmp_path)
+            campaign.of_ablation({}, [text], 1, tmp_path)
+
+
+def test_several_ablations_share_one_reference(tmp_path):
+    given = {"method": "fedrevive", "dataset": "digits", "num_teachers": 2}
+    texts = ["meta=maml", "generation_interval=4,3,16"]  # 4 is the preset's
+    assert resolve(**given).generation_interval == 4
+    fields, configs = campaign.of_ablation(given, texts, 2, tmp_path)
+    assert fields == ["meta", "generation_interval"]
+    assert [c.run_dir.name for c in configs[::2]] == [
+        "fedrevive_seed0", "fedrevive_meta=maml_seed0",
+        "fedrevive_generation_interval=3_seed0", "fedrevive_generation_interval=16_seed0",
+    ]  # fmt: skip
+    assert [c.seed for c in configs] == [0, 1] * 4
+    assert {c.num_teachers for c in configs} == {2}
+    reference = dataclasses.replace(configs[0], workdir="")
+    for config, change in zip(
+        configs[2::2],
+        ({"meta": "maml"}, {"generation_interval": 3}, {"generation_interval": 16}),
+        strict=True,
+    ):
+        assert dataclasses.replace(config, workdir="") == dataclasses.replace(reference, **change)
+
+    runs = [
+        recorded("fedrevive", c.seed, generation_interval=c.generation_interval, meta=c.meta)
+        for c in configs
+    ]
+    assert list(comparison.grouped(runs)) == [
+        "fedrevive", "fedrevive meta=maml", "fedrevive generation_interval=3",
+        "fedrevive generation_interval=16",
+    ]  # fmt: skip
+    # Where one run differs in two fields, one field alone does not tell:
+    runs.append(recorded("fedrevive", generation_interval=3, meta="maml"))
+    assert "fedrevive generation_interval=3 meta=maml" in comparison.grouped(runs)
+    assert "fedrevive generation_interval=4 meta=reptile" in comparison.grouped(runs)
+
+    for texts, message in (
+        (["meta=maml", "meta=fomaml"], "--ablate=meta=fomaml: must not name a field twice"),
+        (["meta=maml", "seed=1"], "--ablate=seed=1: must be FIELD=v1,v2"),
+        (["meta=maml", "alpha="], "--ablate=alpha=: must be FIELD=v1,v2"),
+        (["meta=maml", "alpha=1,1.0"], "--ablate=alpha=1,1.0: must not hold a value twice"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            campaign.of_ablation(given, texts, 1, tmp_path)
+
+
+def test_the_picture_of_several_ablations(tmp_path):
+    runs = [
+        recorded("fedrevive", seed, ((0.0, 0.1), (1.0, score + 0.01 * seed)), meta=meta)
+        for meta, score in (("reptile", 0.5), ("maml", 0.6), ("fomaml", 0.4))
+        for seed in (0, 1)
+    ]
+    groups = comparison.grouped(runs)
+    study = report.Study("digits", "compare", groups, swept=["meta", "alpha"])
+    report.write(tmp_path, study)
+    assert (tmp_path / "ablation.png").stat().st_size > 5_000
+    assert "Accuracy against fedrevive meta=reptile" in (tmp_path / "report.html").read_text()
 
 
 def test_a_memory_that_cannot_fit_is_refused_before_the_first_run(tmp_path, monkeypatch):
@@ -557,7 +613,7 @@ def test_tuned_comparison_of_what_diverges_and_what_does_not(tmp_path):
 def test_an_ablation_continues_what_was_interrupted(tmp_path):
     """In this process: the second value's run has begun already, up to a checkpoint."""
     given = {**TINY, "method": "fedbuff", "checkpoint_every": 1, "seed": 5}
-    _, configs = campaign.of_ablation(given, "buffer_size=1,2", 1, tmp_path)
+    _, configs = campaign.of_ablation(given, ["buffer_size=1,2"], 1, tmp_path)
     lines = []
     (one,) = campaign.run_all(configs[:1], notify=lines.append)
     assert lines == [f"fedbuff_buffer_size=1_seed5: accuracy {one.evaluations[-1]['accuracy']:.4f}"]
@@ -569,7 +625,7 @@ def test_an_ablation_continues_what_was_interrupted(tmp_path):
     assert len(lines) == 3
     groups = comparison.grouped(runs)
     assert list(groups) == ["fedbuff buffer_size=1", "fedbuff buffer_size=2"]
-    study = report.Study("digits <one>", "compare --x='<&>'", groups, (0.5,), swept="buffer_size")
+    study = report.Study("digits <one>", "compare --x='<&>'", groups, (0.5,), swept=["buffer_size"])
     report.write(tmp_path, study)
     assert (tmp_path / "ablation.png").stat().st_size > 5_000
     page = (tmp_path / "report.html").read_text()
