@@ -52,27 +52,28 @@ def main() -> None:
         if dataset.is_text:
             raise ConfigError("--convolutions: t5 has none")
         rows = convolution_table.measure(config, dataset, REPEATS.value, _say)
+        print(convolution_table.table(rows), end="", flush=True)
         _write(rows)
-        print(convolution_table.table(rows), end="")
         return
     measured = stages.measure(
         config, dataset, repeats=REPEATS.value, arrivals=ARRIVALS.value, say=_say
     )
-    peers = {}
+    peers, peer_device = {}, ""
     if PEER.value:
         from fedrevive_jax.benchmark import torch_peer
 
         _say("the same in PyTorch")
         peers = torch_peer.measure(config, dataset, REPEATS.value)
+        peer_device = torch_peer.device_name()
     if PEAK.value is not None:
         peak = PEAK.value * 1e12, "given"
     else:
         one, source = measuring.peak_flops(config.precision)
         mesh = create_mesh(config.mesh)
         peak = one * (1 if mesh is None else mesh.size), source
-    told = report.figures(measured, peers, peak)
+    told = report.figures(measured, peers, peak, peer_device)
+    print(report.table(told), end="", flush=True)  # before a file that may not be writable
     _write(told)
-    print(report.table(told), end="")
 
 
 def _require_torch(name: str) -> None:
@@ -81,6 +82,13 @@ def _require_torch(name: str) -> None:
     for package in ("torch", *(["transformers"] if name == "t5" else [])):
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"--peer=torch: needs {package}, pip install -e '.[parity]'")
+
+    import jax
+
+    if jax.default_backend() != "cpu":
+        from fedrevive_jax.benchmark import torch_peer
+
+        torch_peer.device_of_peer()  # told before the measurement, not after
 
 
 def _write(told) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import flags as config_flags
-from fedrevive_jax.config import ConfigError
+from fedrevive_jax.config import ConfigError, without_tilde
 
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run")
 STEP = flags.DEFINE_integer("step", None, "global version; default: the newest checkpoint")
@@ -26,7 +26,7 @@ def main() -> None:
     from fedrevive_jax.restore import evaluate_checkpoint
 
     figures = evaluate_checkpoint(
-        Path(WORKDIR.value),
+        Path(without_tilde("workdir", WORKDIR.value)),
         step=STEP.value,
         split=SPLIT.value,
         data_dir=DATA_DIR.value,

@@ -14,7 +14,7 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from fedrevive_jax import processes
-from fedrevive_jax.config import Config, ConfigError, UserError
+from fedrevive_jax.config import Config, ConfigError, UserError, without_tilde
 from fedrevive_jax.presets import SCALES
 
 COMPILATION_CACHE = flags.DEFINE_string(
@@ -115,7 +115,13 @@ def keep_programs() -> None:
     if given == "":
         raise ConfigError("--compilation_cache_dir=: must be a folder, or off")
     caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    folder = Path(given or caches / "fedrevive_jax").expanduser().absolute()
+    try:
+        folder = without_tilde("compilation_cache_dir", given or str(caches / "fedrevive_jax"))
+    except ConfigError:
+        if given:
+            raise
+        return
+    folder = Path(folder).absolute()
     # A program is for one kind of processor; hosts of several kinds may share a home.
     folder = folder / hashlib.sha256(_processor().encode()).hexdigest()[:16]
     try:

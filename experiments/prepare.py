@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import flags as config_flags
-from fedrevive_jax.config import ConfigError
+from fedrevive_jax.config import ConfigError, without_tilde
 from fedrevive_jax.data import tfds_reader
 from fedrevive_jax.data.errors import one_line
 
@@ -40,12 +40,13 @@ def prepare(name: str, data_dir: str, manual_dir: str = "") -> str:
         raise ConfigError(f"--dataset={name}: must be one of {', '.join(NAMES)}")
     if not data_dir:
         raise ConfigError("--data_dir=: must name the folder to write to")
-    manual = Path(manual_dir).expanduser() if manual_dir else None
+    data_dir = without_tilde("data_dir", data_dir)
+    manual = Path(without_tilde("manual_dir", manual_dir)) if manual_dir else None
     if manual and not (manual.is_dir() and any(manual.iterdir())):
         raise ConfigError(f"--manual_dir={manual_dir}: no such folder, or it is empty")
     words = "is prepared already"
     if not tfds_reader.version_folders(name, data_dir):
-        _write(name, Path(data_dir).expanduser(), manual)
+        _write(name, Path(data_dir), manual)
         words = "is prepared"
     prepared = tfds_reader.find(name, data_dir)
     sizes = {

@@ -40,10 +40,10 @@ def main() -> None:
 def walk(config, out: Path) -> None:
     import jax
 
-    from fedrevive_jax import plots
+    from fedrevive_jax import plots, report
     from fedrevive_jax.simulator import Simulation
 
-    out.mkdir(parents=True, exist_ok=True)
+    report.prepare(out)
 
     def shapes(tree):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -53,6 +53,8 @@ def walk(config, out: Path) -> None:
     print("1. A simulation is built from a configuration alone.")
     simulation = Simulation(config)
     dataset, plan = simulation.dataset, simulation.schedule
+    if not plan.num_arrivals:
+        raise ConfigError(f"--max_time={config.max_time:g}: ends before the first arrival")
     print(f"  {dataset.name}: {len(dataset.labels)} samples of shape {dataset.input_shape}")
     print("  splits: " + ", ".join(f"{len(p)} {name}" for name, p in dataset.splits.items()))
 

@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from fedrevive_jax import client_cache, comparison, planning, record, runner
 from fedrevive_jax.comparison import Choice, Point, Run
 from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS, Config, ConfigError, UserError
@@ -216,10 +218,12 @@ def run_all(
       interruption: asks the runs to save and stop.
 
     Raises:
-      ConfigError: a folder holds another run, a memory of all clients cannot fit, or the data are
-        not what a run needs.
+      ConfigError: a folder holds another run, a memory of all clients cannot fit, the data are
+        not what a run needs, or several processes would share an accelerator.
       InterruptedRunError: the runs were asked to stop, and have saved.
     """
+    if jobs > 1 and jax.default_backend() != "cpu":
+        raise ConfigError(f"--jobs={jobs}: must be 1 on an accelerator, which one process holds")
     # Folders and memories are checked before the first run, so that a wrong one is told at once.
     waiting = [config for config in configs if overwrite or not _is_done(config)]
     _check_caches(waiting)

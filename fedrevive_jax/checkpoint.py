@@ -213,10 +213,7 @@ class Checkpoints:
             for number, tree in arrays[group].items()
         }
         # The next step of the method takes its own arrays' memory; all others stay as they are.
-        # What a cache on disk gives is a copy already, too large for memory.
-        own = jax.tree.map(
-            lambda leaf: leaf if isinstance(leaf, np.memmap) else np.array(leaf, copy=True), own
-        )
+        own = jax.tree.map(_kept, own)
         self._step_in_writing = record["version"]
         self._writing = self._thread.submit(self._write, record, params, own, once)
 
@@ -362,6 +359,17 @@ class Checkpoints:
                 path.rename(final)
             elif path.suffix in (".partial", ".replaced", ".removed"):
                 _remove(path)
+
+
+def _kept(leaf: Any) -> Any:
+    """An array on the host that nobody changes."""
+    # A cache on disk gives a copy already, which is too large for memory.
+    if isinstance(leaf, np.memmap):
+        return leaf
+    # Of a device's own memory the host gets a copy in any case; of a CPU's only a view.
+    if isinstance(leaf, jax.Array) and all(d.platform != "cpu" for d in leaf.devices()):
+        return np.asarray(leaf)
+    return np.array(leaf, copy=True)
 
 
 def _steps(folder: Path) -> list[int]:

@@ -81,6 +81,7 @@ class DeviceCache:
         return jax.eval_shape(lambda: self._rows)
 
     def restore(self, arrays: Any) -> None:
+        self._rows = None  # the device has room for one
         self._rows = devices.replicate(self._mesh, arrays)
 
 

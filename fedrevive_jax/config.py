@@ -23,6 +23,8 @@ class ConfigError(UserError, ValueError):
 # The comparison of arXiv 2511.00655, and methods of other papers.
 PUBLISHED_METHODS = ("fedavg", "fedbuff", "afl_dw", "fedrevive", "dd_fedrevive")
 METHODS = (*PUBLISHED_METHODS, "fedasync", "ca2fl", "fadas", "fedstale", "ace", "fedfa")
+# Those that distil teachers into the global model.
+REVIVING = ("fedrevive", "dd_fedrevive")
 DATASETS = (
     "digits", "fashion_mnist", "cifar10", "cifar100", "femnist", "newsgroups", "image_folder",
     "text_folder", "custom",
@@ -277,7 +279,7 @@ class Config:
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
         for name in (*LOCATION_FIELDS, *INPUT_FIELDS):
             if getattr(self, name):
-                object.__setattr__(self, name, _without_tilde(name, getattr(self, name)))
+                object.__setattr__(self, name, without_tilde(name, getattr(self, name)))
         if self.mesh != "auto" and not self.mesh.isdecimal():
             raise ConfigError(f"--mesh={self.mesh}: must be auto or a whole number of devices")
         if self.t5_weights and self.model != "t5":
@@ -345,7 +347,7 @@ class Config:
     @property
     def step_method(self) -> str:
         """The method whose server step is taken; fedrevive revives what another method takes."""
-        return self.revive_on if self.method in ("fedrevive", "dd_fedrevive") else self.method
+        return self.revive_on if self.method in REVIVING else self.method
 
     @property
     def run_dir(self) -> Path:
@@ -401,7 +403,12 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
     return result
 
 
-def _without_tilde(name: str, path: str) -> str:
+def without_tilde(name: str, path: str) -> str:
+    """The path that a flag gives, with the home of a user in the place of `~`.
+
+    Raises:
+      ConfigError: there is no such user.
+    """
     try:
         return str(Path(path).expanduser())
     except RuntimeError:

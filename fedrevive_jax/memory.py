@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from fedrevive_jax import trees
-from fedrevive_jax.config import Config
+from fedrevive_jax.config import REVIVING, Config
 from fedrevive_jax.models import Model
 from fedrevive_jax.models.model import gaussian_inputs, per_call
 
@@ -72,6 +72,33 @@ def job_bytes(model: Model, params: Any, batch_size: int) -> int:
       batch_size: samples of a step.
     """
 
+    return COPIES * trees.nbytes(params) + _kept_bytes(model, params, batch_size)
+
+
+def revival_bytes(config: Config, model: Model, params: Any) -> int:
+    """Device memory of a server step that makes samples and distils, beside the arrays that live
+    between calls: the larger of what a step of synthesis keeps for its way back through every
+    teacher and the student, and of what a step of the student needs. 0 for other methods.
+
+    Args:
+      config: the sizes.
+      model, params: see `job_bytes`.
+    """
+    if config.method not in REVIVING:
+        return 0
+    size = config.teacher_batch or per_call(
+        config.num_teachers, config.distillation_batch, model.input_shape
+    )
+    student = job_bytes(model, params, size * config.distillation_batch)
+    if config.method != "fedrevive":
+        return student
+    judged = (config.num_teachers + 1) * _kept_bytes(model, params, config.synthesis_batch)
+    return max(student, judged)
+
+
+def _kept_bytes(model: Model, params: Any, batch_size: int) -> int:
+    """Bytes that a forward pass of a batch keeps for the way back."""
+
     def forward(params, inputs):
         return model.apply(params, inputs)[0].sum()
 
@@ -80,22 +107,22 @@ def job_bytes(model: Model, params: Any, batch_size: int) -> int:
         inputs = gaussian_inputs(model, key, batch_size, model.frozen(key))
         return jax.vjp(lambda p: forward(p, inputs), params)[1]
 
-    return COPIES * trees.nbytes(params) + trees.nbytes(jax.eval_shape(kept, params))
+    return trees.nbytes(jax.eval_shape(kept, params))
 
 
-def choose_shelf(config: Config, job: int, used: int, mesh: Mesh | None = None) -> Shelf:
+def choose_shelf(config: Config, working: int, used: int, mesh: Mesh | None = None) -> Shelf:
     """The shelf of a configuration; `auto` is the device while it has room.
 
     Args:
       config: names the place.
-      job: bytes of one job under training.
+      working: bytes that a job under training or a server step needs.
       used: bytes that arrays take between calls if all of them live on the device.
       mesh: the devices of the run, where they are several.
     """
     place = config.version_memory
     if place == "auto":
         room = device_bytes()
-        place = "device" if room is None or used + job <= room else "host"
+        place = "device" if room is None or used + working <= room else "host"
     return shelf(place, mesh)
 
 

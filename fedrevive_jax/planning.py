@@ -4,10 +4,12 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fedrevive_jax import data, methods, models, schedule, trees
-from fedrevive_jax.config import Config
+from fedrevive_jax.config import REVIVING, Config
+from fedrevive_jax.dfkd import reviver
 from fedrevive_jax.methods import Ingredients
 from fedrevive_jax.models import Model
 from fedrevive_jax.models.model import gaussian_inputs
@@ -65,7 +67,7 @@ def plan(
         "parameters": models.parameter_count(params),
         "parameters_frozen": models.parameter_count(shared),
         "flops_forward_per_sample": forward,
-        **_flops(config, clock, forward),
+        **_flops(config, clock, forward, making_flops(config, sizes.model)),
         "bytes_model": model_bytes,
         "bytes_live_versions": live * model_bytes,
         "bytes_uploads_max": config.concurrency * model_bytes,
@@ -138,12 +140,30 @@ def forward_flops(model: Model) -> int:
     return int(analysis["flops"])
 
 
-def flops_of_an_arrival(config: Config, forward: int) -> dict[str, int]:
+def making_flops(config: Config, model: Model) -> int:
+    """FLOPs of making one sample of a synthesis, as XLA counts them: the generator's forward pass
+    over a whole batch, divided. 0 for methods that make none."""
+    if config.method != "fedrevive":
+        return 0
+    plain = dataclasses.replace(config, convolution="lax")
+    maker = reviver.make_maker(plain, model)
+
+    def start(key):
+        targets = jnp.zeros(config.synthesis_batch, jnp.int32)
+        return maker.init(key), *maker.draw(key, key, targets, model.frozen(key))
+
+    shapes = jax.eval_shape(start, jax.random.key(0))
+    analysis = jax.jit(maker.make).lower(*shapes).cost_analysis()
+    return int(analysis.get("flops", 0)) // config.synthesis_batch
+
+
+def flops_of_an_arrival(config: Config, forward: int, making: int) -> dict[str, int]:
     """FLOPs of a client's job, and of a distillation and a synthesis of FedRevive.
 
     Args:
       config: the sizes.
       forward: FLOPs of one sample's forward pass.
+      making: FLOPs of making one sample.
     """
     samples = config.distillation_steps * config.distillation_batch * config.num_teachers
     made = config.synthesis_batch * config.synthesis_steps
@@ -151,16 +171,17 @@ def flops_of_an_arrival(config: Config, forward: int) -> dict[str, int]:
         "client": 3 * forward * config.local_iterations * config.batch_size,
         # A teacher's forward pass, a student's training step.
         "distillation": samples * 4 * forward,
-        # Each teacher and the student: forward, and back to the images.
-        "synthesis": made * 2 * forward * (config.num_teachers + 1),
+        # Each teacher and the student: forward, and back to the samples; a training step of what
+        # makes the samples.
+        "synthesis": made * (2 * forward * (config.num_teachers + 1) + 3 * making),
     }
 
 
-def _flops(config: Config, clock: schedule.Schedule, forward: int) -> dict[str, int]:
-    parts = flops_of_an_arrival(config, forward)
+def _flops(config: Config, clock: schedule.Schedule, forward: int, making: int) -> dict[str, int]:
+    parts = flops_of_an_arrival(config, forward, making)
     client = parts["client"]
     total = client * clock.num_arrivals
-    if config.method in ("fedrevive", "dd_fedrevive"):
+    if config.method in REVIVING:
         versions = clock.base_version[clock.job] + clock.staleness  # at the arrival
         warm = versions > config.warmup_versions
         distilled = clock.num_arrivals if config.method == "dd_fedrevive" else int(warm.sum())

@@ -10,7 +10,7 @@ minutes on two cores.
 import dataclasses
 from typing import Any
 
-from fedrevive_jax.config import Config, ConfigError
+from fedrevive_jax.config import REVIVING, Config, ConfigError
 
 # --- the constants of arXiv 2511.00655 and its published experiments ------------------------------
 
@@ -319,7 +319,7 @@ def resolve(
     dataset = known["dataset"].default if dataset is None else dataset
     method = known["method"].default if method is None else method
     preset = _preset(dataset, method)
-    if method in ("fedrevive", "dd_fedrevive") and given.get("revive_on") not in (None, "fedbuff"):
+    if method in REVIVING and given.get("revive_on") not in (None, "fedbuff"):
         # The step is another method's, and so are its buffer, its rate and its staleness weight.
         base = _preset(dataset, given["revive_on"])
         preset.update({field: base[field] for field in BASE_FIELDS if field in base})

@@ -73,7 +73,14 @@ def run(
 
     finished, kept = processes.first(look)
     simulation = processes.together(lambda: Simulation(config, dataset, model, kept))
-    processes.agree(lambda: {"the plan, the data or a file that is read": simulation.fingerprint})
+    processes.agree(
+        lambda: {
+            "the plan, the data or a file that is read": simulation.fingerprint,
+            # Chosen from the memory of the device where they are left open.
+            "--client_batch": simulation.client_batch,
+            "--version_memory": simulation.version_memory,
+        }
+    )
     if finished:
         return processes.first(lambda: _read_finished(simulation))
     with contextlib.ExitStack() as stack:

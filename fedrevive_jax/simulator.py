@@ -44,7 +44,7 @@ class Simulation:
       origin: where the first parameters, and for text the tokenizer, come from; for the record.
       feed: the data set on the device and the way from it to the model.
       frozen: arrays of the model that nobody trains.
-      client_batch: jobs that are trained in one call of a device.
+      client_batch: jobs that are trained in one call of a device at most.
       schedule, windows: the plan.
       mesh: the devices that compute together, or None.
       server: the server core.
@@ -155,6 +155,11 @@ class Simulation:
         """What was derived from the data, to be kept with the run."""
         tokenizer = self.dataset.tokenizer
         return Derived(tokenizer.serialised if tokenizer else "", self._shards, self.origin)
+
+    @property
+    def version_memory(self) -> str:
+        """Where stale versions and uploads wait, `device` or `host`."""
+        return self._shelf.name
 
     @property
     def uploads(self) -> dict[int, Upload]:
@@ -331,11 +336,22 @@ class Simulation:
         if config.cache_memory == "device":
             used += config.num_clients * trees.nbytes(jax.eval_shape(method.entry, params))
         job = memory.job_bytes(self.model, params, config.batch_size)
-        shelf = memory.choose_shelf(config, job, used, self.mesh)
+        working = max(job, memory.revival_bytes(config, self.model, params))
+        shelf = memory.choose_shelf(config, working, used, self.mesh)
         if shelf.name == "host":
             used -= waiting
         batch = config.client_batch or memory.default_client_batch(self.model, config, job, used)
         return shelf, batch
+
+    @property
+    def jobs_in_a_call(self) -> int:
+        """Jobs that all devices together train in one call."""
+        limit = self.config.window_limit
+        size = min(self.client_batch, limit) if limit else self.client_batch
+        # No more than an even share of a usual window for each device: the rest would be padding.
+        devices_used = 1 if self.mesh is None else self.mesh.size
+        usual = -(-self.schedule.num_arrivals // max(len(self.windows), 1))
+        return max(min(size, -(-usual // devices_used)), 1) * devices_used
 
     def train_jobs(self, jobs: np.ndarray) -> dict[int, Upload]:
         """Trains jobs in calls of a fixed size; the last call is padded by repetition.
@@ -349,13 +365,7 @@ class Simulation:
         Returns:
           Their uploads, by job.
         """
-        trained = {}
-        limit = self.config.window_limit
-        size = min(self.client_batch, limit) if limit else self.client_batch
-        # No more than an even share of a usual window for each device: the rest would be padding.
-        devices_used = 1 if self.mesh is None else self.mesh.size
-        usual = -(-self.schedule.num_arrivals // max(len(self.windows), 1))
-        size = max(min(size, -(-usual // devices_used)), 1) * devices_used
+        trained, size = {}, self.jobs_in_a_call
         for start in range(0, len(jobs), size):
             together = jobs[start : start + size]
             padded = np.resize(together, size)

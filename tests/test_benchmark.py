@@ -1,15 +1,17 @@
 """The benchmark: its arithmetic by hand, and a whole tiny one as a user runs it."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from fedrevive_jax.benchmark import convolution_table, measuring, stages
 from fedrevive_jax.benchmark.measuring import Timing
 from fedrevive_jax.models import convolutions
-from fedrevive_jax.planning import forward_flops
+from fedrevive_jax.planning import forward_flops, making_flops
 from tests.test_cli import call, flags
 
 TINY = {
@@ -42,6 +44,35 @@ def test_compilations_are_counted():
         program(argument)
     assert (first.count, second.count) == (1, 0)
     assert first.seconds > 0
+
+
+def test_the_peak_is_the_devices_own(monkeypatch):
+    def named(kind):
+        monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
+        return measuring.peak_flops("bfloat16")
+
+    assert named("TPU v5") == (459e12, "published for TPU v5")
+    assert named("TPU v5 lite") == (197e12, "published for TPU v5 lite")
+    assert named("NVIDIA H100 PCIe") == (756e12, "published for NVIDIA H100 PCIe")
+    told = []
+    monkeypatch.setattr(measuring, "measured_flops", lambda *given: told.append(given) or 7.0)
+    assert named("TPU v4 lite") == (7.0, "measured, products of 2048x2048 matrices")
+    assert told == [("bfloat16", 2048, 1)]
+
+
+def test_measured_flops(monkeypatch):
+    """Of 3 products of 64x64 matrices in a second: 2 * 64^3 each."""
+    calls = []
+
+    def in_a_second(call, repeats):
+        calls.append(call())
+        return Timing(1.0, 0.0)
+
+    monkeypatch.setattr(measuring, "time_calls", in_a_second)
+    assert measuring.measured_flops("float32", 64, 3) == 3 * 2 * 64**3
+    (product,) = calls
+    matrix = jax.random.normal(jax.random.key(0), (64, 64)) / 8
+    np.testing.assert_allclose(product, matrix @ matrix @ matrix @ matrix, atol=1e-4)
 
 
 def test_live_bytes_sees_an_array():
@@ -84,7 +115,9 @@ def test_a_whole_benchmark(tmp_path):
         "client training": pytest.approx(3 * forward * 2 * 8 / 1e9),
         "teacher forward": pytest.approx(forward * samples / 1e9),
         "student distillation": pytest.approx(3 * forward * samples / 1e9),
-        "synthesis": pytest.approx(2 * forward * 8 * 2 * (2 + 1) / 1e9),
+        "synthesis": pytest.approx(
+            (2 * forward * (2 + 1) + 3 * making_flops(config, model)) * 8 * 2 / 1e9
+        ),
         "server step": None,
     }
     parts = told["stages"]
@@ -119,6 +152,10 @@ def test_the_ways_of_convolution_are_measured(monkeypatch):
         (["--peak_tflops=-1"], "--peak_tflops=-1.0: must be above 0"),
         (["--model=t5", "--convolutions"], "--convolutions: t5 has none"),
         (["--compilation_cache_dir="], "--compilation_cache_dir=: must be a folder, or off"),
+        (
+            ["--compilation_cache_dir=~nobody_here/x"],
+            "--compilation_cache_dir=~nobody_here/x: must not name the home of an unknown user",
+        ),
         (["--compilation_cache_dir=/proc/none"], "--compilation_cache_dir=/proc/none: cannot be"),
     ],
 )

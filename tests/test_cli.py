@@ -1,6 +1,7 @@
 """The commands as a user types them, and one clear line for every bad input."""
 
 import csv
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from fedrevive_jax import models
-from fedrevive_jax.planning import forward_flops, plan
+from fedrevive_jax.planning import forward_flops, making_flops, plan
 from fedrevive_jax.presets import resolve
 from tests.test_simulator import SMALL
 
@@ -107,22 +108,36 @@ def test_flops_are_those_of_the_model():
 
 
 def test_flops_of_a_whole_run():
-    """With B = 1 the arrivals see versions 0, 1, 2, ...; those above the warm-up distil."""
+    """With B = 1 the arrivals see versions 0, 1, 2, ...; those above the warm-up distil.
+
+    The generator for 8x8 images with f channels and latents of 16: dense to 2x2x2f, at 4x4 a
+    convolution 2f to 2f, at 8x8 one of 2f to f and one of f to 1; 2 per multiply-add.
+    """
     config = resolve(
-        "digits", "fedrevive", max_versions=100, freeze_versions=20, warmup_versions=60
-    )
+        "digits", "fedrevive", max_versions=100, freeze_versions=20, warmup_versions=60,
+        latent_size=16, generator_features=32,
+    )  # fmt: skip
     told = plan(config)
     forward = told["flops_forward_per_sample"]
     client = 3 * forward * config.local_iterations * config.batch_size
     # A teacher's forward and a student's training step per sample; images back and forth through
     # every teacher and the student.
     samples = config.distillation_steps * config.distillation_batch * config.num_teachers
-    images = config.synthesis_batch * config.synthesis_steps * (config.num_teachers + 1)
+    images = config.synthesis_batch * config.synthesis_steps
+    model = models.create("digitsnet", input_shape=(8, 8, 1), num_classes=10, width=8)
+    making = making_flops(config, model)
+    products = 16 * 256 + 16 * 9 * 64 * 64 + 64 * 9 * 64 * 32 + 64 * 9 * 32
+    # Borders, where a kernel hangs over, are not counted; activations and normalisation are.
+    assert 1.5 * products <= making <= 2.2 * products
     distilled, synthesised = 100 - 61, len(range(20, 100, config.generation_interval))
     assert told["arrivals"] == 100
     assert told["flops_total"] == (
-        100 * client + distilled * 4 * forward * samples + synthesised * 2 * forward * images
+        100 * client
+        + distilled * 4 * forward * samples
+        + synthesised * images * (2 * forward * (config.num_teachers + 1) + 3 * making)
     )
+    told = plan(dataclasses.replace(config, method="dd_fedrevive"))
+    assert told["flops_synthesis"] == 0
 
 
 def test_compare_makes_a_table_and_repeats_nothing(tmp_path):

@@ -406,6 +406,13 @@ def test_ablations(tmp_path):
             campaign.of_ablation({}, [text], 1, tmp_path)
 
 
+def test_one_process_holds_an_accelerator(tmp_path, monkeypatch):
+    configs = campaign.of_methods({"dataset": "digits"}, ["fedbuff"], 2, tmp_path)
+    monkeypatch.setattr(campaign.jax, "default_backend", lambda: "tpu")
+    with pytest.raises(ConfigError, match="--jobs=2: must be 1 on an accelerator"):
+        campaign.run_all(configs, jobs=2)
+
+
 def test_several_ablations_share_one_reference(tmp_path):
     given = {"method": "fedrevive", "dataset": "digits", "num_teachers": 2}
     texts = ["meta=maml", "generation_interval=4,3,16"]  # 4 is the preset's

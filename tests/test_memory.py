@@ -1,5 +1,7 @@
 """Where versions wait, and how many jobs fit: the choice, and that it changes nothing."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -93,3 +95,36 @@ def test_a_job_keeps_its_activations(batch):
     np.testing.assert_allclose(
         kept / batch, (memory.job_bytes(model, params, 2 * batch) - own) / (2 * batch), rtol=0.3
     )
+
+
+def test_a_server_step_needs_room_for_what_it_keeps(monkeypatch):
+    """A step of synthesis keeps the activations of each of c teachers and of the student; a step of
+    the student is a job of c b samples. Whichever is larger decides where versions wait."""
+    model = models.create(
+        "convnet", input_shape=(28, 28, 1), num_classes=10, width=8, convolution="lax"
+    )
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    own = memory.COPIES * 4 * models.parameter_count(params)
+    sizes = {
+        "num_teachers": 4, "distillation_batch": 2, "synthesis_batch": 32, "teacher_batch": 4,
+        "model_width": 8, "data_dir": "data",
+    }  # fmt: skip
+    config = resolve("fashion_mnist", "fedrevive", **sizes)
+    job = memory.job_bytes(model, params, 32) - own
+    assert memory.revival_bytes(config, model, params) == (4 + 1) * job
+    reference = dataclasses.replace(config, method="dd_fedrevive")
+    student = memory.job_bytes(model, params, 4 * 2)
+    assert memory.revival_bytes(reference, model, params) == student
+    few = dataclasses.replace(config, synthesis_batch=1)
+    assert memory.revival_bytes(few, model, params) == student
+    assert memory.revival_bytes(dataclasses.replace(config, method="fedbuff"), model, params) == 0
+
+    # A simulation asks for it: with room for a job alone its versions go to the host.
+    told = []
+    choose = memory.choose_shelf
+    monkeypatch.setattr(
+        memory, "choose_shelf", lambda *given: told.append(given[1]) or choose(*given)
+    )
+    tiny = Simulation(small("fedrevive"))
+    assert told == [memory.revival_bytes(tiny.config, tiny.model, tiny.server.params)]
+    assert told[0] > memory.job_bytes(tiny.model, tiny.server.params, tiny.config.batch_size)

@@ -1,6 +1,7 @@
 """Networks: published sizes, taps, PyTorch's start, and the ways to convolve."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -253,4 +254,27 @@ def test_half_precision_is_in_the_arithmetic_alone(name):
     assert ours != theirs  # it is not the same arithmetic
     for a, b in zip(*map(jax.tree.leaves, (gradient, expected)), strict=True):
         assert float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) < 0.1
-    assert models.with_precision(single, "float32") is single
+    assert models.with_precision(single, "float32").apply is single.apply
+
+
+def test_float32_is_float32_on_accelerators(monkeypatch):
+    """Every product, on the way back too, asks for all digits; without it none does."""
+    plain = models.create(
+        "convnet", input_shape=(28, 28, 1), num_classes=10, width=4, convolution="lax"
+    )
+    params = plain.init(jax.random.key(0))
+
+    def products(model):
+        def loss(params):
+            return model.apply(params, jnp.ones((2, 28, 28, 1)))[0].sum()
+
+        text = str(jax.make_jaxpr(jax.grad(loss))(params))
+        count = text.count("dot_general[") + text.count("conv_general_dilated[")
+        exact = len(re.findall(r"precision=\(Precision\.HIGHEST, Precision\.HIGHEST\)", text))
+        return count, exact
+
+    count, exact = products(models.with_precision(plain, "float32"))  # on a CPU
+    assert (count > 12, exact) == (True, 0)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert products(models.with_precision(plain, "float32")) == (count, count)
+    assert products(models.with_precision(plain, "bfloat16"))[1] == 0

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fedrevive_jax import models
+from fedrevive_jax.config import ConfigError
 from fedrevive_jax.dfkd import distillation, loss_guard
 from tests.test_benchmark import TINY
 from tests.test_cli import call, flags
@@ -105,6 +106,44 @@ def test_the_peer_of_the_benchmark_does_the_same_work():
     assert np.quantile(difference, 0.98) < 0.01 * config.distillation_lr
 
 
+def test_the_peer_makes_samples_without_gradients_of_its_judges():
+    config, dataset = stages.workload("digits", concurrency=3, num_clients=6)
+    peer = torch_peer.Peer(config, dataset)
+    peer.train_job()  # its network becomes a teacher
+    peer._net.zero_grad()
+    before = [value.clone() for value in peer._generator.parameters()]
+    peer.synthesise()
+    assert all(
+        parameter.grad is None
+        for net in (peer._net, *(teacher for teacher, *_ in peer._teachers))
+        for parameter in net.parameters()
+    )
+    moved = zip(before, peer._generator.parameters(), strict=True)
+    assert all((old != new).any() for old, new in moved)
+
+
+def test_the_peer_computes_in_our_precision():
+    """bfloat16 keeps eight bits: a few layers differ by less than a tenth, and not by nothing."""
+    logits = {}
+    for precision in ("float32", "bfloat16"):
+        config, dataset = stages.workload(
+            "digits", concurrency=3, num_clients=6, precision=precision
+        )
+        peer = torch_peer.Peer(config, dataset)
+        with torch.no_grad():
+            logits[precision], taps = peer._apply(peer._net, peer._take(np.arange(20)))
+        assert logits[precision].dtype == torch.float32
+        assert all(mean.dtype == torch.float32 for mean, _ in peer._statistics(taps))
+    off = (logits["float32"] - logits["bfloat16"]).norm() / logits["float32"].norm()
+    assert 1e-5 < off < 0.1
+
+
+def test_a_peer_on_another_device_is_refused(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with pytest.raises(ConfigError, match="--peer=torch: JAX computes on a tpu"):
+        torch_peer.device_of_peer()
+
+
 def test_the_benchmark_beside_pytorch(tmp_path):
     result = call(*flags(**TINY, peer="torch", json=tmp_path / "out.json"), program="benchmark")
     assert result.returncode == 0, result.stderr
@@ -113,3 +152,5 @@ def test_the_benchmark_beside_pytorch(tmp_path):
         told["peer_arrival_milliseconds"] / told["arrival_milliseconds"]
     )
     assert all(own["ratio"] > 0 for own in told["stages"].values())
+    assert told["peer_device"] == "cpu"
+    assert "PyTorch on cpu, float32" in result.stdout

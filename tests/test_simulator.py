@@ -75,6 +75,15 @@ def test_uneven_windows_and_padding_change_nothing():
     assert_same_params(a, b, atol=2e-5)
 
 
+def test_jobs_in_a_call():
+    """As many as asked for, but no more than a usual window or its limit holds."""
+    many = Simulation(small("fedbuff", client_batch=50))
+    usual = many.schedule.num_arrivals / len(many.windows)
+    assert 2 < usual < many.jobs_in_a_call < usual + 1
+    assert Simulation(small("fedbuff", client_batch=2)).jobs_in_a_call == 2
+    assert Simulation(small("fedbuff", client_batch=50, window_limit=2)).jobs_in_a_call == 2
+
+
 def test_a_job_is_what_one_client_would_compute_alone():
     """The first upload of a window against a plain call on the client's own samples."""
     config = small("fedavg", client_batch=4)

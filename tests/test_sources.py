@@ -526,6 +526,9 @@ def test_preparing_again_tells_damage(tmp_path):
 def test_what_prepare_needs(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="--data_dir=: must name"):
         prepare("femnist", "")
+    for folders in (("~nobody_here/a",), (str(tmp_path), "~nobody_here/a")):
+        with pytest.raises(ConfigError, match=r"_dir=~nobody_here/a: must not name the home"):
+            prepare("femnist", *folders)
     with pytest.raises(ConfigError, match=r"--manual_dir=.*nowhere: no such folder"):
         prepare("femnist", str(tmp_path), str(tmp_path / "nowhere"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -14,7 +14,10 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
 
 
 def figures(
-    measured: Measured, peers: dict[str, Timing], peak: tuple[float, str]
+    measured: Measured,
+    peers: dict[str, Timing],
+    peak: tuple[float, str],
+    peer_device: str = "",
 ) -> dict[str, Any]:
     """Everything that was measured, as JSON holds it; keys that end in `ratio` say how many times
     faster than PyTorch (or than one job at a time) it is.
@@ -23,6 +26,7 @@ def figures(
       measured: see `stages.measure`.
       peers: PyTorch's timings by stage, and of a whole `arrival`; empty without a peer.
       peak: FLOP/s of all devices and where the number is from.
+      peer_device: where PyTorch computed.
     """
     config = measured.config
     arrival = measured.arrival.median
@@ -44,7 +48,7 @@ def figures(
         "width": config.model_width,
         "precision": config.precision,
         "convolution": config.convolution,
-        "client_batch": measured.client_batch,
+        "jobs_in_a_call": measured.jobs_in_a_call,
         "mesh": config.mesh,
         "stages": stages,
         "arrival_milliseconds": 1e3 * arrival,
@@ -70,6 +74,7 @@ def figures(
     if "arrival" in peers:
         result["peer_arrival_milliseconds"] = 1e3 * peers["arrival"].median
         result["arrival_ratio"] = peers["arrival"].median / arrival
+        result["peer_device"] = peer_device
     return result
 
 
@@ -123,11 +128,13 @@ def table(told: dict[str, Any]) -> str:
         whole["ratio"] = told["arrival_ratio"]
     row("**whole arrival**", whole)
     versions = ", ".join(f"{name} {value}" for name, value in told["machine"].items())
+    if peer:
+        versions += f"; PyTorch on {told['peer_device']}, {told['precision']}"
     lines = ["| " + " | ".join(cells) + " |" for cells in rows]
     lines += [
         "",
         f"{told['model']}, width {told['width']}, {told['precision']}, convolution "
-        f"{told['convolution']}, {told['client_batch']} jobs in a call. {versions}.",
+        f"{told['convolution']}, {told['jobs_in_a_call']} jobs in a call. {versions}.",
         f"{told['arrivals_per_second']:.3g} arrivals/s; windows {told['window_ratio']:.2f} times "
         f"as fast as one job in a call; host {told['host_milliseconds']:.2f} ms an arrival; "
         f"schedule {told['schedule_arrivals_per_second']:,.0f} arrivals/s; peak "

@@ -75,7 +75,7 @@ class Measured:
       live_bytes: the most that arrays took between two calls.
       planned_bytes: the plan's word on that.
       live_versions: the most versions that were kept.
-      client_batch: jobs in one call of client training.
+      jobs_in_a_call: of client training, of all devices together.
     """
 
     config: Config
@@ -91,7 +91,7 @@ class Measured:
     live_bytes: int
     planned_bytes: int
     live_versions: int
-    client_batch: int
+    jobs_in_a_call: int
 
     @property
     def flops(self) -> float:
@@ -177,7 +177,7 @@ def measure(
     peak = measuring.peak_bytes()
     say("one job in a call")
     single = Simulation(dataclasses.replace(config, client_batch=1), dataset)
-    first = single.windows[0].jobs[: simulation.client_batch]
+    first = single.windows[0].jobs[: simulation.jobs_in_a_call]
     alone = measuring.time_calls(lambda: single.train_jobs(first), repeats).median / len(first)
     told = planning.plan(config, dataset, simulation.model)
     share = 1 / config.generation_interval
@@ -201,7 +201,7 @@ def measure(
         live_bytes=whole.live_bytes,
         planned_bytes=told["bytes_device"],
         live_versions=whole.live_versions,
-        client_batch=simulation.client_batch,
+        jobs_in_a_call=simulation.jobs_in_a_call,
     )
 
 
@@ -246,12 +246,12 @@ def _time_schedule(config: Config) -> tuple[float, int]:
 
 def _stages(simulation: Simulation, whole: _Arrivals, repeats: int) -> dict[str, Stage]:
     config, model = simulation.config, simulation.model
-    forward = planning.forward_flops(
-        model_that_counts(config, model.input_shape, model.num_classes)
+    counted = model_that_counts(config, model.input_shape, model.num_classes)
+    arithmetic = planning.flops_of_an_arrival(
+        config, planning.forward_flops(counted), planning.making_flops(config, counted)
     )
-    arithmetic = planning.flops_of_an_arrival(config, forward)
     params = simulation.server.params
-    frozen, augment = simulation.frozen, simulation.feed.augment
+    frozen, augment, mesh = simulation.frozen, simulation.feed.augment, simulation.mesh
     keys = iter(jax.random.split(jax.random.key(config.seed), 100))
 
     # Teachers that differ: the global model with a little noise.
@@ -267,7 +267,7 @@ def _stages(simulation: Simulation, whole: _Arrivals, repeats: int) -> dict[str,
     present = jnp.ones(config.num_teachers, bool)
     guard = loss_guard.init()
 
-    synthesiser, maker = reviver.make_synthesiser(config, model, augment)
+    synthesiser, maker = reviver.make_synthesiser(config, model, augment, mesh=mesh)
     generator = synthesiser.init(maker.init(next(keys)))
     drawn = synthesiser.draw(next(keys), mixes, present, frozen)
     ensemble = synthesis.Ensemble(ring, taps, mixes, params, jnp.asarray(True), frozen)
@@ -283,7 +283,9 @@ def _stages(simulation: Simulation, whole: _Arrivals, repeats: int) -> dict[str,
             augment(jax.tree.map(lambda leaf: leaf[places], made), key),
         )
     )(made, next(keys))
-    judge = jax.jit(lambda ring, samples: distillation.teacher_logits(model, ring, samples, frozen))
+    judge = jax.jit(
+        lambda ring, samples: distillation.teacher_logits(model, ring, samples, frozen, mesh)
+    )
     targets = judge(ring, samples)
     distil = jax.jit(
         lambda params, samples, targets: distillation.distil(
@@ -297,11 +299,13 @@ def _stages(simulation: Simulation, whole: _Arrivals, repeats: int) -> dict[str,
             learning_rate=config.distillation_lr,
             weight_decay=config.distillation_weight_decay,
             temperature=config.distillation_temperature,
+            teacher_batch=config.teacher_batch,
+            mesh=mesh,
         )
     )
     # Jobs that are handed out, so that the versions they start from exist.
     simulation.train_ahead()
-    jobs = np.asarray(sorted(simulation.uploads))[: simulation.client_batch]
+    jobs = np.resize(sorted(simulation.uploads), simulation.jobs_in_a_call)
 
     def timed(call, flops, times=1.0, share=1):
         timing = measuring.time_calls(call, repeats)

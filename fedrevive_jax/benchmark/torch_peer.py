@@ -1,13 +1,16 @@
 """The same work as one FedRevive arrival, written as one would in eager PyTorch.
 
 One job after the other, one teacher after the other, with the sizes and steps of a configuration.
-Only for timing: random numbers and starts are PyTorch's own.
+Only for timing: random numbers and starts are PyTorch's own. It computes in the precision that the
+configuration names, on the kind of device that JAX uses.
 """
 
+import contextlib
 import copy
 import time
 from collections.abc import Callable
 
+import jax
 import numpy as np
 import torch
 from torch.nn import functional
@@ -20,20 +23,44 @@ from fedrevive_jax.benchmark.torch_networks import (
     TorchResNet18,
     TorchT5,
 )
-from fedrevive_jax.config import Config
+from fedrevive_jax.config import Config, ConfigError
 from fedrevive_jax.data import Dataset
 from fedrevive_jax.dfkd.prompts import PROMPTS
 
 NETWORKS = {"convnet": TorchConvNet, "digitsnet": TorchDigitsNet, "resnet18": TorchResNet18}
 
 
+def device_of_peer() -> str:
+    """PyTorch's name of the kind of device that JAX uses.
+
+    Raises:
+      ConfigError: PyTorch has none of that kind.
+    """
+    backend = jax.default_backend()
+    if backend == "cpu":
+        return "cpu"
+    if backend == "gpu" and torch.cuda.is_available():
+        return "cuda"
+    raise ConfigError(f"--peer=torch: JAX computes on a {backend}, which PyTorch here does not see")
+
+
+def device_name() -> str:
+    """The device on which the peer computes, for the record."""
+    kind = device_of_peer()
+    return torch.cuda.get_device_name() if kind == "cuda" else kind
+
+
 class Peer:
-    """A server and a client in PyTorch, on the GPU where PyTorch sees one."""
+    """A server and a client in PyTorch."""
 
     def __init__(self, config: Config, dataset: Dataset):
+        """Raises:
+        ConfigError: see `device_of_peer`.
+        """
         self._config, self._dataset = config, dataset
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = device_of_peer()
         torch.manual_seed(config.seed)
+        torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on either side
         samples = torch.from_numpy(dataset.samples)
         if not dataset.is_text:
             samples = samples.permute(0, 3, 1, 2).contiguous()
@@ -47,9 +74,9 @@ class Peer:
         )
         self._teachers = []
         for _ in range(config.num_teachers):
-            net = self._network().to(self.device).eval()
+            net = _frozen(self._network().to(self.device))
             with torch.no_grad():
-                _, taps = net(self._inputs(self._take(np.arange(2))))
+                _, taps = self._apply(net, self._take(np.arange(2)))
             mix = torch.full((dataset.num_classes,), 1 / dataset.num_classes, device=self.device)
             self._teachers.append((net, self._statistics(taps), mix))
         self._pool = self._make_pool()
@@ -74,8 +101,7 @@ class Peer:
         for _ in range(config.local_iterations):
             positions = torch.randint(count, (config.batch_size,), device=self.device)
             optimizer.zero_grad()
-            inputs = self._inputs(self._augment(self._take(positions), "constant"))
-            logits, taps = net(inputs)
+            logits, taps = self._apply(net, self._augment(self._take(positions), "constant"))
             functional.cross_entropy(logits, self._labels[positions]).backward()
             optimizer.step()
             with torch.no_grad():
@@ -86,7 +112,7 @@ class Peer:
                     (m.mul(0.9).add(a, alpha=0.1), v.mul(0.9).add(b, alpha=0.1))
                     for (m, v), (a, b) in zip(running, new, strict=True)
                 ]
-        self._teachers.append((copy.deepcopy(net).eval(), running, self._teachers.pop(0)[2]))
+        self._teachers.append((_frozen(net), running, self._teachers.pop(0)[2]))
         return net.state_dict()
 
     def draw(self) -> list[list[torch.Tensor]]:
@@ -109,7 +135,7 @@ class Peer:
     def judge(self, batches) -> list[list[torch.Tensor]]:
         """The teachers' logits, each on its own samples."""
         return [
-            [net(self._inputs(x))[0] for (net, _, _), x in zip(self._teachers, step, strict=True)]
+            [self._apply(net, x)[0] for (net, _, _), x in zip(self._teachers, step, strict=True)]
             for step in batches
         ]
 
@@ -127,7 +153,7 @@ class Peer:
             optimizer.zero_grad()
             loss = 0.0
             for x, logits in zip(step, wanted, strict=True):
-                own = functional.log_softmax(student(self._inputs(x))[0], 1)
+                own = functional.log_softmax(self._apply(student, x)[0], 1)
                 loss = loss + functional.kl_div(
                     own, functional.log_softmax(logits, 1), reduction="batchmean", log_target=True
                 )
@@ -140,6 +166,7 @@ class Peer:
         """Inner steps on a fast copy of the generator and fresh latents, then the Reptile step."""
         config, dataset = self._config, self._dataset
         fast = copy.deepcopy(self._generator)
+        student = _frozen(self._net)
         mix = torch.stack([mix for _, _, mix in self._teachers]).mean(0)
         targets = torch.multinomial(mix, config.synthesis_batch, replacement=True)
         latents = self._latents(config.synthesis_batch, dataset.num_classes)
@@ -155,7 +182,7 @@ class Peer:
         for _ in range(config.synthesis_steps):
             optimizer.zero_grad()
             samples = fast(*latents, targets)
-            loss = self._objective(self._augment(samples, "reflect"), targets)
+            loss = self._objective(self._augment(samples, "reflect"), targets, student)
             loss.backward()
             optimizer.step()
             if loss.item() < best:
@@ -233,16 +260,15 @@ class Peer:
             torch.cat([labels[len(targets) :], targets]),
         )
 
-    def _objective(self, samples, targets):
+    def _objective(self, samples, targets, student):
         config = self._config
-        inputs = self._inputs(samples)
-        own, _ = self._net(inputs)
+        own, _ = self._apply(student, samples)
         share = torch.stack([mix[targets] for _, _, mix in self._teachers])
         weights = share / share.sum(0).clamp_min(1e-8)
         count = len(targets)
         feature = one_hot = adversarial = 0.0
         for (net, reference, _), weight in zip(self._teachers, weights, strict=True):
-            logits, taps = net(inputs)
+            logits, taps = self._apply(net, samples)
             distance = sum(
                 (m - a).norm() + (v - b).norm()
                 for (m, v), (a, b) in zip(self._statistics(taps), reference, strict=True)
@@ -283,6 +309,13 @@ class Peer:
             x = torch.where(flipped, x.flip(3), x)
         return x
 
+    def _apply(self, net, samples):
+        """Logits in float32 and activations, computed in the configured precision."""
+        half = self._config.precision == "bfloat16"
+        with torch.autocast(self.device, torch.bfloat16) if half else contextlib.nullcontext():
+            logits, taps = net(self._inputs(samples))
+        return logits.float(), taps
+
     def _inputs(self, samples):
         if self._dataset.is_text:
             if samples.ndim == 2:
@@ -299,6 +332,7 @@ class Peer:
 
     def _statistics(self, taps):
         axes = (0,) if self._dataset.is_text else (0, 2, 3)
+        taps = [tap.float() for tap in taps]
         return [(tap.mean(axes), tap.var(axes, correction=0)) for tap in taps]
 
     def _wait(self) -> None:
@@ -315,6 +349,11 @@ class _Prompts(torch.nn.Module):
         del targets
         front = self.vectors.expand(len(embeddings), *self.vectors.shape)
         return torch.cat([front, embeddings], 1)
+
+
+def _frozen(net):
+    """A copy to judge with: only what it judges gets a gradient."""
+    return copy.deepcopy(net).eval().requires_grad_(False)
 
 
 def _trained(net):

@@ -17,7 +17,7 @@ from fedrevive_jax.dfkd.prompts import SeedText, prompt_maker
 from fedrevive_jax.local_training import initial_taps
 from fedrevive_jax.messages import Arrival, Upload
 from fedrevive_jax.models import Model
-from fedrevive_jax.models.model import Params
+from fedrevive_jax.models.model import Params, exactly
 from fedrevive_jax.streams import Stream, jax_key
 
 
@@ -239,7 +239,7 @@ def make_synthesiser(
     mesh: Mesh | None = None,
 ) -> tuple[synthesis.Synthesiser, Maker]:
     """The synthesis of a configuration, and what it optimises; arguments as those of `create`."""
-    maker = _make_maker(config, model, seed_text)
+    maker = make_maker(config, model, seed_text)
     synthesiser = synthesis.make_synthesiser(
         model,
         maker,
@@ -260,7 +260,12 @@ def make_synthesiser(
     return synthesiser, maker
 
 
-def _make_maker(config: Config, model: Model, seed_text: SeedText | None) -> Maker:
+def make_maker(config: Config, model: Model, seed_text: SeedText | None = None) -> Maker:
+    """What makes the samples of a configuration.
+
+    Raises:
+      ConfigError: the generator cannot make images of this size.
+    """
     if model.vocabulary is not None:
         return prompt_maker(model.vocabulary, model.input_shape[0], seed_text)
     height, width = model.input_shape[:2]
@@ -270,7 +275,8 @@ def _make_maker(config: Config, model: Model, seed_text: SeedText | None) -> Mak
             f"these are {height}x{width}"
         )
     generator = Generator(model.input_shape, config.generator_features, config.convolution)
-    return image_maker(generator, config.latent_size, model.num_classes)
+    maker = image_maker(generator, config.latent_size, model.num_classes)
+    return maker._replace(make=exactly(maker.make)) if config.precision == "float32" else maker
 
 
 def _shapes_of_samples(maker: Maker, config: Config, frozen: Any) -> Any:

@@ -1,5 +1,6 @@
 """The record that the rest of the package knows of a model."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -72,8 +73,8 @@ class Model(NamedTuple):
 def with_precision(model: Model, precision: str) -> Model:
     """The model with its arithmetic in another precision.
 
-    Parameters, statistics, logits, losses and everything made of them stay float32; inputs,
-    weights and activations are rounded within each call.
+    Parameters, statistics, logits, losses and everything made of them stay float32; with `bfloat16`
+    inputs, weights and activations are rounded within each call.
 
     Args:
       model: computes in float32.
@@ -82,7 +83,7 @@ def with_precision(model: Model, precision: str) -> Model:
     if precision == "auto":
         precision = default_precision()
     if precision == "float32":
-        return model
+        return model._replace(apply=exactly(model.apply))
 
     def rounded(leaf):
         return leaf.astype(jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf
@@ -96,6 +97,22 @@ def with_precision(model: Model, precision: str) -> Model:
         return logits.astype(jnp.float32), activations
 
     return model._replace(apply=apply)
+
+
+def exactly(function: Callable) -> Callable:
+    """The function with products of float32 in float32, on its way back, too.
+
+    An accelerator would round their factors, to TF32 or bfloat16. A CPU does not.
+    """
+    if jax.default_backend() == "cpu":
+        return function
+
+    @functools.wraps(function)
+    def precise(*args, **kwargs):
+        with jax.default_matmul_precision("highest"):
+            return function(*args, **kwargs)
+
+    return precise
 
 
 def default_precision() -> str:
