@@ -25,6 +25,10 @@ COMPILATION_CACHE = flags.DEFINE_string(
 )
 
 
+# How JAX's errors tell that a device's memory is full.
+OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")
+
+
 def define() -> None:
     """Defines a flag for every field of `Config`; unset means the preset's value."""
     for field in dataclasses.fields(Config):
@@ -81,6 +85,13 @@ def run(main: Callable[[], int | None]) -> None:
         except Exception as error:
             if processes.is_lost_contact(error):
                 return fail(f"lost contact with the other processes ({str(error).splitlines()[0]})")
+            if any(words in str(error) for words in OUT_OF_MEMORY):
+                told = str(error).splitlines()[0].rstrip(".")
+                return fail(
+                    f"{told}; smaller --client_batch, --teacher_batch, --synthesis_batch, "
+                    "--num_teachers or --pool_size need less memory, and --version_memory=host "
+                    "and --cache_memory=host move what waits"
+                )
             if processes.joined():
                 traceback.print_exc()
                 processes.leave(1)

@@ -232,6 +232,15 @@ def test_bad_input_is_one_clear_line(tmp_path, arguments, message):
     assert [path.name for path in tmp_path.iterdir()] == ["blocked"]
 
 
+def test_a_full_memory_is_told_in_one_line(tmp_path):
+    """144 TB for a convolution's weights."""
+    result = call("--method=fedbuff", "--model_width=2000000", cwd=tmp_path)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "Out of memory allocating 144000000000000 bytes; smaller --client_batch" in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
