@@ -238,6 +238,13 @@ class Config:
     meta: str = _field(
         "reptile", "meta-step of the generator", choices=("reptile", "fomaml", "maml")
     )
+    loss_guard: str = _field(
+        "published",
+        "a loss term above 3 times its mean counts as zero; published: such a value is not kept, "
+        "so that a term whose level has risen stays off; following: it is, cut to the limit, and "
+        "the mean follows the new level",
+        choices=("published", "following"),
+    )
     target_sampling: str = _field(
         "teachers", "classes to synthesise: mean of the teachers' mixes, or uniform",
         choices=("teachers", "uniform"),

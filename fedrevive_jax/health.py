@@ -4,10 +4,12 @@ A run that is continued reads its rows again and comes to the same judgement.
 """
 
 import math
+import statistics
 from collections import Counter, deque
 from typing import Any
 
 from fedrevive_jax.config import UserError
+from fedrevive_jax.dfkd import loss_guard
 
 # Losses in a row that are not finite before a run counts as diverged.
 DIVERGED_AFTER = 10
@@ -28,7 +30,8 @@ class Health:
 
     Attributes:
       trouble: why the run has to stop; None as long as all is well.
-      skipped: syntheses and distillations that were due and skipped because they were not finite.
+      skipped: syntheses and distillations that were due and moved nothing, because they were not
+        finite or the loss guard rejected every step.
     """
 
     def __init__(self, reject_limit: float):
@@ -38,6 +41,12 @@ class Health:
         self._reasons: Counter[str] = Counter()
         self.trouble: UserError | None = None
         self.skipped = {"synthesis": 0, "distillation": 0}
+        self._shares: dict[str, list[float]] = {term: [] for term in loss_guard.TERMS}
+
+    @property
+    def rejected_terms(self) -> dict[str, float]:
+        """The share of its steps in which the loss guard rejected a term, of terms that had any."""
+        return {term: statistics.fmean(own) for term, own in self._shares.items() if own}
 
     def arrival(self, row: dict[str, Any]) -> None:
         """Takes note of a row of arrivals.jsonl, in memory or as it was read."""
@@ -62,6 +71,10 @@ class Health:
             self._loss("evaluation", row)
         for part in self.skipped:
             self.skipped[part] += row.get(f"{part}_skipped") == 1
+        for term, own in self._shares.items():
+            share = row.get(f"{term}_rejected")
+            if _is_finite(share):
+                own.append(share)
 
     def _loss(self, kind: str, row: dict[str, Any]) -> None:
         self._broken[kind] = 0 if _is_finite(row["loss"]) else self._broken[kind] + 1

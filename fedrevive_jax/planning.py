@@ -190,8 +190,8 @@ def _flops(config: Config, clock: schedule.Schedule, forward: int, making: int) 
         synthesis = 0
         if config.method == "fedrevive":
             synthesis = parts["synthesis"]
-            span = max(clock.num_versions - config.freeze_versions, 0)
-            total += synthesis * (span // config.generation_interval)
+            versions = range(clock.num_versions)[config.freeze_versions :]
+            total += synthesis * sum(v % config.generation_interval == 0 for v in versions)
         return {
             "flops_client_job": client,
             "flops_distillation": distillation,

@@ -162,6 +162,14 @@ class Recorder:
         """The last evaluation, the last checkpoint, pictures, and the summary."""
         simulation, clock = self._simulation, self._simulation.schedule
         self._fetch()
+        for term, share in self._health.rejected_terms.items():
+            if share > 0.5:
+                _LOG.warning(
+                    "the loss guard rejected the %s loss in %.0f%% of its steps, so that it hardly "
+                    "moved anything; see --loss_guard",
+                    term,
+                    100 * share,
+                )
         end = float(clock.time[-1]) if clock.num_arrivals else 0.0
         if self._evaluations[-1]["version"] != simulation.server.version:
             self._evaluate(end)
@@ -181,6 +189,7 @@ class Recorder:
             "rejected": simulation.server.rejected,
             "faults": clock.faults,
             "skipped": self._health.skipped,
+            "loss_guard_rejected": self._health.rejected_terms,
             "jobs_restarted": simulation.jobs_restarted,
             "simulated_time": end,
             "wall_seconds": self._wall_seconds(),

@@ -235,11 +235,14 @@ class Simulation:
             plan.base_version,
             plan.fault,
             self._shards.indices,
+            self._shards.offsets,
             self.dataset.labels,
             self.dataset.samples,
+            *(self.dataset.splits[name] for name in sorted(self.dataset.splits)),
             *map(np.asarray, jax.tree.leaves(self._inputs)),
         ):
             digest.update(np.ascontiguousarray(array).tobytes())
+        digest.update(repr(self.dataset.preprocessing).encode())
         return digest.hexdigest()
 
     def snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -74,10 +74,10 @@ def test_adversarial_loss_counts_agreeing_samples_only():
 # --- loss guard -----------------------------------------------------------------------------------
 
 
-def guarded(values, term="feature"):
+def guarded(values, term="feature", follow=False):
     guard, flags = loss_guard.init(), []
     for value in values:
-        counts, guard = loss_guard.check(guard, term, jnp.asarray(float(value)))
+        counts, guard = loss_guard.check(guard, term, jnp.asarray(float(value)), follow)
         flags.append(bool(counts))
     return flags, guard
 
@@ -103,9 +103,28 @@ def test_guard_forgets_after_twenty_values():
     assert not bool(loss_guard.check(guard, "feature", jnp.asarray(8.0))[0])
 
 
-def test_guard_compares_magnitudes_of_the_adversarial_term():
-    flags, _ = guarded([-1.0] * 10 + [-1.0, -2.9, -3.6], "adversarial")
-    assert flags == [True] * 12 + [False]
+def test_guard_takes_any_finite_adversarial_term():
+    """It is never positive, and its mean is zero where teachers and student agree on nothing."""
+    assert guarded([-1.0] * 10 + [-2.9, -3.6, -100.0], "adversarial")[0] == [True] * 13
+    assert guarded([0.0] * 10 + [-0.2], "adversarial")[0] == [True] * 11
+    assert guarded([-1.0] * 10 + [math.nan, -math.inf], "adversarial")[0][10:] == [False] * 2
+
+
+def test_guard_and_a_level_that_rises():
+    """From 0.5 to 1.6. As published, 1.6 is above 3 * 0.5 for good. A guard that follows keeps 1.5
+    in its place, so that the mean is 0.55 then and the limit 1.65; a single spike is still
+    rejected."""
+    rise = [0.5] * 20 + [1.6] * 300
+    assert guarded(rise)[0] == [True] * 20 + [False] * 300
+    assert guarded(rise, follow=True)[0] == [True] * 20 + [False] + [True] * 299
+    flags, guard = guarded([0.5] * 20 + [100.0, 0.5], follow=True)
+    assert flags == [True] * 20 + [False, True]
+    assert float(guard.values[0].max()) == 1.5
+    # Each rejected value puts 3 m in the place of 0.5, m' = 1.15 m - 0.025, so that after k of them
+    # m = (1 + 2 * 1.15^k) / 6; 5.0 counts once m >= 5/3, after 11.
+    assert guarded([0.5] * 20 + [5.0] * 30, follow=True)[0][20:] == [False] * 11 + [True] * 19
+    assert guarded([1.0, math.nan], follow=True)[0] == [True, False]
+    assert int(guarded([1.0, math.nan], follow=True)[1].counts[0]) == 1
 
 
 def test_guard_keeps_terms_apart():
@@ -315,6 +334,22 @@ def test_images_of_a_rejected_step_are_not_the_best():
     worse = int(one_hot.argmax())
     step, _ = best(float(one_hot.mean()))  # rejects the worse step's term only
     assert step == 1 - worse
+
+
+def test_rejected_terms_are_told():
+    """The one-hot term in both of two steps, the adversarial one never."""
+    synthesiser, omega, ensemble = small_synthesis()
+    drawn = synthesiser.draw(KEY, ensemble.proxies, jnp.ones(2, bool))
+    row = loss_guard.TERMS.index("one_hot")
+    guard = loss_guard.init()
+    guard = guard._replace(
+        values=guard.values.at[row].set(1e-9), counts=guard.counts.at[row].set(20)
+    )
+    result = jax.jit(synthesiser.synthesise)(synthesiser.init(omega), drawn, ensemble, guard, KEY)
+    assert result.rejected.tolist() == [0.0, 1.0, 0.0]
+    follower, _, _ = small_synthesis(follow=True)
+    result = jax.jit(follower.synthesise)(follower.init(omega), drawn, ensemble, guard, KEY)
+    assert int(result.guard.counts[row]) == 22
 
 
 # --- distillation ---------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from fedrevive_jax import methods
-from fedrevive_jax.dfkd import proxy
+from fedrevive_jax.dfkd import loss_guard, proxy
+from fedrevive_jax.health import Health
 from fedrevive_jax.presets import resolve
 from tests.toys import KEY, arrival, scalar_model, scalar_upload
 
@@ -93,6 +94,31 @@ def test_the_control_distils_and_synthesises(world):
     assert w != pytest.approx(PLAIN, abs=0.1)  # the update went in at half its size
     with pytest.raises(AssertionError):
         assert_kept(world.state, state)
+
+
+def test_what_the_guard_rejects_is_told_and_counted(world):
+    """Limits of almost zero for two terms: the one-hot term goes without, the distillation has
+    nothing left, and the record says in what share of the steps."""
+    assert [world.after(world.state)[2][f"{term}_rejected"] for term in loss_guard.TERMS] == [0] * 4
+    guard = world.state.rule.guard
+    for term in ("one_hot", "distillation"):
+        row = loss_guard.TERMS.index(term)
+        guard = guard._replace(
+            values=guard.values.at[row].set(1e-9), counts=guard.counts.at[row].set(20)
+        )
+    w, _, metrics = world.after(replaced(world, guard=guard))
+    assert (w, metrics["beta"]) == (PLAIN, 0.0)
+    assert [metrics[f"{term}_rejected"] for term in loss_guard.TERMS] == [0, 1, 0, 1]
+    assert (metrics["synthesis_skipped"], metrics["distillation_skipped"]) == (0, 1)
+
+    health = Health(1.0)
+    nothing = dict.fromkeys(metrics) | {"kind": "dfkd", "version": 1}
+    for row in (metrics | {"kind": "dfkd"}, nothing, nothing | {"one_hot_rejected": 0.5}):
+        health.metrics(row)
+    assert health.rejected_terms == {
+        "feature": 0.0, "one_hot": 0.75, "adversarial": 0.0, "distillation": 1.0,
+    }  # fmt: skip
+    assert health.skipped == {"synthesis": 0, "distillation": 1}
 
 
 def with_teacher(world, w):

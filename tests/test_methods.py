@@ -180,6 +180,19 @@ def test_fedbuff_with_its_own_staleness_weight():
     assert [s["beta"] for s in seen] == pytest.approx([0.5, 0.0])
 
 
+@pytest.mark.parametrize("optimizer", SERVER_OPTIMIZERS)
+def test_an_update_of_nothing_moves_nothing(optimizer):
+    """No server optimiser pulls weights towards zero on its own. Yogi starts with moments of 1e-6,
+    a step of less than a thousandth of the rate."""
+    method = create("fedbuff", buffer_size=1, server_optimizer=optimizer)
+    large = {"w": jnp.asarray(1000.0)}
+    params, _, _, _ = method.step(
+        large, large, method.init(large), (), scalar_upload(1000.0), arrival(), jnp.asarray(True),
+        KEY,
+    )  # fmt: skip
+    assert float(params["w"]) == pytest.approx(1000, abs=0.001)
+
+
 @pytest.mark.parametrize(
     ("name", "optimizer"),
     [

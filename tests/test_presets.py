@@ -114,6 +114,15 @@ def test_small_never_exceeds_full_and_keeps_what_is_no_size(dataset, method):
     assert small.num_clients <= 20
 
 
+def test_the_shifted_schedule_ends_sooner():
+    """Published at t = 100, with up to 51,325 versions."""
+    shifted = resolve("cifar10", "fedrevive", delays="shifted")
+    assert shifted.max_time == 100
+    assert shifted.max_versions > 51_325
+    assert resolve("cifar10", delays="shifted", max_time=7).max_time == 7
+    assert resolve("digits", delays="shifted").max_time == resolve("digits").max_time
+
+
 def test_a_flag_beats_the_small_scale():
     assert resolve("cifar10", preset_scale="small", num_clients=300).num_clients == 300
 

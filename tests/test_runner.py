@@ -424,6 +424,22 @@ def test_client_tables_are_kept_and_made_again_when_damaged(whole):
     table.write_bytes(raw)
 
 
+def test_other_data_make_another_plan():
+    config = small("fedbuff")
+    simulation = Simulation(config)
+    dataset = simulation.dataset
+    splits = {**dataset.splits, "test": dataset.splits["test"][:-1]}
+    for change in (
+        {"splits": splits},
+        {"preprocessing": dataclasses.replace(dataset.preprocessing, flip=True)},
+        {"samples": 255 - dataset.samples},
+        {"labels": dataset.labels[::-1].copy()},
+    ):
+        other = Simulation(config, dataset=dataclasses.replace(dataset, **change))
+        assert other.fingerprint != simulation.fingerprint, change.keys()
+    assert Simulation(config, dataset=dataset).fingerprint == simulation.fingerprint
+
+
 def test_kept_tables_that_do_not_fit_the_data_are_not_used():
     config = small("fedbuff")
     fresh = Simulation(config)

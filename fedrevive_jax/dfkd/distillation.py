@@ -89,6 +89,7 @@ def distil(
     learning_rate: float,
     weight_decay: float,
     temperature: float,
+    follow: bool = False,
     teacher_batch: int = 0,
     mesh: Mesh | None = None,
 ) -> Distilled:
@@ -109,6 +110,7 @@ def distil(
       learning_rate: lr_kd.
       weight_decay: L2 coefficient.
       temperature: T.
+      follow: see `loss_guard.check`.
       teacher_batch: teachers whose samples pass through the student in one call, a divisor of c;
         the gradient is summed over the calls. 0: see `model.per_call`.
       mesh: the devices that share the samples of a call; the gradient is summed over them.
@@ -143,7 +145,7 @@ def distil(
     def step(carry, batch):
         student, opt_state, guard, counted = carry
         loss, grads = loss_and_gradient(student, *batch)
-        counts, guard = loss_guard.check(guard, "distillation", loss)
+        counts, guard = loss_guard.check(guard, "distillation", loss, follow)
         updates, new_state = optimizer.update(grads, opt_state, student)
         moved = (optax.apply_updates(student, updates), new_state)
         student, opt_state = trees.select(counts, moved, (student, opt_state))

@@ -17,7 +17,7 @@ class LossGuard(NamedTuple):
     """The last kept values of every loss term, in the order of `TERMS`.
 
     Attributes:
-      values: float32 [4, 20], a ring of magnitudes.
+      values: float32 [4, 20], a ring.
       counts: int32 [4], values kept so far.
     """
 
@@ -29,27 +29,36 @@ def init() -> LossGuard:
     return LossGuard(jnp.zeros((len(TERMS), KEPT)), jnp.zeros(len(TERMS), jnp.int32))
 
 
-def check(guard: LossGuard, term: str, value: jax.Array) -> tuple[jax.Array, LossGuard]:
+def check(
+    guard: LossGuard, term: str, value: jax.Array, follow: bool = False
+) -> tuple[jax.Array, LossGuard]:
     """Whether a loss term may count in this step, and the guard after it.
 
-    A value that is not finite, or more than 3 times the mean of at least 10 kept values, does not
-    count and is not kept. The adversarial term is never positive, so magnitudes are compared;
-    for the other terms that is the value itself.
+    A value that is not finite, or more than 3 times the positive mean of at least 10 kept values,
+    does not count. The adversarial term is never positive: of it only what is not finite does not
+    count.
 
     Args:
       guard: the state.
       term: one of `TERMS`.
       value: the loss, [].
+      follow: keep a value that is too large, cut to the limit. In the published form it is not
+        kept, so that a loss which stays on a higher level is rejected from then on; here the mean
+        follows it within a few values.
 
     Returns:
       (bool [], the new guard).
     """
     row = TERMS.index(term)
-    magnitude = jnp.abs(jax.lax.stop_gradient(value)).astype(guard.values.dtype)
+    value = jax.lax.stop_gradient(value).astype(guard.values.dtype)
     count = guard.counts[row]
     filled = jnp.minimum(count, KEPT)
     mean = guard.values[row].sum() / jnp.maximum(filled, 1)
-    spike = (filled >= NEEDED) & (magnitude > SPIKE * mean)
-    counts = jnp.isfinite(magnitude) & ~spike
-    kept = LossGuard(guard.values.at[row, count % KEPT].set(magnitude), guard.counts.at[row].add(1))
-    return counts, trees.select(counts, kept, guard)
+    limit = SPIKE * mean
+    spike = (filled >= NEEDED) & (mean > 0) & (value > limit)
+    finite = jnp.isfinite(value)
+    kept = LossGuard(
+        guard.values.at[row, count % KEPT].set(jnp.where(spike, limit, value)),
+        guard.counts.at[row].add(1),
+    )
+    return finite & ~spike, trees.select(finite & (follow | ~spike), kept, guard)

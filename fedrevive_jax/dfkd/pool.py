@@ -13,7 +13,7 @@ class Pool(NamedTuple):
       samples: pytree of arrays [size, ...]. Synthetic: images [size, height, width, channels] in
         [0, 1], or `Embedded` texts; real: byte images or token ids.
       labels: int32 [size]; -1 marks an empty place.
-      added: int32 [], samples added so far.
+      added: int32 [], samples added so far, less whole rounds of a full pool.
       by_label: int32 [size], the places ordered by their labels, empty ones last. Kept because
         samples are drawn at every arrival and added only now and then.
     """

@@ -49,9 +49,11 @@ class Revival(NamedTuple):
     Attributes:
       delta: Delta^KD, zero where nothing was distilled.
       distilled: bool [], whether `delta` may be blended in.
-      metrics: float32 [] by name; NaN where a part did not run. `synthesis_skipped` and
-        `distillation_skipped` are 1 where a part ran in vain, because it was not finite: then
-        generator and pool, or the update, are as if it had not run.
+      metrics: float32 [] by name; NaN where a part did not run. `TERM_rejected` is the share of
+        its steps in which the loss guard rejected a term. `synthesis_skipped` and
+        `distillation_skipped` are 1 where a part ran in vain, because it was not finite or the
+        guard rejected every step of the distillation: then generator and pool, or the update, are
+        as if it had not run.
     """
 
     delta: Params
@@ -71,7 +73,11 @@ class Reviver(NamedTuple):
     revive: Callable[..., tuple[ReviverState, Revival]]
 
 
-SYNTHESIS_METRICS = ("feature", "one_hot", "adversarial", "synthesis", "synthesis_skipped")
+SYNTHESIS_METRICS = (
+    "feature", "one_hot", "adversarial", "synthesis", "synthesis_skipped",
+    "feature_rejected", "one_hot_rejected", "adversarial_rejected",
+)  # fmt: skip
+DISTILLATION_METRICS = ("distillation", "distillation_skipped", "distillation_rejected")
 
 
 def create(
@@ -149,7 +155,10 @@ def create(
             pool=trees.select(result.sound, grown, state.pool),
             synthesised_version=arrival.version,
         )
-        values = (*result.terms, ~result.sound)
+        feature, one_hot, adversarial = result.rejected
+        # Before the warm-up there is no adversarial term to reject.
+        adversarial = jnp.where(ensemble.adversarial_on, adversarial, jnp.nan)
+        values = (*result.terms, ~result.sound, feature, one_hot, adversarial)
         return state, tuple(jnp.asarray(value, jnp.float32) for value in values)
 
     def distil(state: ReviverState, proxies, present, params, key):
@@ -174,14 +183,16 @@ def create(
             learning_rate=config.distillation_lr,
             weight_decay=config.distillation_weight_decay,
             temperature=config.distillation_temperature,
+            follow=config.loss_guard == "following",
             teacher_batch=config.teacher_batch,
             mesh=mesh,
         )
         good = trees.all_finite(result.delta) & (result.counted > 0)
         zero = jax.tree.map(jnp.zeros_like, params)
-        loss, skipped = (jnp.asarray(v, jnp.float32) for v in (result.losses.mean(), ~good))
+        values = (result.losses.mean(), ~good, 1 - result.counted / steps)
         delta = trees.select(good, result.delta, zero)
-        return state._replace(guard=result.guard), delta, good, (loss, skipped)
+        values = tuple(jnp.asarray(value, jnp.float32) for value in values)
+        return state._replace(guard=result.guard), delta, good, values
 
     def revive(state: ReviverState, params, upload: Upload, arrival: Arrival, beta, key):
         probe_key, synthesis_key, distillation_key = jax.random.split(key, 3)
@@ -218,14 +229,15 @@ def create(
             )
 
         warm = (arrival.version > config.warmup_versions) | (synthesiser is None)
-        state, delta, distilled, (loss, skipped) = jax.lax.cond(
+        state, delta, distilled, values = jax.lax.cond(
             warm & (beta > 0) & (state.pool.added > 0),
             lambda s: distil(s, proxies, present, params, distillation_key),
-            lambda s: (s, jax.tree.map(jnp.zeros_like, params), jnp.asarray(False), (nan, nan)),
+            lambda s: (s, jax.tree.map(jnp.zeros_like, params), jnp.asarray(False), (nan,) * 3),
             state,
         )
-        metrics = dict(zip(SYNTHESIS_METRICS, terms, strict=True), distillation=loss)
-        metrics["distillation_skipped"] = skipped
+        metrics = dict(
+            zip(SYNTHESIS_METRICS + DISTILLATION_METRICS, (*terms, *values), strict=True)
+        )
         return state, Revival(delta, distilled, metrics)
 
     return Reviver(init, revive)
@@ -255,6 +267,7 @@ def make_synthesiser(
         adversarial_weight=config.adversarial_weight,
         meta=config.meta,
         target_sampling=config.target_sampling,
+        follow=config.loss_guard == "following",
         mesh=mesh,
     )
     return synthesiser, maker

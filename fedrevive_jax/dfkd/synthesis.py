@@ -84,6 +84,7 @@ class InnerResult(NamedTuple):
       samples: raw samples, leaves [b, ...], of the step with the lowest total loss.
       best_step: int32 [].
       guard: the loss guard afterwards.
+      rejected: bool [steps, 3], where it rejected the feature, one-hot or adversarial term.
     """
 
     variables: Variables
@@ -92,6 +93,7 @@ class InnerResult(NamedTuple):
     samples: Any
     best_step: jax.Array
     guard: LossGuard
+    rejected: jax.Array
 
 
 class SynthesisResult(NamedTuple):
@@ -104,6 +106,8 @@ class SynthesisResult(NamedTuple):
       terms: loss terms of the step that made the samples.
       sound: bool [], whether the samples and the new generator are finite, and any teacher has
         judged the samples; what was made is of no use otherwise.
+      rejected: float32 [3], in which share of the steps the loss guard rejected the feature,
+        one-hot and adversarial term.
     """
 
     generator: GeneratorState
@@ -112,6 +116,7 @@ class SynthesisResult(NamedTuple):
     labels: jax.Array
     terms: Terms
     sound: jax.Array
+    rejected: jax.Array
 
 
 class Synthesiser(NamedTuple):
@@ -139,6 +144,7 @@ def make_synthesiser(
     adversarial_weight: float,
     meta: str,
     target_sampling: str,
+    follow: bool = False,
     mesh: Mesh | None = None,
 ) -> Synthesiser:
     """Builds the synthesis of arXiv 2511.00655: L = bn L_feat + oh L_ce + adv L_adv.
@@ -156,6 +162,7 @@ def make_synthesiser(
         `fomaml` sum_s dL/dphi at phi_s; `maml` d(sum_s L(phi_s))/d omega through the inner steps.
       target_sampling: `teachers` draws targets from the mean of the teachers' proxies, `uniform`
         over the classes.
+      follow: see `loss_guard.check`.
       mesh: the devices that share the teachers.
     """
     eps_root = MAML_EPS_ROOT if meta == "maml" else 0.0
@@ -177,7 +184,7 @@ def make_synthesiser(
         return Draw(targets, *maker.draw(*maker_keys, targets, frozen))
 
     def objective(variables: Variables, drawn: Draw, ensemble: Ensemble, guard: LossGuard, key):
-        """L of one step -> (total, (Terms, raw samples, whether all terms count, guard))."""
+        """L of one step -> (total, (Terms, raw samples, rejected terms bool [3], guard))."""
         # Gradients pass through teachers and student to the samples, never into them.
         teacher_params, student = jax.lax.stop_gradient((ensemble.params, ensemble.student))
         samples = maker.make(variables.generator, variables.latents, drawn.condition)
@@ -199,9 +206,9 @@ def make_synthesiser(
         one_hot = losses.one_hot_loss(weights, logits, drawn.targets)
         adversarial = losses.adversarial_loss(weights, logits, model.apply(student, inputs)[0])
 
-        feature_counts, guard = loss_guard.check(guard, "feature", feature)
-        one_hot_counts, guard = loss_guard.check(guard, "one_hot", one_hot)
-        adversarial_counts, checked = loss_guard.check(guard, "adversarial", adversarial)
+        feature_counts, guard = loss_guard.check(guard, "feature", feature, follow)
+        one_hot_counts, guard = loss_guard.check(guard, "one_hot", one_hot, follow)
+        adversarial_counts, checked = loss_guard.check(guard, "adversarial", adversarial, follow)
         guard = trees.select(ensemble.adversarial_on, checked, guard)
         adversarial_applies = adversarial_counts & ensemble.adversarial_on
         total = (
@@ -209,8 +216,9 @@ def make_synthesiser(
             + jnp.where(one_hot_counts, one_hot_weight * one_hot, 0.0)
             + jnp.where(adversarial_applies, adversarial_weight * adversarial, 0.0)
         )
-        whole = feature_counts & one_hot_counts & (adversarial_counts | ~ensemble.adversarial_on)
-        return total, (Terms(feature, one_hot, adversarial, total), samples, whole, guard)
+        adversarial_rejected = ensemble.adversarial_on & ~adversarial_counts
+        rejected = jnp.stack([~feature_counts, ~one_hot_counts, adversarial_rejected])
+        return total, (Terms(feature, one_hot, adversarial, total), samples, rejected, guard)
 
     def inner(
         variables: Variables, drawn: Draw, ensemble: Ensemble, guard: LossGuard, key
@@ -219,7 +227,7 @@ def make_synthesiser(
 
         def step(carry, number):
             variables, fast_state, latent_state, guard, gradient_sum, best = carry
-            (total, (terms, samples, whole, guard)), grads = jax.value_and_grad(
+            (total, (terms, samples, rejected, guard)), grads = jax.value_and_grad(
                 objective, has_aux=True
             )(variables, drawn, ensemble, guard, jax.random.fold_in(key, number))
             # A broken term has a zero weight, but 0 * inf on the way back would still be NaN.
@@ -233,9 +241,10 @@ def make_synthesiser(
             gradient_sum = jax.tree.map(jnp.add, gradient_sum, grads.generator)
             # A total that lacks a rejected term is no low total; without any better step the
             # last one is taken.
-            cost = jnp.where(whole & jnp.isfinite(total), total, jnp.inf)
+            cost = jnp.where(~rejected.any() & jnp.isfinite(total), total, jnp.inf)
             best = trees.select(cost <= best[0], (cost, number, samples), best)
-            return (new, fast_state, latent_state, guard, gradient_sum, best), terms
+            new = (new, fast_state, latent_state, guard, gradient_sum, best)
+            return new, (terms, rejected)
 
         cost, (_, shapes, _, _) = jax.eval_shape(objective, variables, drawn, ensemble, guard, key)
         best = (
@@ -251,9 +260,10 @@ def make_synthesiser(
             jax.tree.map(jnp.zeros_like, variables.generator),
             best,
         )
-        carry, terms = jax.lax.scan(step, carry, jnp.arange(steps, dtype=jnp.int32))
+        steps_taken = jnp.arange(steps, dtype=jnp.int32)
+        carry, (terms, rejected) = jax.lax.scan(step, carry, steps_taken)
         variables, _, _, guard, gradient_sum, (_, best_step, samples) = carry
-        return InnerResult(variables, gradient_sum, terms, samples, best_step, guard)
+        return InnerResult(variables, gradient_sum, terms, samples, best_step, guard, rejected)
 
     def synthesise(
         state: GeneratorState, drawn: Draw, ensemble: Ensemble, guard: LossGuard, key
@@ -281,6 +291,9 @@ def make_synthesiser(
         sound = judged & trees.all_finite((new, result.samples))
         # The generator keeps its last good state.
         new = trees.select(sound, new, state)
-        return SynthesisResult(new, result.guard, result.samples, drawn.targets, best, sound)
+        rejected = result.rejected.mean(axis=0, dtype=jnp.float32)
+        return SynthesisResult(
+            new, result.guard, result.samples, drawn.targets, best, sound, rejected
+        )
 
     return Synthesiser(init, draw, objective, inner, synthesise)

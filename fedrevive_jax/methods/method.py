@@ -187,7 +187,7 @@ def server_optimizer(config: Config) -> optax.GradientTransformation:
         "amsgrad": lambda: optax.amsgrad(rate),
         "rmsprop": lambda: optax.rmsprop(rate),
         "adabelief": lambda: optax.adabelief(rate),
-        "lion": lambda: optax.lion(rate),
+        "lion": lambda: optax.lion(rate, weight_decay=0.0),
     }[config.server_optimizer]()
 
 
