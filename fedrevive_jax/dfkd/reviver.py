@@ -189,7 +189,7 @@ def create(
         )
         good = trees.all_finite(result.delta) & (result.counted > 0)
         zero = jax.tree.map(jnp.zeros_like, params)
-        values = (result.losses.mean(), ~good, 1 - result.counted / steps)
+        values = (result.losses.mean(), ~good, (steps - result.counted) / steps)
         delta = trees.select(good, result.delta, zero)
         values = tuple(jnp.asarray(value, jnp.float32) for value in values)
         return state._replace(guard=result.guard), delta, good, values
