@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedrevive_jax import data, methods, models, schedule, trees
+from fedrevive_jax import blending, data, memory, methods, models, schedule, trees
 from fedrevive_jax.config import REVIVING, Config
 from fedrevive_jax.dfkd import reviver
 from fedrevive_jax.methods import Ingredients
@@ -36,6 +36,9 @@ def plan(
     versions, the uploads under way, the method's state, frozen arrays and the data set; on the host
     the data set and the schedule; the updates of all clients, for a method that keeps them, on the
     device, the host or the disk. Of a data set that is not read, the training samples are counted.
+    `bytes_job` and `bytes_server_step` are estimates of what comes on top during a call: of one job
+    under training, and of a step that makes samples and distils. What XLA reserves differs, see
+    `memory`.
     A data set or a model stands in for the one that the configuration names.
     """
     clock = schedule.from_config(config)
@@ -74,6 +77,8 @@ def plan(
         "bytes_method_state": state_bytes,
         "bytes_client_cache": cache_bytes,
         "bytes_device": device_bytes,
+        "bytes_job": memory.job_bytes(sizes.model, params, config.batch_size),
+        "bytes_server_step": memory.revival_bytes(config, sizes.model, params),
         "bytes_host": data_bytes + clock.nbytes + cached["host"] + waiting["host"],
         "bytes_disk": cached["disk"],
     }
@@ -182,11 +187,12 @@ def _flops(config: Config, clock: schedule.Schedule, forward: int, making: int) 
     client = parts["client"]
     total = client * clock.num_arrivals
     if config.method in REVIVING:
-        versions = clock.base_version[clock.job] + clock.staleness  # at the arrival
-        warm = versions > config.warmup_versions
-        distilled = clock.num_arrivals if config.method == "dd_fedrevive" else int(warm.sum())
+        distilled = np.asarray(blending.create(config)(jnp.asarray(clock.staleness)) > 0)
+        if config.method == "fedrevive":
+            versions = clock.base_version[clock.job] + clock.staleness  # at the arrival
+            distilled = distilled & (versions > config.warmup_versions)
         distillation = parts["distillation"]
-        total += distillation * distilled
+        total += distillation * int(distilled.sum())
         synthesis = 0
         if config.method == "fedrevive":
             synthesis = parts["synthesis"]

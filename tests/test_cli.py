@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from fedrevive_jax import models
+from fedrevive_jax import models, schedule
 from fedrevive_jax.planning import forward_flops, making_flops, plan
 from fedrevive_jax.presets import resolve
 from tests.test_simulator import SMALL
@@ -108,14 +108,15 @@ def test_flops_are_those_of_the_model():
 
 
 def test_flops_of_a_whole_run():
-    """With B = 1 the arrivals see versions 0, 1, 2, ...; those above the warm-up distil.
+    """With B = 1 the arrivals see versions 0, 1, 2, ...; those above the warm-up distil, unless
+    their staleness is 0, where beta is, too.
 
     The generator for 8x8 images with f channels and latents of 16: dense to 2x2x2f, at 4x4 a
     convolution 2f to 2f, at 8x8 one of 2f to f and one of f to 1; 2 per multiply-add.
     """
     config = resolve(
         "digits", "fedrevive", max_versions=100, freeze_versions=20, warmup_versions=60,
-        latent_size=16, generator_features=32,
+        latent_size=16, generator_features=32, concurrency=5,
     )  # fmt: skip
     told = plan(config)
     forward = told["flops_forward_per_sample"]
@@ -129,7 +130,9 @@ def test_flops_of_a_whole_run():
     products = 16 * 256 + 16 * 9 * 64 * 64 + 64 * 9 * 64 * 32 + 64 * 9 * 32
     # Borders, where a kernel hangs over, are not counted; activations and normalisation are.
     assert 1.5 * products <= making <= 2.2 * products
-    distilled, synthesised = 100 - 61, len(range(20, 100, config.generation_interval))
+    fresh = int((schedule.from_config(config).staleness[61:] == 0).sum())
+    assert 0 < fresh < 20
+    distilled, synthesised = 100 - 61 - fresh, len(range(20, 100, config.generation_interval))
     assert told["arrivals"] == 100
     assert told["flops_total"] == (
         100 * client

@@ -82,3 +82,17 @@ def test_what_waits_on_the_host_is_not_on_the_device():
     assert waiting > 0
     assert on_device["bytes_device"] - on_host["bytes_device"] == waiting
     assert on_host["bytes_host"] - on_device["bytes_host"] == waiting
+
+
+def test_the_plan_tells_what_comes_on_top_during_a_call():
+    """A job alone for FedBuff; a revival keeps every teacher's activations, and grows with them."""
+    fedbuff, two, four = (
+        plan(resolve("digits", method, **settings))
+        for method, settings in [
+            ("fedbuff", {}),
+            ("fedrevive", {"num_teachers": 2, "distillation_batch": 1}),
+            ("fedrevive", {"num_teachers": 4, "distillation_batch": 1}),
+        ]
+    )
+    assert fedbuff["bytes_server_step"] == 0 < fedbuff["bytes_job"] == two["bytes_job"]
+    assert 1 < four["bytes_server_step"] / two["bytes_server_step"] < 5 / 3
