@@ -22,12 +22,13 @@ from pathlib import Path
 from absl import flags
 
 from experiments import flags as config_flags
-from fedrevive_jax.config import METHODS, PUBLISHED_METHODS, ConfigError
+from fedrevive_jax.config import METHODS, PUBLISHED_METHODS, ConfigError, without_tilde
 from fedrevive_jax.interruption import InterruptedRunError, Interruption
 
 METHOD_LIST = flags.DEFINE_string(
     "methods",
-    ",".join(PUBLISHED_METHODS),
+    # FedBuff first: a synchronous method may have another concurrency, and is not paired then.
+    ",".join(sorted(PUBLISHED_METHODS, key=lambda name: name != "fedbuff")),
     "methods, separated by commas, or all; differences are to the first",
 )
 SEEDS = flags.DEFINE_integer("seeds", 3, "number of seeds, counted up from --seed")
@@ -140,6 +141,14 @@ def _checked() -> tuple[Path, list[str], list[float]]:
     chosen = [name for name, value in modes if value is not None]
     if len(chosen) > 1:
         raise ConfigError(f"--{chosen[1]}: must not be given with --{chosen[0]}")
+    if chosen and chosen != ["tune"] and METHOD_LIST.present:
+        raise ConfigError(
+            f"--methods={METHOD_LIST.value}: must not be given with --{chosen[0]}"
+            + ("; an ablation is of --method" if chosen == ["ablate"] else "")
+        )
+    for flag in (TUNE_SERVER, TUNE_CLIENT, TUNE_TIME, TUNE_SEEDS):
+        if flag.present and not TUNE.value:
+            raise ConfigError(f"--{flag.name}={flag.value}: goes with --tune")
     methods = METHODS if METHOD_LIST.value == "all" else METHOD_LIST.value.split(",")
     if len(set(methods)) < len(methods):
         raise ConfigError(f"--methods={METHOD_LIST.value}: holds a method twice")
@@ -149,13 +158,13 @@ def _checked() -> tuple[Path, list[str], list[float]]:
         targets = [-1.0]
     if not all(0 < target <= 1 for target in targets):
         raise ConfigError(f"--targets={TARGETS.value}: must be accuracies above 0 and at most 1")
-    return Path(OUT.value), list(methods), targets
+    return Path(without_tilde("out", OUT.value)), list(methods), targets
 
 
 def _folders(text: str) -> list[Path]:
     found = []
     for part in text.split(","):
-        paths = sorted(glob.glob(part))
+        paths = sorted(glob.glob(without_tilde("workdirs", part)))
         if not paths:
             raise ConfigError(f"--workdirs={text}: there is no {part}")
         found += map(Path, paths)

@@ -7,6 +7,7 @@ delays.
 import concurrent.futures
 import concurrent.futures.process
 import dataclasses
+import logging
 import math
 import multiprocessing
 import os
@@ -104,8 +105,14 @@ def of_ablation(
         if len(set(told)) < len(told):
             raise ConfigError(f"--ablate={field}={','.join(values)}: must not hold a value twice")
         for value, meant in zip(values, told, strict=True):
-            if not together or meant != settled(field):
-                changes[f"_{field}={value.replace('/', '_')}"] = {field: value}
+            if together and meant == settled(field):
+                continue
+            word = f"_{field}={value.replace('/', '_')}"
+            if word in changes:
+                raise ConfigError(
+                    f"--ablate={field}={','.join(values)}: {word[1:]} would name two folders"
+                )
+            changes[word] = {field: value}
     configs = []
     for word, change in changes.items():
         for seed in range(reference.seed, reference.seed + seeds):
@@ -226,7 +233,7 @@ def run_all(
         raise ConfigError(f"--jobs={jobs}: must be 1 on an accelerator, which one process holds")
     # Folders and memories are checked before the first run, so that a wrong one is told at once.
     waiting = [config for config in configs if overwrite or not _is_done(config)]
-    _check_caches(waiting)
+    _check_caches(waiting, jobs)
     if jobs == 1:
         for config in waiting:
             _run(config, overwrite, interruption)
@@ -293,20 +300,27 @@ def _become_worker(grace: float | None) -> None:
     watches for its SIGTERM from now on: a worker that died of one between two runs would take the
     others with it.
 
-    Progress bars of several processes would overwrite each other; errors come as exceptions.
+    Progress bars of several processes would overwrite each other, so that only warnings reach the
+    error stream; errors come as exceptions.
     """
-    global _watch
+    global _watch, _warnings
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if grace is not None:
         _watch = Interruption(grace, (signal.SIGTERM,)).__enter__()
+    _warnings = logging.StreamHandler(sys.stderr)
+    logger = logging.getLogger(__package__)
+    logger.addHandler(_warnings)
+    logger.propagate = False  # libraries may have given the root a handler of their own
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
 
 
 # Of a worker, as long as the process.
 _watch: Interruption | None = None
+_warnings: logging.Handler | None = None
 
 
 def _run_in_worker(config: Config, overwrite: bool) -> None:
+    _warnings.setFormatter(logging.Formatter(f"warning: {config.run_dir.name}: %(message)s"))
     _run(config, overwrite, _watch)
 
 
@@ -318,18 +332,33 @@ def _run(config: Config, overwrite: bool, interruption: Interruption | None = No
         record.write_json(config.run_dir / FAILED, ended)
 
 
-def _check_caches(configs: Sequence[Config]) -> None:
-    """Whether what each method keeps of every client fits, see `client_cache.check_fit`.
+def _check_caches(configs: Sequence[Config], jobs: int) -> None:
+    """Whether what the methods keep of every client fits, of the largest runs that may meet, see
+    `client_cache.check_fit`.
 
     Raises:
       ConfigError: it does not.
     """
     # Seeds, rates and folders change no size.
     same = {"seed": 0, "server_lr": 1.0, "client_lr": 1.0, "workdir": ""}
-    for config in dict.fromkeys(dataclasses.replace(config, **same) for config in configs):
-        needed = planning.cache_bytes(config)
-        if needed:
-            client_cache.check_fit(config, needed)
+    sizes: dict[Config, int] = {}
+    places: dict[tuple[str, str], list[tuple[int, Config]]] = {}
+    for config in configs:
+        alike = dataclasses.replace(config, **same)
+        if alike not in sizes:
+            sizes[alike] = planning.cache_bytes(alike)
+        if sizes[alike]:
+            place = (config.cache_memory, config.cache_dir)
+            places.setdefault(place, []).append((sizes[alike], config))
+    for found in places.values():
+        found.sort(key=lambda item: -item[0])
+        needed, config = found[0]
+        client_cache.check_fit(config, needed)
+        together = found[:jobs]
+        try:
+            client_cache.check_fit(config, sum(size for size, _ in together))
+        except ConfigError as error:
+            raise ConfigError(f"--jobs={jobs}: too many at once. {error}") from None
 
 
 def _is_done(config: Config) -> bool:

@@ -131,7 +131,7 @@ def last_mean(evaluations: Sequence[Mapping[str, Any]], count: int = RECENT) -> 
 
 def last_quarter(evaluations: Sequence[Mapping[str, Any]], horizon: float) -> float:
     """Mean accuracy over simulated time from 3/4 of `horizon` to `horizon`, of the curve of `area`:
-    with one horizon the same time for all methods, however often they are evaluated."""
+    with one horizon the same time for all methods, however often they make a version."""
     return _mean_over(evaluations, 0.75 * horizon, horizon)
 
 
@@ -143,7 +143,8 @@ def time_to(evaluations: Sequence[Mapping[str, Any]], target: float) -> float:
 def area(evaluations: Sequence[Mapping[str, Any]], horizon: float) -> float:
     """Mean accuracy over simulated time from 0 to `horizon`: the area under the curve, divided.
 
-    The curve is linear between evaluations and stays at the last one's accuracy.
+    The curve stays at an evaluation's accuracy until the next one: a straight line between them
+    would credit a method that seldom makes a version with models that do not exist yet.
     """
     return _mean_over(evaluations, 0.0, horizon)
 
@@ -151,18 +152,24 @@ def area(evaluations: Sequence[Mapping[str, Any]], horizon: float) -> float:
 def _mean_over(evaluations: Sequence[Mapping[str, Any]], start: float, end: float) -> float:
     times = np.asarray([row["time"] for row in evaluations])
     accuracies = np.asarray([row["accuracy"] for row in evaluations])
+    edges = np.concatenate([[start], times[(times > start) & (times < end)]])
+    newest = np.searchsorted(times, edges, side="right") - 1
+    held = accuracies[np.maximum(newest, 0)]
     if end <= start:
-        return float(np.interp(start, times, accuracies))
-    inside = times[(times > start) & (times < end)]
-    grid = np.concatenate([[start], inside, [end]])
-    return float(np.trapezoid(np.interp(grid, times, accuracies), grid) / (end - start))
+        return float(held[0])
+    return float(held @ np.diff(edges, append=end) / (end - start))
+
+
+def covered(run: Run) -> float:
+    """The simulated time that a run covers: all that it was given, though nothing may have arrived
+    at the end of it, or up to the version at which it had to stop."""
+    stopped = run.summary.get("versions", 0) >= run.config.max_versions
+    return run.summary["simulated_time"] if stopped else run.config.max_time
 
 
 def common_end(runs: Iterable[Run]) -> float:
-    """The simulated time that all runs cover that did not fail, to the last arrival of the
-    shortest; 0 where all failed. The last evaluation may be far from it: FedAvg makes one with a
-    whole round only."""
-    return min((run.summary["simulated_time"] for run in runs if run.summary), default=0.0)
+    """The simulated time that all runs cover that did not fail; 0 where all failed."""
+    return min((covered(run) for run in runs if run.summary), default=0.0)
 
 
 def figures(run: Run, targets: Sequence[float] = (), horizon: float | None = None) -> dict:
@@ -173,11 +180,11 @@ def figures(run: Run, targets: Sequence[float] = (), horizon: float | None = Non
     Args:
       run: the run.
       targets: accuracies to be reached.
-      horizon: end of the last quarter and of the area, in simulated time; the run's own end where
-        None.
+      horizon: simulated time at which accuracies are told, what comes later is left out; the run's
+        own end where None.
     """
-    rows = run.evaluations
-    end = rows[-1]["time"] if horizon is None else horizon
+    end = math.inf if run.summary is None else covered(run) if horizon is None else horizon
+    rows = [row for row in run.evaluations if row["time"] <= end]
 
     def recorded(name):
         value = run.summary.get(name)
@@ -296,8 +303,7 @@ def horizons(runs: Iterable[Run]) -> dict[tuple[Any, ...], float]:
 
 
 def table(groups: Mapping[str, Sequence[Run]], targets: Sequence[float] = ()) -> list[Row]:
-    """A line for each group; areas and last quarters go to the end of the shortest run of a
-    world."""
+    """A line for each group; accuracies are told at the end of the shortest run of a world."""
     ends = horizons(run for own in groups.values() for run in own)
     rows, first = [], None
     reference = {_world(run) for run in next(iter(groups.values()))}
@@ -438,7 +444,7 @@ class Choice(NamedTuple):
     """What tuning chose for a method.
 
     Attributes:
-      point: the best point.
+      point: the best point; of equals the one with the smallest rates.
       scores: mean over tuning seeds of the last quarter, by point; -inf where a run failed.
       edges: fields of which the best value is the lowest or highest that was tried.
     """
@@ -474,13 +480,23 @@ def choose(method: str, scores: Mapping[Point, Sequence[float]]) -> Choice:
 
 
 def tuning_cells(choices: Mapping[str, Choice]) -> list[list[str]]:
-    """The chosen rates as texts; a star marks a value on the edge of the grid."""
-    lines = [["method", "server_lr", "client_lr", "validation, last quarter", "points tried"]]
+    """The chosen rates as texts; a star marks a value on the edge of the grid. All scores follow in
+    the order of the rates."""
+    lines = [
+        ["method", "server_lr", "client_lr", "validation, last quarter", "equal", "all scores"]
+    ]
     for method, choice in choices.items():
         rates = [
             f"{getattr(choice.point, name):g}" + ("*" if name in choice.edges else "")
             for name in ("server_lr", "client_lr")
         ]
-        score = f"{choice.scores[choice.point]:.3f}"
-        lines.append([method, *rates, score, str(len(choice.scores))])
+        best = choice.scores[choice.point]
+        equal = sum(score == best for score in choice.scores.values())
+        scores = (
+            f"{point.server_lr:g}, {point.client_lr:g}: "
+            + (f"{score:.3f}" if math.isfinite(score) else "failed")
+            for point, score in choice.scores.items()
+        )
+        of = f"{equal} of {len(choice.scores)}"
+        lines.append([method, *rates, f"{best:.3f}", of, "; ".join(scores)])
     return lines

@@ -307,6 +307,12 @@ class Config:
             raise ConfigError(
                 f"--open_slots={self.open_slots}: must be at most --concurrency={self.concurrency}"
             )
+        for name in ("buffer_size", "open_slots") if self.method == "fedavg" else ():
+            if getattr(self, name) != self.concurrency:
+                raise ConfigError(
+                    f"--{name}={getattr(self, name)}: must be --concurrency={self.concurrency} "
+                    "with --method=fedavg, whose round waits for all; --method=fedbuff takes others"
+                )
         if self.warmup_versions < self.freeze_versions:
             raise ConfigError(
                 f"--warmup_versions={self.warmup_versions}: must be at least --freeze_versions="

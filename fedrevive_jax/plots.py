@@ -62,10 +62,7 @@ def comparison(path: Path, title: str, runs: dict[str, list[list[dict[str, Any]]
         for position, (label, seeds) in enumerate(runs.items()):
             ends = [rows[-1][key] for rows in seeds]
             at = np.linspace(0.0, min(ends), 200)
-            curves = [
-                np.interp(at, [r[key] for r in rows], [r["accuracy"] for r in rows])
-                for rows in seeds
-            ]
+            curves = [_held(rows, key, at) for rows in seeds]
             mean = np.mean(curves, axis=0)
             spread = np.std(curves, axis=0, ddof=min(1, len(curves) - 1))  # as in the table
             style = _style(position)
@@ -80,6 +77,12 @@ def comparison(path: Path, title: str, runs: dict[str, list[list[dict[str, Any]]
     figure.legend(*by_time.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
+
+
+def _held(rows: list[dict[str, Any]], key: str, at: np.ndarray) -> np.ndarray:
+    """Accuracy of the newest evaluation at each of `at`: a model stays until the next one."""
+    newest = np.searchsorted([row[key] for row in rows], at, side="right") - 1
+    return np.asarray([row["accuracy"] for row in rows])[np.maximum(newest, 0)]
 
 
 def staleness(path: Path, title: str, values: dict[str, np.ndarray]) -> None:

@@ -14,11 +14,14 @@ from fedrevive_jax.comparison import Choice, Run, Spread
 from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS, ConfigError
 
 NOTES = (
-    "Figures are mean ± standard deviation over seeds, on the split that is named above.",
+    "Figures are mean ± standard deviation over seeds, on the split that is named above. "
+    "Accuracies are told up to the simulated time that all runs of the same world cover, and a "
+    "model counts until the next evaluation; versions, staleness, bytes and seconds are those of "
+    "whole runs.",
     "final: the last evaluation; best: the highest; last ten: the mean of the last ten evaluations "
     "(a single one is noisy under asynchrony; a method that makes fewer versions may spread them "
-    "over more time); area: the mean accuracy over the simulated time that all runs of the same "
-    "world cover; last quarter: the mean over the last quarter of that time.",
+    "over more time); area: the mean accuracy over that simulated time; last quarter: the mean "
+    "over its last quarter.",
     "time to a: simulated time of the first evaluation at accuracy a or above; in brackets how "
     "many seeds got there, if not all, and then the mean is over those.",
     "final − X, last ten − X, last quarter − X: mean of the differences to X, the first line, seed "
@@ -166,15 +169,16 @@ def _pictures(out: Path, study: Study, rows) -> list[tuple[Path, str]]:
             for row in rows
             if row.differences and row.differences["last quarter"].count
         }
-        plots.differences(out / "ablation.png", study.title, rows[0].label, differences)
-        found.insert(
-            0,
-            (
-                out / "ablation.png",
-                f"Accuracy against {rows[0].label}, seed by seed: the mean of the differences and "
-                "its 95% bootstrap interval.",
-            ),
+        left_out = [row.label for row in rows[1:] if not row.differences]
+        words = (
+            f"Accuracy against {rows[0].label}, seed by seed: the mean of the differences and its "
+            "95% bootstrap interval."
         )
+        if left_out:
+            words += f" Not paired, and left out: {', '.join(left_out)}."
+        if differences:
+            plots.differences(out / "ablation.png", study.title, rows[0].label, differences)
+            found.insert(0, (out / "ablation.png", words))
     return found
 
 
@@ -209,12 +213,12 @@ def staleness_lines(study: Study, rows) -> dict[str, list[tuple[float, Spread]]]
 
 def _page(study: Study, lines, pictures) -> str:
     """The report: everything in one file, pictures as data."""
-    first = next(iter(study.groups.values()))[0]
+    datasets = sorted({run.config.dataset for own in study.groups.values() for run in own})
     devices = {run.summary["device"] for own in study.groups.values() for run in own if run.summary}
     seeds = sorted({run.config.seed for own in study.groups.values() for run in own})
     splits = sorted({run.config.eval_split for own in study.groups.values() for run in own})
     facts = (
-        f"Data set {first.config.dataset}, {' and '.join(splits)} split; seeds "
+        f"Data set {' and '.join(datasets)}, {' and '.join(splits)} split; seeds "
         f"{', '.join(map(str, seeds))}; device {', '.join(sorted(devices)) or 'unknown'}."
     )
     parts = [

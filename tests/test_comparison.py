@@ -9,6 +9,8 @@ import math
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +42,8 @@ def recorded(
 ):
     summary = {
         "simulated_time": pairs[-1][0] if end is None else end,
-        "versions": 7, "staleness_mean": staleness, "server_seconds_per_arrival": 0.002,
+        "versions": fields.setdefault("max_versions", 7), "staleness_mean": staleness,
+        "server_seconds_per_arrival": 0.002,
         "bytes_sent": 3_000_000, "wall_seconds": 4.0, "device": "cpu",
     }  # fmt: skip
     return Run(
@@ -56,7 +59,7 @@ def recorded(
 
 
 def test_figures_by_hand():
-    """Area to 4: (0.1 + 0.5)/2 * 1 + (0.5 + 0.3)/2 * 2 + 0.3 * 1 = 1.4, over 4."""
+    """Area to 4: 0.1 * 1 + 0.5 * 2 + 0.3 * 1 = 1.4, over 4: a model counts until the next one."""
     run = recorded(pairs=((0.0, 0.1), (1.0, 0.5), (3.0, 0.3)))
     told = comparison.figures(run, (0.3, 0.6), horizon=4.0)
     assert told == {
@@ -66,18 +69,29 @@ def test_figures_by_hand():
         "server ms": 2.0, "sent MB": 3.0, "seconds": 4.0,
     }  # fmt: skip
     assert comparison.time_to(run.evaluations, 0.5) == 1.0  # reached is enough
-    assert comparison.area(run.evaluations, 1.0) == pytest.approx(0.3)
-    assert comparison.area(run.evaluations, 2.0) == pytest.approx((0.3 + 0.45) / 2)
+    assert comparison.area(run.evaluations, 1.0) == pytest.approx(0.1)
+    assert comparison.area(run.evaluations, 2.0) == pytest.approx((0.1 + 0.5) / 2)
+    assert comparison.area(run.evaluations, 0.0) == 0.1
     many = evaluations(*((float(i), i / 100) for i in range(30)))
-    assert comparison.last_quarter(many, 29.0) == pytest.approx((21.75 + 29) / 200)
-    # The same curve, evaluated seldom, and one that ends early and stays there.
-    assert comparison.last_quarter(many[::29], 29.0) == pytest.approx((21.75 + 29) / 200)
-    assert comparison.last_quarter(many, 40.0) == 0.29
+    # 0.21 from 21.75 to 22, then 0.22 to 0.28 for 1 each.
+    quarter = (0.21 / 4 + 7 * 0.25) / 7.25
+    assert comparison.last_quarter(many, 29.0) == pytest.approx(quarter)
+    # Versions that came seldom stay; and a curve that ends early stays there.
+    assert comparison.last_quarter(many[::29], 29.0) == 0.0
+    assert comparison.last_quarter(many[:1], 29.0) == 0.0
+    assert comparison.last_quarter(many, 40.0) == pytest.approx(0.29)
     early = recorded(pairs=((0.0, 0.1), (1.0, 0.2)), diverged=True)
     assert comparison.common_end([run, recorded(), early]) == 2.0
     assert comparison.common_end([early]) == 0.0
-    # A round that never ends: evaluated at the start alone, but it lasted.
-    assert comparison.common_end([run, recorded("fedavg", pairs=((0.0, 0.1),), end=2.5)]) == 2.5
+    # A round that never ends: evaluated at the start alone, but it lasted as long as it was given.
+    waiting = recorded("fedavg", pairs=((0.0, 0.1),), end=1.5, max_time=2.5)
+    waiting.summary["versions"] = 1
+    assert comparison.common_end([run, waiting]) == comparison.covered(waiting) == 2.5
+    # Everything is told at the horizon, whatever a run did later.
+    told = comparison.figures(run, (0.5, 0.55), horizon=2.0)
+    assert (told["final"], told["time to 0.5"], told["time to 0.55"]) == (0.5, 1.0, math.inf)
+    assert told["last ten"] == pytest.approx(0.3)
+    told = comparison.figures(run, (0.3, 0.6), horizon=4.0)
     assert comparison.last_mean(many) == pytest.approx(0.245)
     lost = comparison.figures(recorded(diverged=True), (0.5,))
     assert lost.keys() == {*told, "time to 0.5"} - {"time to 0.3", "time to 0.6"}
@@ -148,7 +162,7 @@ def test_the_table():
     """Two seeds against two, of which one diverged; a target that one run never reaches."""
     groups = {
         "a": [recorded(seed=s, pairs=((0.0, 0.1), (2.0, 0.5 + s / 10))) for s in (0, 1)],
-        "b": [recorded("afl_dw", 0, ((0.0, 0.1), (4.0, 0.9))),
+        "b": [recorded("afl_dw", 0, ((0.0, 0.1), (1.5, 0.9), (4.0, 0.95))),
               recorded("afl_dw", 1, diverged=True)],
     }  # fmt: skip
     rows = comparison.table(groups, (0.55, 0.95))
@@ -157,10 +171,11 @@ def test_the_table():
     assert table["seeds"] == ("2", "2, 1 failed")
     assert table["final"] == ("0.550 ± 0.071", "0.900 (1 of 2)")
     assert table["final − a"] == ("–", "+0.400 (1 of 2)")
-    assert table["time to 0.55"] == ("2.0 (1 of 2)", "4.0 (1 of 2)")
+    assert table["time to 0.55"] == ("2.0 (1 of 2)", "1.5 (1 of 2)")
     assert table["time to 0.95"] == ("never", "never")
-    # The area ends where the shortest run ends, at 2: b is at 0.5 there.
-    assert table["area"] == ("0.325 ± 0.035", "0.300 (1 of 2)")
+    # All is told where the shortest run ends, at 2: what b reaches at 4 is left out.
+    assert table["area"] == ("0.100 ± 0.000", "0.300 (1 of 2)")
+    assert table["best"] == ("0.550 ± 0.071", "0.900 (1 of 2)")
     lines = comparison.markdown([header, a, b]).splitlines()
     assert lines[1] == "|" + "---|" * len(header)
     assert len(lines) == 4
@@ -185,19 +200,20 @@ def test_other_worlds_are_not_paired():
 
 
 def test_a_shorter_world_does_not_cut_the_others():
-    """At as many arrivals, four times the concurrency takes a quarter of the time. The last
-    quarter of a, (0.4 + 0.5)/2, ends at its own end; b's runs both at that of its shortest."""
+    """At as many arrivals, four times the concurrency takes a quarter of the time. a goes to its
+    own end, 2; b's runs both to that of its shortest, 0.5."""
     groups = {
-        "a": [recorded(concurrency=5)],
+        "a": [recorded(concurrency=5, pairs=((0.0, 0.1), (1.0, 0.5), (2.0, 0.6)))],
         "b": [
-            recorded(seed=0, concurrency=20, pairs=((0.0, 0.1), (0.5, 0.3))),
-            recorded(seed=1, concurrency=20, pairs=((0.0, 0.1), (1.0, 0.9))),
+            recorded(seed=0, concurrency=20, pairs=((0.0, 0.1), (0.25, 0.3), (0.5, 0.4))),
+            recorded(seed=1, concurrency=20, pairs=((0.0, 0.2), (1.0, 0.9))),
         ],
     }
     a, b = comparison.table(groups)
-    assert a.spreads["last quarter"].mean == pytest.approx((0.4 + 0.5) / 2)
+    assert a.spreads["last quarter"].mean == pytest.approx(0.5)
     assert a.spreads["area"].mean == pytest.approx(0.3)
-    assert b.spreads["area"].mean == pytest.approx((0.2 + 0.3) / 2)
+    assert b.spreads["area"].mean == pytest.approx((0.2 + 0.2) / 2)
+    assert b.spreads["final"].mean == pytest.approx((0.4 + 0.2) / 2)
     assert not b.paired
 
 
@@ -227,7 +243,7 @@ def test_what_makes_another_world(name):
     given = getattr(default, name)
     # Past the limits of a configuration: only whether they are equal matters.
     other = dataclasses.replace(default)
-    object.__setattr__(other, name, f"not {given}")
+    object.__setattr__(other, name, f"not {given}" if isinstance(given, str) else given + 1)
     groups = {"a": [recorded()], "b": [recorded()._replace(config=other)]}
     assert not comparison.table(groups)[1].paired
 
@@ -271,7 +287,7 @@ def test_accuracy_by_staleness(tmp_path):
 
     assert lines(*runs(5)) == {}  # two methods at different concurrencies are no line
     assert lines(*runs(20, 5)) == {
-        "afl_dw": [(4.0, 0.45), (19.0, 0.45)], "fedbuff": [(6.0, 0.45)],
+        "afl_dw": [(4.0, 0.1), (19.0, 0.1)], "fedbuff": [(6.0, 0.1)],
     }  # fmt: skip
     found = lines(*runs(20, 5), *runs(10, 5, server_lr=0.7))
     assert {label: len(line) for label, line in found.items()} == {
@@ -313,14 +329,16 @@ def test_the_choice():
     edge = comparison.choose("fedbuff", {points[0]: [0.5], points[1]: [0.5], points[2]: [0.4]})
     assert (edge.point, edge.edges) == (points[0], ("server_lr",))
     shown = comparison.tuning_cells({"fedbuff": edge})
-    assert shown[1] == ["fedbuff", "0.1*", "0.1", "0.500", "3"]
+    scores = "0.1, 0.1: 0.500; 0.3, 0.1: 0.500; 1, 0.1: 0.400"
+    assert shown[1] == ["fedbuff", "0.1*", "0.1", "0.500", "2 of 3", scores]
+    assert comparison.tuning_cells({"fedbuff": choice})[1][-1].endswith("1, 0.1: failed")
     with pytest.raises(ConfigError, match="every point of the grid of fedbuff failed"):
         comparison.choose("fedbuff", {points[0]: [math.nan]})
 
 
 def test_a_choice_depends_on_no_other_method():
     """afl_dw ends at 1, before fedbuff's good rate gains anything; its second rate fails early."""
-    slow, good = ((0.0, 0.1), (1.0, 0.2), (4.0, 0.3)), ((0.0, 0.1), (1.0, 0.1), (4.0, 0.9))
+    slow, good = ((0.0, 0.1), (3.5, 0.2), (4.0, 0.3)), ((0.0, 0.1), (3.5, 0.9), (4.0, 0.9))
     short, early = ((0.0, 0.1), (1.0, 0.5)), ((0.0, 0.1), (0.1, 0.9))
     runs = [
         recorded("fedbuff", pairs=slow), recorded("fedbuff", pairs=good),
@@ -332,8 +350,8 @@ def test_a_choice_depends_on_no_other_method():
     assert {name: choice.point.server_lr for name, choice in chosen.items()} == {
         "fedbuff": 0.3, "afl_dw": 0.1,
     }  # fmt: skip
-    # From 3 to 4: (0.1 + 2/3 * 0.8 + 0.9)/2.
-    assert chosen["fedbuff"].scores[points[1]] == pytest.approx((0.1 + 1.6 / 3 + 0.9) / 2)
+    # From 3 to 4.
+    assert chosen["fedbuff"].scores[points[1]] == pytest.approx((0.1 + 0.9) / 2)
     assert chosen["afl_dw"].scores[points[1]] == -math.inf
     assert campaign.choices(grid[:2], runs[:2])["fedbuff"] == chosen["fedbuff"]
 
@@ -381,8 +399,9 @@ def test_configurations_are_paired_and_tuning_is_kept_apart(tmp_path):
     assert not {c.seed for _, _, c in grid} & {c.seed for c in configs}
     assert len({c.workdir for _, _, c in grid} | {c.workdir for c in configs}) == 12
     runs = [
-        recorded(seed=c.seed, pairs=((0.0, 0.0), (1.0, p.server_lr))) for _, p, c in grid
-    ]  # fmt: skip
+        recorded(seed=c.seed, pairs=((0.0, 0.0), (0.5, p.server_lr), (1.0, 0.0)))
+        for _, p, c in grid
+    ]
     chosen = campaign.choices(grid, runs)
     tuned = campaign.of_methods(given, ["ca2fl"], 1, tmp_path, chosen)
     assert tuned[0].run_dir.name == "ca2fl_tuned_0.5_0.01_seed3"
@@ -466,13 +485,32 @@ def test_the_picture_of_several_ablations(tmp_path):
     study = report.Study("digits", "compare", groups, swept=["meta", "alpha"])
     report.write(tmp_path, study)
     assert (tmp_path / "ablation.png").stat().st_size > 5_000
-    assert "Accuracy against fedrevive meta=reptile" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "Accuracy against fedrevive meta=reptile" in page
+    assert "left out" not in page
+    # Another world has no difference seed by seed, and is named.
+    other = [recorded("fedrevive", seed, alpha=0.9) for seed in (0, 1)]
+    report.write(tmp_path, study._replace(groups={**groups, "fedrevive alpha=0.9": other}))
+    words = "Not paired, and left out: fedrevive alpha=0.9."
+    assert words in (tmp_path / "report.html").read_text()
+    alone = dict(list(groups.items())[:1])
+    report.write(tmp_path, study._replace(groups={**alone, "fedrevive alpha=0.9": other}))
+    assert not (tmp_path / "ablation.png").exists()
 
 
 def test_a_memory_that_cannot_fit_is_refused_before_the_first_run(tmp_path, monkeypatch):
     monkeypatch.setattr(campaign.client_cache, "host_memory", lambda: 10**6)
     configs = campaign.of_methods({"dataset": "digits"}, ["fedbuff", "ca2fl"], 1, tmp_path)
     assert campaign.planning.cache_bytes(configs[0]) == 0
+    one = 2 * campaign.planning.cache_bytes(configs[1])  # with the copy of a checkpoint
+    two = campaign.of_methods({"dataset": "digits"}, ["ca2fl"], 2, tmp_path)
+    monkeypatch.setattr(campaign.client_cache, "host_memory", lambda: 2 * one)
+    campaign._check_caches(two, 2)
+    monkeypatch.setattr(campaign.client_cache, "host_memory", lambda: 2 * one - 1)
+    campaign._check_caches(two, 1)
+    with pytest.raises(ConfigError, match=r"--jobs=2: too many at once\. --cache_memory=device"):
+        campaign.run_all(two, jobs=2)
+    monkeypatch.setattr(campaign.client_cache, "host_memory", lambda: 10**6)
     with pytest.raises(ConfigError, match="--cache_memory=device: the last updates of"):
         campaign.run_all(configs)
     assert list(tmp_path.iterdir()) == []
@@ -502,6 +540,22 @@ def test_a_run_that_rejects_too_much_is_marked(tmp_path, monkeypatch):
 def die(config, overwrite):
     """In place of a run, in a process of its own: what the kernel does when memory is out."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_warnings_of_a_worker_are_told_and_nothing_else():
+    """A worker's own interpreter, in which a run only warns and prints."""
+    code = """if True:
+        import logging, sys
+        from fedrevive_jax import campaign, resolve, runner
+        def run(config, **_):
+            print("progress", file=sys.stderr)
+            logging.getLogger("fedrevive_jax.recorder").warning("the loss guard")
+        runner.run = run
+        campaign._become_worker(None)
+        campaign._run_in_worker(resolve("digits", "fedbuff", seed=3), False)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "warning: digits_fedbuff_seed3: the loss guard\n"
 
 
 def test_a_lost_process_is_told(tmp_path, monkeypatch):
@@ -657,6 +711,11 @@ def test_an_ablation_continues_what_was_interrupted(tmp_path):
         (["--tune", "--server_lr=1"], "--server_lr=1: is chosen by --tune here"),
         (["--workdirs=none*"], "--workdirs=none*: there is no none*"),
         (["--ablate=alpha"], "--ablate=alpha: must be FIELD=v1,v2"),
+        (["--ablate=alpha=1,2", "--methods=fedbuff"], "--methods=fedbuff: must not be given with"),
+        (["--ablate=pretrained=a/b,a_b"], "--ablate=pretrained=a/b,a_b: pretrained=a_b would name"),
+        (["--tune_seeds=2"], "--tune_seeds=2: goes with --tune"),
+        (["--out=~nobody_here/x"], "--out=~nobody_here/x: must not name the home"),
+        (["--methods=fedavg", "--buffer_size=4"], "--buffer_size=4: must be --concurrency=20"),
         (["--out=/dev/null/x"], "--out=/dev/null/x: cannot be made"),
     ],
 )

@@ -271,6 +271,8 @@ def test_split_of_writers():
     again, other = split_writers(writers, 0), split_writers(writers, 1)
     np.testing.assert_array_equal(splits["train"], again["train"])
     assert set(splits["train"]) != set(other["train"])
+    assert set(splits["validation"]) != set(other["validation"])
+    np.testing.assert_array_equal(splits["test"], other["test"])
 
 
 def test_leaf_and_parquet_give_the_same(tmp_path):

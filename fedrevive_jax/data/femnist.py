@@ -17,6 +17,7 @@ CHARACTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase
 # kept for distillation, as a tenth of the training samples is elsewhere.
 SPEC = DatasetSpec((28, 28, 1), len(CHARACTERS), 814_277)
 SHARES = {"train": 0.6, "validation": 0.15, "test": 0.15, "distillation": 0.1}
+TEST_SEED = 0
 
 
 def load(data_dir: str, seed: int) -> Dataset:
@@ -38,21 +39,38 @@ def load(data_dir: str, seed: int) -> Dataset:
 def split_writers(writers: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     """Splits the samples of each writer at random by `SHARES`.
 
+    The test part is the same for every seed, as an official test set would be: what one seed tunes
+    or trains on, another must not be tested on.
+
     The ends of a writer's parts are rounded, not their sizes, so that the parts of a writer with
     few samples add up; 0.6 rounds up, so that each writer has a training sample.
 
     Args:
       writers: int array [n], the writer of each sample, 0 ... W-1, each with a sample.
-      seed: seed of the split.
+      seed: seed of the split of all but the test part.
 
     Returns:
       int32 positions of each split, ascending.
     """
     sizes = np.bincount(writers)
+    ends = [np.round(share * sizes) for share in np.cumsum(list(SHARES.values()))]
+    counts = dict(zip(SHARES, np.diff(ends, axis=0, prepend=0), strict=True))
+    tested = _places(writers, TEST_SEED) < counts["test"][writers]
+    splits, others = {"test": np.flatnonzero(tested)}, np.flatnonzero(~tested)
+    place, start = _places(writers[others], seed), np.zeros(len(sizes))
+    for name in ("train", "validation", "distillation"):
+        end = start + counts[name]
+        of_writer = writers[others]
+        splits[name] = others[(place >= start[of_writer]) & (place < end[of_writer])]
+        start = end
+    return {name: splits[name].astype(np.int32) for name in SHARES}
+
+
+def _places(writers: np.ndarray, seed: int) -> np.ndarray:
+    """Of each sample its place, from 0, in a random order of its writer's samples."""
+    sizes = np.bincount(writers)
     order = numpy_generator(seed, Stream.SPLIT).permutation(len(writers))
     order = order[np.argsort(writers[order], kind="stable")]  # writer by writer
-    place = np.arange(len(writers)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    part = np.zeros(len(writers), np.int32)
-    for share in np.cumsum(list(SHARES.values()))[:-1]:
-        part[order] += place >= np.repeat(np.round(share * sizes), sizes)
-    return {name: np.flatnonzero(part == i).astype(np.int32) for i, name in enumerate(SHARES)}
+    places = np.empty(len(writers), np.int64)
+    places[order] = np.arange(len(writers)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return places
