@@ -57,10 +57,10 @@ def split_writers(writers: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     counts = dict(zip(SHARES, np.diff(ends, axis=0, prepend=0), strict=True))
     tested = _places(writers, TEST_SEED) < counts["test"][writers]
     splits, others = {"test": np.flatnonzero(tested)}, np.flatnonzero(~tested)
-    place, start = _places(writers[others], seed), np.zeros(len(sizes))
+    of_writer, start = writers[others], np.zeros(len(sizes))
+    place = _places(of_writer, seed)
     for name in ("train", "validation", "distillation"):
         end = start + counts[name]
-        of_writer = writers[others]
         splits[name] = others[(place >= start[of_writer]) & (place < end[of_writer])]
         start = end
     return {name: splits[name].astype(np.int32) for name in SHARES}
