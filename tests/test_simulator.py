@@ -172,7 +172,7 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit():
 
 def test_methods_are_paired():
     """The same seed gives the same population, shards, delays and start to every method."""
-    one, other = (Simulation(small(m, buffer_size=1, open_slots=1)) for m in ("fedavg", "afl_dw"))
+    one, other = (Simulation(small(m, buffer_size=1, open_slots=1)) for m in ("fedbuff", "afl_dw"))
     np.testing.assert_array_equal(one.schedule.arrival_time, other.schedule.arrival_time)
     np.testing.assert_array_equal(one._shards.indices, other._shards.indices)
     assert_same_params(one, other, atol=0)
