@@ -206,7 +206,7 @@ def test_a_rejected_upload_leaves_no_trace(name, optimizer):
 
     An optimiser with a memory gets one good step first, so that it has somewhere to go.
     """
-    method = create(name, buffer_size=1, open_slots=1, server_optimizer=optimizer)
+    method = create(name, buffer_size=1, open_slots=1, concurrency=1, server_optimizer=optimizer)
     step = jax.jit(method.step)
     params, state, entry, _ = step(
         ONE, ONE, method.init(ONE), method.entry(ONE), scalar_upload(2.0), arrival(),
