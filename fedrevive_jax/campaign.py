@@ -19,12 +19,13 @@ from typing import Any
 
 import jax
 
-from fedrevive_jax import client_cache, comparison, planning, record, runner
-from fedrevive_jax.comparison import Choice, Point, Run
+from fedrevive_jax import client_cache, comparison, planning, record, runner, tuning
+from fedrevive_jax.comparison import Run
 from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS, Config, ConfigError, UserError
 from fedrevive_jax.interruption import InterruptedRunError, Interruption
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.restore import read_config
+from fedrevive_jax.tuning import Choice, Point
 
 # Marks a run that diverged or whose uploads were rejected, which would only end so again.
 FAILED = "failed.json"
@@ -154,7 +155,7 @@ def grid_runs(
 
     Args:
       given, methods: see `of_methods`.
-      server_lr, client_lr: see `comparison.grid`.
+      server_lr, client_lr: see `tuning.grid`.
       max_time: simulated time of each run; as long as the comparison's where None.
       seeds: how many at each point, none of them a seed of the comparison.
       out: folder of the comparison.
@@ -167,7 +168,7 @@ def grid_runs(
         fields["max_time"] = max_time
     runs = []
     for method in methods:
-        points = comparison.grid(server_lr, client_lr, resolve(**{**given, "method": method}))
+        points = tuning.grid(server_lr, client_lr, resolve(**{**given, "method": method}))
         for point in points:
             for seed in range(first, first + seeds):
                 config = resolve(
@@ -201,7 +202,7 @@ def choices(grid: Sequence[tuple[str, Point, Config]], runs: Sequence[Run]) -> d
         for point, run in own:
             score = comparison.last_quarter(run.evaluations, end) if run.summary else -math.inf
             scores.setdefault(point, []).append(score)
-        chosen[method] = comparison.choose(method, scores)
+        chosen[method] = tuning.choose(method, scores)
     return chosen
 
 

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedrevive_jax import comparison, plots, record
-from fedrevive_jax.comparison import Choice, Run, Spread
+from fedrevive_jax import comparison, plots, record, tuning
+from fedrevive_jax.comparison import Run, Spread
 from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS, ConfigError
+from fedrevive_jax.tuning import Choice
 
 NOTES = (
     "Figures are mean ± standard deviation over seeds, on the split that is named above. "
@@ -101,9 +102,7 @@ def write(out: Path, study: Study) -> str:
     pictures = _pictures(out, study, rows)
     text = comparison.markdown(lines)
     if study.choices:
-        text += f"\n{study.tuning}\n\n" + comparison.markdown(
-            comparison.tuning_cells(study.choices)
-        )
+        text += f"\n{study.tuning}\n\n" + comparison.markdown(tuning.cells(study.choices))
     texts = {
         "table.md": text,
         "table.csv": comparison.as_csv(rows),
@@ -231,7 +230,7 @@ def _page(study: Study, lines, pictures) -> str:
     ]  # fmt: skip
     if study.choices:
         parts += ["<h2>Chosen rates</h2>", f"<p>{html.escape(study.tuning)}</p>"]
-        parts.append(_html_table(comparison.tuning_cells(study.choices)))
+        parts.append(_html_table(tuning.cells(study.choices)))
     parts += ["<h2>Settings in which they differ</h2>", _html_table(_settings(study.groups))]
     made = _made_images(study.groups)
     if made:

@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedrevive_jax import campaign, comparison, plots, report
-from fedrevive_jax.comparison import Point, Run
+from fedrevive_jax import campaign, comparison, plots, report, tuning
+from fedrevive_jax.comparison import Run
 from fedrevive_jax.config import ConfigError
 from fedrevive_jax.presets import resolve
+from fedrevive_jax.tuning import Point
 from tests.test_cli import call, flags, started
 from tests.test_simulator import SMALL
 
@@ -309,31 +310,31 @@ def test_accuracy_by_staleness(tmp_path):
 
 def test_the_grid():
     config = resolve("digits", "fedbuff", server_lr=0.3, client_lr=0.01)
-    points = comparison.grid("x3,0.2,x0.3", "x1", config)
+    points = tuning.grid("x3,0.2,x0.3", "x1", config)
     assert [(p.server_lr, p.client_lr, p.place) for p in points] == [
         (0.09, 0.01, (0, 0)), (0.2, 0.01, (1, 0)), (0.9, 0.01, (2, 0)),
     ]  # fmt: skip
     for text in ("x", "0.1,,2", "-1", "nan", "0"):
         with pytest.raises(ConfigError, match=r"--tune_server_lr=.*: must be positive numbers"):
-            comparison.grid(text, "x1", config)
+            tuning.grid(text, "x1", config)
     with pytest.raises(ConfigError, match=r"--tune_client_lr=0\.01,x1: holds a rate twice"):
-        comparison.grid("x1", "0.01,x1", config)
+        tuning.grid("x1", "0.01,x1", config)
 
 
 def test_the_choice():
     points = [Point(s, 0.1, (i, 0)) for i, s in enumerate((0.1, 0.3, 1.0))]
     scores = dict(zip(points, ([0.5, 0.6], [0.9, 0.8], [0.99, -math.inf]), strict=True))
-    choice = comparison.choose("fedbuff", scores)
+    choice = tuning.choose("fedbuff", scores)
     assert choice.point == points[1]
     assert choice.edges == ()  # a single client rate was not searched: no edge
-    edge = comparison.choose("fedbuff", {points[0]: [0.5], points[1]: [0.5], points[2]: [0.4]})
+    edge = tuning.choose("fedbuff", {points[0]: [0.5], points[1]: [0.5], points[2]: [0.4]})
     assert (edge.point, edge.edges) == (points[0], ("server_lr",))
-    shown = comparison.tuning_cells({"fedbuff": edge})
+    shown = tuning.cells({"fedbuff": edge})
     scores = "0.1, 0.1: 0.500; 0.3, 0.1: 0.500; 1, 0.1: 0.400"
     assert shown[1] == ["fedbuff", "0.1*", "0.1", "0.500", "2 of 3", scores]
-    assert comparison.tuning_cells({"fedbuff": choice})[1][-1].endswith("1, 0.1: failed")
+    assert tuning.cells({"fedbuff": choice})[1][-1].endswith("1, 0.1: failed")
     with pytest.raises(ConfigError, match="every point of the grid of fedbuff failed"):
-        comparison.choose("fedbuff", {points[0]: [math.nan]})
+        tuning.choose("fedbuff", {points[0]: [math.nan]})
 
 
 def test_a_choice_depends_on_no_other_method():
