@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from fedrevive_jax.config import Config
-from fedrevive_jax.methods.method import Base, Ingredients, Method, compose, plain
+from fedrevive_jax.methods.method import Base, Ingredients, Method, plain
 from fedrevive_jax.models.model import Params
 
 
@@ -86,5 +86,4 @@ def base(config: Config) -> Base:
 
 def create(config: Config, ingredients: Ingredients) -> Method:
     del ingredients
-    rule, optimizer, factor = base(config)
-    return compose(rule, config.buffer_size, optimizer, rate_factor=factor)
+    return base(config).over(config.buffer_size)

@@ -18,7 +18,6 @@ from fedrevive_jax.methods.method import (
     Ingredients,
     Method,
     UpdateRule,
-    compose,
     plain,
     server_optimizer,
 )
@@ -44,5 +43,4 @@ def base(config: Config) -> Base:
 
 def create(config: Config, ingredients: Ingredients) -> Method:
     del ingredients
-    rule, optimizer, _ = base(config)
-    return compose(rule, config.buffer_size, optimizer)
+    return base(config).over(config.buffer_size)

@@ -5,14 +5,7 @@ is over B, not over the weights.
 """
 
 from fedrevive_jax.config import Config
-from fedrevive_jax.methods.method import (
-    Base,
-    Ingredients,
-    Method,
-    compose,
-    plain,
-    server_optimizer,
-)
+from fedrevive_jax.methods.method import Base, Ingredients, Method, plain, server_optimizer
 
 
 def base(config: Config) -> Base:
@@ -21,5 +14,4 @@ def base(config: Config) -> Base:
 
 def create(config: Config, ingredients: Ingredients) -> Method:
     del ingredients
-    rule, optimizer, _ = base(config)
-    return compose(rule, config.buffer_size, optimizer)
+    return base(config).over(config.buffer_size)

@@ -12,7 +12,7 @@ from fedrevive_jax import blending
 from fedrevive_jax.config import Config
 from fedrevive_jax.dfkd import reviver
 from fedrevive_jax.methods import fadas, fedasync, fedbuff
-from fedrevive_jax.methods.method import Ingredients, Method, UpdateRule, as_it_is, compose
+from fedrevive_jax.methods.method import Ingredients, Method, UpdateRule, as_it_is
 
 BASES = {"fedbuff": fedbuff.base, "fedasync": fedasync.base, "fadas": fadas.base}
 
@@ -32,9 +32,9 @@ def create(config: Config, ingredients: Ingredients) -> Method:
 
 def revived(config: Config, revive: reviver.Reviver) -> Method:
     """The configured base method, its updates revived."""
-    plain, optimizer, rate_factor = BASES[config.revive_on](config)
-    rule = blend(revive, blending.create(config), plain)
-    return compose(rule, config.buffer_size, optimizer, rate_factor=rate_factor)
+    base = BASES[config.revive_on](config)
+    rule = blend(revive, blending.create(config), base.rule)
+    return base._replace(rule=rule).over(config.buffer_size)
 
 
 def blend(

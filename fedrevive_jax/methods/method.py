@@ -114,6 +114,10 @@ class Base(NamedTuple):
     optimizer: optax.GradientTransformation
     rate_factor: Callable[[jax.Array], jax.Array] | None = None
 
+    def over(self, buffer_size: int) -> Method:
+        """The method that takes this step with the mean of every `buffer_size` updates."""
+        return compose(self.rule, buffer_size, self.optimizer, rate_factor=self.rate_factor)
+
 
 class ComposedState(NamedTuple):
     """State of a composed method.
