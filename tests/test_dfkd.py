@@ -151,6 +151,12 @@ def test_pool_is_first_in_first_out():
         assert kept == [float(i) for i in range(max(0, start + 2 - 5), start + 2)]
 
 
+def test_what_is_not_wanted_leaves_the_pool_as_it_was():
+    images = pool.add(pool.empty(5, numbered(1)), numbered(4), jnp.asarray([3, 1, 2, 0]))
+    kept = pool.add(images, numbered(3, 10), jnp.asarray([0, 0, 0]), jnp.asarray(False))
+    jax.tree.map(np.testing.assert_array_equal, kept, images)
+
+
 def draws(labels, mixes, size, count=20_000):
     images = pool.add(
         pool.empty(size, numbered(1)), numbered(len(labels)), jnp.asarray(labels, jnp.int32)

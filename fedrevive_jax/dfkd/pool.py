@@ -27,33 +27,44 @@ class Pool(NamedTuple):
 def empty(size: int, batch: Any) -> Pool:
     """A pool without samples, with room for `size` of those that a batch (or its shapes) holds."""
     samples = jax.tree.map(lambda leaf: jnp.zeros((size, *leaf.shape[1:]), leaf.dtype), batch)
-    return _ordered(samples, jnp.full(size, -1, jnp.int32), jnp.zeros((), jnp.int32))
+    labels = jnp.full(size, -1, jnp.int32)
+    return Pool(samples, labels, jnp.zeros((), jnp.int32), _by_label(labels))
 
 
 def filled(samples: Any, labels: jax.Array) -> Pool:
     """A pool that holds exactly these samples."""
     labels = jnp.asarray(labels, jnp.int32)
     added = jnp.asarray(len(labels), jnp.int32)
-    return _ordered(jax.tree.map(jnp.asarray, samples), labels, added)
+    return Pool(jax.tree.map(jnp.asarray, samples), labels, added, _by_label(labels))
 
 
-def add(pool: Pool, samples: Any, labels: jax.Array) -> Pool:
-    """Adds a batch [b, ...] with labels [b]; the oldest samples make room."""
+def add(pool: Pool, samples: Any, labels: jax.Array, wanted: jax.Array | bool = True) -> Pool:
+    """Adds a batch [b, ...] with labels [b], if it is wanted; the oldest samples make room.
+
+    Neither way is the ring copied, whereas choosing between two rings would.
+    """
     size = len(pool.labels)
     places = (pool.added + jnp.arange(len(labels))) % size
-    return _ordered(
-        jax.tree.map(lambda ring, new: ring.at[places].set(new), pool.samples, samples),
-        pool.labels.at[places].set(labels),
-        # Kept below 2 * size so that the counter never overflows; only its remainder and
-        # whether it is zero matter.
-        jnp.where(pool.added >= size, pool.added - size, pool.added) + len(labels),
+
+    def put(ring, new):
+        kept = ring[places]
+        return ring.at[places].set(jnp.where(jnp.broadcast_to(wanted, new.shape), new, kept))
+
+    # Kept below 2 * size so that the counter never overflows; only its remainder and whether it is
+    # zero matter.
+    added = jnp.where(pool.added >= size, pool.added - size, pool.added) + len(labels)
+    filled = put(pool.labels, labels)
+    return Pool(
+        jax.tree.map(put, pool.samples, samples),
+        filled,
+        jnp.where(wanted, added, pool.added),
+        jax.lax.cond(wanted, _by_label, lambda _: pool.by_label, filled),
     )
 
 
-def _ordered(samples: Any, labels: jax.Array, added: jax.Array) -> Pool:
+def _by_label(labels: jax.Array) -> jax.Array:
     last = jnp.iinfo(labels.dtype).max
-    order = jnp.argsort(jnp.where(labels < 0, last, labels))
-    return Pool(samples, labels, added, order.astype(jnp.int32))
+    return jnp.argsort(jnp.where(labels < 0, last, labels)).astype(jnp.int32)
 
 
 def draw(pool: Pool, mixes: jax.Array, count: int, key: jax.Array) -> jax.Array:

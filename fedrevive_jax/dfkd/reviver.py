@@ -131,6 +131,9 @@ def create(
             jnp.asarray(-1, jnp.int32),
         )
 
+    # What passes through a branch is copied there, so that the branches return what they change
+    # alone: a pool of texts may take gigabytes.
+
     def synthesise(state: ReviverState, proxies, present, params, arrival: Arrival, key):
         draw_key, augment_key = jax.random.split(key)
         ensemble = synthesis.Ensemble(
@@ -148,18 +151,13 @@ def create(
             state.guard,
             augment_key,
         )
-        grown = pool.add(state.pool, result.samples, result.labels.astype(jnp.int32))
-        state = state._replace(
-            generator=result.generator,
-            guard=result.guard,
-            pool=trees.select(result.sound, grown, state.pool),
-            synthesised_version=arrival.version,
-        )
         feature, one_hot, adversarial = result.rejected
         # Before the warm-up there is no adversarial term to reject.
         adversarial = jnp.where(ensemble.adversarial_on, adversarial, jnp.nan)
         values = (*result.terms, ~result.sound, feature, one_hot, adversarial)
-        return state, tuple(jnp.asarray(value, jnp.float32) for value in values)
+        values = tuple(jnp.asarray(value, jnp.float32) for value in values)
+        made = result.samples, result.labels.astype(jnp.int32), result.sound
+        return (result.generator, result.guard, arrival.version), made, values
 
     def distil(state: ReviverState, proxies, present, params, key):
         steps, batch = config.distillation_steps, config.distillation_batch
@@ -192,7 +190,7 @@ def create(
         values = (result.losses.mean(), ~good, (steps - result.counted) / steps)
         delta = trees.select(good, result.delta, zero)
         values = tuple(jnp.asarray(value, jnp.float32) for value in values)
-        return state._replace(guard=result.guard), delta, good, values
+        return result.guard, delta, good, values
 
     def revive(state: ReviverState, params, upload: Upload, arrival: Arrival, beta, key):
         probe_key, synthesis_key, distillation_key = jax.random.split(key, 3)
@@ -221,20 +219,31 @@ def create(
                 & (arrival.version % config.generation_interval == 0)
                 & (arrival.version != state.synthesised_version)
             )
-            state, terms = jax.lax.cond(
+            own = state.generator, state.guard, state.synthesised_version
+            rows = state.pool.samples, state.pool.labels
+            nothing = jax.tree.map(
+                lambda ring: jnp.zeros((config.synthesis_batch, *ring.shape[1:]), ring.dtype), rows
+            )
+            (generator, guard, version), made, terms = jax.lax.cond(
                 due,
-                lambda s: synthesise(s, proxies, present, params, arrival, synthesis_key),
-                lambda s: (s, terms),
-                state,
+                lambda: synthesise(state, proxies, present, params, arrival, synthesis_key),
+                lambda: (own, (*nothing, jnp.asarray(False)), terms),
+            )
+            state = state._replace(
+                generator=generator,
+                guard=guard,
+                synthesised_version=version,
+                pool=pool.add(state.pool, *made),
             )
 
         warm = (arrival.version > config.warmup_versions) | (synthesiser is None)
-        state, delta, distilled, values = jax.lax.cond(
+        none = jax.tree.map(jnp.zeros_like, params)
+        guard, delta, distilled, values = jax.lax.cond(
             warm & (beta > 0) & (state.pool.added > 0),
-            lambda s: distil(s, proxies, present, params, distillation_key),
-            lambda s: (s, jax.tree.map(jnp.zeros_like, params), jnp.asarray(False), (nan,) * 3),
-            state,
+            lambda: distil(state, proxies, present, params, distillation_key),
+            lambda: (state.guard, none, jnp.asarray(False), (nan,) * 3),
         )
+        state = state._replace(guard=guard)
         metrics = dict(
             zip(SYNTHESIS_METRICS + DISTILLATION_METRICS, (*terms, *values), strict=True)
         )
