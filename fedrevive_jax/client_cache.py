@@ -104,7 +104,7 @@ class HostCache:
         if client in self._under_way:
             return self._under_way[client]
         # Copied: on a CPU a view would show what is stored later.
-        entry = jax.tree.map(lambda rows: jnp.array(rows[client]), self._rows)
+        entry = jax.tree.map(lambda rows: np.array(rows[client]), self._rows)
         return devices.replicate(self._mesh, entry)
 
     def store(self, client: int, entry: Any) -> None:

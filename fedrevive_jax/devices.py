@@ -46,12 +46,17 @@ def create_mesh(devices: str) -> Mesh | None:
 
 
 def replicate(mesh: Mesh | None, tree: Any) -> Any:
-    """Arrays of JAX or NumPy on every device of the mesh; every process must hold equal values."""
+    """Arrays of JAX or NumPy on every device of the mesh; every process must hold equal values.
+
+    Those that are there already stay as they are.
+    """
     if mesh is None:
         return jax.tree.map(jnp.asarray, tree)
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def place(leaf):
+        if isinstance(leaf, jax.Array) and leaf.sharding == everywhere:
+            return leaf
         host = np.asarray(leaf)
         return jax.make_array_from_callback(host.shape, everywhere, lambda index: host[index])
 

@@ -4,18 +4,17 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from fedrevive_jax.data import Dataset, augment
 from fedrevive_jax.models.model import Text
 
 
 class Feed(NamedTuple):
-    """A data set on the device and the way from it to a model's inputs.
+    """The way from a data set to a model's inputs.
 
     Attributes:
-      store: pytree of arrays that holds the samples once; given to the functions below as an
-        argument, so that no program carries it as a constant.
+      store: pytree that holds the samples, arrays of NumPy still; its copy on the device is given
+        to the functions below as an argument, so that no program carries it as a constant.
       training: (store, positions int [b], key) -> inputs of local training, augmented.
       evaluation: (store, positions int [b]) -> inputs as they are.
       augment: (samples, key) -> augmented samples, for samples made or kept on the server.
@@ -29,7 +28,7 @@ class Feed(NamedTuple):
 
 def create(dataset: Dataset, frozen: Any) -> Feed:
     """The feed of a data set for a model whose frozen arrays are `frozen`."""
-    samples = jnp.asarray(dataset.samples)
+    samples = dataset.samples
     if dataset.is_text:
         # Text is not augmented.
         return Feed(

@@ -140,7 +140,8 @@ class Recorder:
         simulation, config = self._simulation, self._config
         index = simulation.position - 1
         if index in simulation.window_starts:
-            self._fetch()  # all before this arrival; its window is on the device by now
+            # All before this arrival, whose window is on the device by now and keeps it busy.
+            self._fetch(leave=1)
         self._pending.append((index, receipt))
         if receipt.new_version > receipt.version and not simulation.finished:
             if receipt.new_version % config.eval_every == 0:
@@ -249,15 +250,19 @@ class Recorder:
             self._save()
             raise self._health.trouble
 
-    def _fetch(self) -> None:
-        """Brings the device results of the pending arrivals to the host and writes their rows."""
+    def _fetch(self, leave: int = 0) -> None:
+        """Brings the device results of the pending arrivals to the host and writes their rows.
+
+        Args:
+          leave: how many of the newest arrivals are not pending yet.
+        """
         if not self._pending:
             return
         results = jax.device_get([(r.loss, r.verdict, r.metrics) for _, r in self._pending])
         for (index, receipt), (loss, verdict, metrics) in zip(self._pending, results, strict=True):
             self._add_arrival(index, receipt, float(loss), int(verdict), metrics)
         self._pending.clear()
-        self._simulation.server.review()
+        self._simulation.server.review(leave)
         if self._run_dir is not None:
             self._arrivals.flush()
             self._metrics.flush()

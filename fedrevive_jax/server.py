@@ -119,13 +119,15 @@ class Server:
         """
         if num_clients < 1 or not 0 <= max_update_norm < math.inf:
             raise ValueError("need num_clients >= 1 and a finite max_update_norm >= 0")
-        params = devices.replicate(mesh, params)
+        # What comes back from a shelf is bound to its device. All else is bound to it from the
+        # start, so that one program does.
+        params = shelf.fetch(devices.replicate(mesh, params))
         self._mesh, self._shelf = mesh, shelf
         self._method = method
         self._num_clients = num_clients
         self._max_update_norm = max_update_norm
         self._upload_shapes = described(Upload(params, taps, jnp.zeros(())))
-        self._state = devices.jit(mesh, method.init)(params)
+        self._state = shelf.fetch(devices.jit(mesh, method.init)(params))
         self._cache = NoCache() if cache is None else cache
         self._versions = VersionStore(0, params, shelf)
         self._jobs: dict[int, Ticket] = {}
@@ -256,7 +258,7 @@ class Server:
             staleness=np.asarray(version - ticket.version, np.int32),
             completes=np.asarray(completes),
         )
-        entry = self._cache.fetch(ticket.client)
+        entry = self._shelf.fetch(self._cache.fetch(ticket.client))
         params, self._state, entry, (accepted, verdict, norm), metrics = self._step(
             self.params, base, self._state, entry, upload, arrival
         )
@@ -282,22 +284,27 @@ class Server:
             metrics,
         )
 
-    def review(self) -> list[Rejection]:
+    def review(self, leave: int = 0) -> list[Rejection]:
         """Waits for what the device found in the uploads so far; counts and logs it.
 
         A live server calls it whenever it likes, a run once for every window.
 
+        Args:
+          leave: so many of the newest uploads, which the device may be busy with, wait for the next
+            call.
+
         Returns:
           Those that were rejected since the last call; of very many the last ones.
         """
-        self._judge_waiting()
+        self._judge_waiting(leave)
         found, self._found = list(self._found), deque(maxlen=REVIEW_AFTER)
         return found
 
-    def _judge_waiting(self) -> None:
-        tickets = [ticket for ticket, *_ in self._unreviewed]
-        found = jax.device_get([values for _, *values in self._unreviewed])
-        self._unreviewed = []
+    def _judge_waiting(self, leave: int = 0) -> None:
+        done = len(self._unreviewed) - leave
+        tickets = [ticket for ticket, *_ in self._unreviewed[:done]]
+        found = jax.device_get([values for _, *values in self._unreviewed[:done]])
+        self._unreviewed = self._unreviewed[done:]
         self._found += (
             self._rejections.add(Rejection(*ticket, reason, self._words(reason, float(norm))))
             for ticket, (verdict, norm) in zip(tickets, found, strict=True)
@@ -367,7 +374,8 @@ class Server:
 
     def restore(self, record: dict[str, Any], params: Params, arrays: dict[str, Any]) -> None:
         """Continues from a snapshot and the parameters of its newest version."""
-        params, self._state = devices.replicate(self._mesh, (params, arrays["method"]))
+        state = devices.replicate(self._mesh, (params, arrays["method"]))
+        params, self._state = self._shelf.fetch(state)
         self._cache.restore(arrays["cache"])
         self._jobs = {ticket[0]: Ticket(*ticket) for ticket in record["jobs"]}
         self._next_job = record["next_job"]

@@ -97,7 +97,8 @@ class Simulation:
         self._uploads: dict[int, Upload] = {}
 
         init_key = jax_key(config.seed, Stream.MODEL_INIT)
-        params, frozen = self.model.init(init_key), self.model.frozen(init_key)
+        params = self.model.init(init_key)
+        frozen = devices.replicate(self.mesh, self.model.frozen(init_key))
         self.origin = derived.origin
         if self.origin is None:
             self.origin = _origin(config, self.dataset)
@@ -110,7 +111,7 @@ class Simulation:
         self._inputs = (frozen, seed)
         self.feed = feed = feeds.create(self.dataset, frozen)
         self._store = devices.replicate(self.mesh, feed.store)
-        self._labels = devices.replicate(self.mesh, jnp.asarray(self.dataset.labels))
+        self._labels = devices.replicate(self.mesh, self.dataset.labels)
         kept = self.dataset.splits["distillation"]
         ingredients = methods.Ingredients(
             model=self.model,
@@ -127,6 +128,7 @@ class Simulation:
         at_once = self.schedule.live_versions_max() + config.concurrency
         waiting = at_once * trees.nbytes(params)
         self._shelf, self.client_batch = self._use_of_memory(method, params, waiting)
+        self._size_calls()
         beside = waiting if self._shelf.name == "device" else 0
         cache = client_cache.create(config, entry, self.mesh, beside)
         self.server = Server(
@@ -300,6 +302,7 @@ class Simulation:
           arrays: all its other arrays.
         """
         self._follow(self._planned, record["restarts"])
+        self._size_calls()
         self.server.restore(record, params, arrays)
         # One by one: on their way to the host they need not all fit on the device.
         self._uploads = {
@@ -349,12 +352,13 @@ class Simulation:
     @property
     def jobs_in_a_call(self) -> int:
         """Jobs that all devices together train in one call."""
-        limit = self.config.window_limit
-        size = min(self.client_batch, limit) if limit else self.client_batch
-        # No more than an even share of a usual window for each device: the rest would be padding.
+        return self._jobs_in_a_call
+
+    def _size_calls(self) -> None:
+        """Chooses how many jobs are trained in a call, for the windows that are left."""
+        sizes = np.asarray([len(window.jobs) for window in self.windows], np.int64)
         devices_used = 1 if self.mesh is None else self.mesh.size
-        usual = -(-self.schedule.num_arrivals // max(len(self.windows), 1))
-        return max(min(size, -(-usual // devices_used)), 1) * devices_used
+        self._jobs_in_a_call = memory.jobs_in_a_call(sizes, self.client_batch, devices_used)
 
     def train_jobs(self, jobs: np.ndarray) -> dict[int, Upload]:
         """Trains jobs in calls of a fixed size; the last call is padded by repetition.
@@ -368,7 +372,7 @@ class Simulation:
         Returns:
           Their uploads, by job.
         """
-        trained, size = {}, self.jobs_in_a_call
+        trained, size = {}, self._jobs_in_a_call
         for start in range(0, len(jobs), size):
             together = jobs[start : start + size]
             padded = np.resize(together, size)

@@ -166,6 +166,15 @@ def test_numbers_without_a_limit_of_the_norm(upload, reason):
         assert float(server.params["w"]) == 1.0
 
 
+def test_a_review_may_leave_the_newest():
+    server = make()
+    bad = [server.dispatch(client).job for client in range(2)]
+    for job in bad:
+        server.submit(job, host_upload(math.nan))
+    assert [rejection.job for rejection in server.review(leave=1)] == bad[:1]
+    assert [rejection.job for rejection in server.review()] == bad[1:]
+
+
 def test_a_review_tells_what_was_looked_at_before():
     """A snapshot looks at the numbers, too; whoever reviews later is still told."""
     server = make()

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from fedrevive_jax import memory, models, trees
@@ -22,8 +23,11 @@ def kinds(tree):
 
 
 def test_versions_in_host_memory_change_nothing():
-    on_device, receipts, _ = play(small("fedbuff", version_memory="device"))
-    on_host, others, _ = play(small("fedbuff", version_memory="host"))
+    # CA2FL has parts of every kind: uploads, a method's state, and an entry of every client.
+    on_device, receipts, _ = play(small("ca2fl", buffer_size=1, version_memory="device"))
+    on_host, others, _ = play(small("ca2fl", buffer_size=1, version_memory="host"))
+    for program in (on_host._train, on_host.server._step):
+        assert program._cache_size() == 1  # arrays bound to a device would make a second
     assert rows(receipts) == rows(others)
     assert_same_params(on_device, on_host, atol=0)
     server = on_host.server
@@ -80,6 +84,25 @@ def test_jobs_in_a_call_on_a_cpu():
         assert memory.default_client_batch(images, config, 1, 0) == count
     texts = scalar_model()._replace(vocabulary=Vocabulary(16, 8))
     assert memory.default_client_batch(texts, config, 1, 0) == 1
+
+
+@pytest.mark.parametrize(
+    ("windows", "limit", "devices", "size"),
+    [
+        # Of CALL_COST = 2: seven calls of four take 7 * 6, four of five 4 * 7.
+        ([4, 4, 4, 5], 8, 1, 5),
+        # Eleven calls of four take 11 * 6, ten of five 10 * 7.
+        ([4] * 9 + [5], 8, 1, 4),
+        ([4] * 9 + [5], 2, 1, 2),
+        # Of two devices eleven calls take 11 * 4, ten 10 * 5.
+        ([4] * 9 + [5], 8, 2, 4),
+        ([1], 8, 4, 4),
+        ([], 8, 2, 2),
+    ],
+)
+def test_calls_of_the_size_that_suits_the_windows(windows, limit, devices, size):
+    assert memory.CALL_COST == 2
+    assert memory.jobs_in_a_call(np.asarray(windows, np.int64), limit, devices) == size
 
 
 def tiny_convnet():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedrevive_jax import models
+from fedrevive_jax import memory, models
 from fedrevive_jax.config import METHODS, ConfigError
 from fedrevive_jax.local_training import train
 from fedrevive_jax.presets import resolve
@@ -76,10 +76,11 @@ def test_uneven_windows_and_padding_change_nothing():
 
 
 def test_jobs_in_a_call():
-    """As many as asked for, but no more than a usual window or its limit holds."""
+    """As many as asked for, but no more than suit the windows or their limit."""
     many = Simulation(small("fedbuff", client_batch=50))
-    usual = many.schedule.num_arrivals / len(many.windows)
-    assert 2 < usual < many.jobs_in_a_call < usual + 1
+    sizes = [len(window.jobs) for window in many.windows]
+    assert 2 < many.jobs_in_a_call <= max(sizes)
+    assert many.jobs_in_a_call == memory.jobs_in_a_call(np.asarray(sizes), 50)
     assert Simulation(small("fedbuff", client_batch=2)).jobs_in_a_call == 2
     assert Simulation(small("fedbuff", client_batch=50, window_limit=2)).jobs_in_a_call == 2
 
