@@ -61,7 +61,8 @@ def join(
             raise ConfigError(f"--{name}={value}: needs --distributed=auto or on")
         return
     address = given.get("coordinator_address", os.environ.get("JAX_COORDINATOR_ADDRESS"))
-    if address is not None and not address.rpartition(":")[2].isdecimal():
+    host, _, port = (address or "").rpartition(":")
+    if address is not None and not (host and port.isdecimal()):
         raise ConfigError(f"--coordinator_address={address}: must be host:port")
     alone = address is None and not given
     if mode == "auto" and alone and os.environ.get("SLURM_NTASKS") == "1":
@@ -139,8 +140,9 @@ def first(function: Callable[[], Any]) -> Any:
             outcome = function(), None
         except (UserError, OSError) as error:
             outcome = None, error
-        message = pickle.dumps(outcome)
-    result, error = pickle.loads(_broadcast(message))
+        message = pickle.dumps(outcome, protocol=5)  # arrays go in without a copy on the way
+    received = _broadcast(message)
+    result, error = outcome if is_first() else pickle.loads(received)
     if error is not None:
         raise error
     return result
@@ -199,21 +201,22 @@ def _gather(text: str) -> list[str]:
     return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in np.asarray(rows)]
 
 
-def _broadcast(message: bytes) -> bytes:
-    """The first process's message, on every process."""
+def _broadcast(message: bytes) -> bytes | bytearray:
+    """The first process's message, on every process; itself on the first."""
     from jax.experimental import multihost_utils
 
-    def send(own: bytes) -> bytes:
-        return multihost_utils.broadcast_one_to_all(np.frombuffer(own, np.uint8)).tobytes()
+    def send(own: bytes) -> np.ndarray:
+        return np.asarray(multihost_utils.broadcast_one_to_all(np.frombuffer(own, np.uint8)))
 
-    length = int.from_bytes(send(len(message).to_bytes(8, "little")), "little")
+    length = int.from_bytes(send(len(message).to_bytes(8, "little")).tobytes(), "little")
     # A few sizes, so that few programs are compiled.
     chunk = min(CHUNK, max(SHORTEST, 1 << (length - 1).bit_length()))
-    parts = [
-        send(message[start : start + chunk].ljust(chunk, b"\0"))
-        for start in range(0, length, chunk)
-    ]
-    return b"".join(parts)[:length]
+    received = bytearray(0 if is_first() else length)
+    for start in range(0, length, chunk):
+        part = send(message[start : start + chunk].ljust(chunk, b"\0"))
+        if not is_first():
+            received[start : start + chunk] = part[: length - start].tobytes()
+    return message if is_first() else received
 
 
 def _whole(name: str, value: str | None) -> int | None:

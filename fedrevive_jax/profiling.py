@@ -51,6 +51,7 @@ class WindowTrace:
         """Ends a trace that is under way, when the device is done with it."""
         if self.running:
             self._left = min(self._left, WINDOWS - 1)
-            jax.block_until_ready(self._simulation.server.params)
+            server = self._simulation.server
+            jax.block_until_ready((server.params, server.method_state))
             jax.profiler.stop_trace()
             self.running = False

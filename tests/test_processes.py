@@ -136,6 +136,8 @@ def test_an_error_of_one_process_ends_both(tmp_path):
         (("maybe",), "--distributed=maybe: must be one of auto, on, off"),
         (("off", None, "2"), "--num_processes=2: needs --distributed=auto or on"),
         (("on", "host"), "--coordinator_address=host: must be host:port"),
+        (("on", "1234"), "--coordinator_address=1234: must be host:port"),
+        (("on", ":1234"), "--coordinator_address=:1234: must be host:port"),
         (("auto", "host:1", "two"), "--num_processes=two: must be a whole number"),
         (("on", "host:1", "2", "-1"), "--process_id=-1: must be a whole number"),
     ],
