@@ -55,6 +55,10 @@ def main() -> None:
         print(convolution_table.table(rows), end="", flush=True)
         _write(rows)
         return
+    mesh = create_mesh(config.mesh)
+    devices = 1 if mesh is None else mesh.size
+    if PEER.value and devices > 1:
+        raise ConfigError(f"--mesh={config.mesh}: PyTorch computes on one device; needs --mesh=1")
     measured = stages.measure(
         config, dataset, repeats=REPEATS.value, arrivals=ARRIVALS.value, say=_say
     )
@@ -69,9 +73,8 @@ def main() -> None:
         peak = PEAK.value * 1e12, "given"
     else:
         one, source = measuring.peak_flops(config.precision)
-        mesh = create_mesh(config.mesh)
-        peak = one * (1 if mesh is None else mesh.size), source
-    told = report.figures(measured, peers, peak, peer_device)
+        peak = one * devices, source
+    told = report.figures(measured, peers, peak, peer_device, devices)
     print(report.table(told), end="", flush=True)  # before a file that may not be writable
     _write(told)
 

@@ -1,6 +1,7 @@
 """The benchmark: its arithmetic by hand, and a whole tiny one as a user runs it."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import jax
@@ -8,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fedrevive_jax import schedule
 from fedrevive_jax.benchmark import convolution_table, measuring, stages
 from fedrevive_jax.benchmark.measuring import Timing
 from fedrevive_jax.models import convolutions
 from fedrevive_jax.planning import forward_flops, making_flops
+from fedrevive_jax.presets import resolve
 from tests.test_cli import call, flags
 
 TINY = {
@@ -107,6 +110,7 @@ def test_a_whole_benchmark(tmp_path):
     config, dataset = stages.workload(
         "digits", **{n: v for n, v in TINY.items() if n not in ("model", "repeats", "arrivals")}
     )
+    preset = resolve("digits", "fedrevive", seed=config.seed)
     model = stages.model_that_counts(config, dataset.input_shape, dataset.num_classes)
     forward = forward_flops(model)
     gflop = {name: own.get("gflop") for name, own in told["stages"].items()}
@@ -121,8 +125,13 @@ def test_a_whole_benchmark(tmp_path):
         "server step": None,
     }
     parts = told["stages"]
+    # The clock of the preset's windows, in calls of the size that was measured here.
+    sizes = [len(window.jobs) for window in schedule.plan_windows(schedule.from_config(preset))]
+    size = told["jobs_in_a_call"]
+    padding = sum(math.ceil(jobs / size) for jobs in sizes) * size / sum(sizes)
+    assert told["jobs_trained_per_arrival"] == pytest.approx(padding)
     assert told["arrival_milliseconds"] == pytest.approx(
-        parts["client training"]["milliseconds"]
+        padding * parts["client training"]["milliseconds"]
         + parts["server step"]["milliseconds"]
         + parts["synthesis"]["milliseconds"] / 2
     )
@@ -148,6 +157,7 @@ def test_the_ways_of_convolution_are_measured(monkeypatch):
             "--generation_interval=1: must be at least 2",
         ),
         (["--model=digits", "--max_versions=3"], "--max_versions=3: the plan makes 3 versions; "),
+        (["--model=digits", "--peer=torch", "--mesh=2"], "--mesh=2: "),
         (["--repeats=0"], "--repeats=0: must be at least 1"),
         (["--peak_tflops=-1"], "--peak_tflops=-1.0: must be above 0"),
         (["--model=t5", "--convolutions"], "--convolutions: t5 has none"),

@@ -12,6 +12,7 @@ from fedrevive_jax import models
 from fedrevive_jax.benchmark.measuring import time_calls
 from fedrevive_jax.config import Config
 from fedrevive_jax.data import Dataset
+from fedrevive_jax.dfkd.distillation import teacher_logits
 from fedrevive_jax.local_training import train
 from fedrevive_jax.models import convolutions
 
@@ -21,7 +22,7 @@ JOBS = 4
 
 def measure(config: Config, dataset: Dataset, repeats: int, say: Callable) -> list[dict[str, Any]]:
     """Milliseconds by way: a training step of one client, of one of several clients that are looped
-    over or mapped together, and the forward pass of one teacher.
+    over or mapped together, and what one teacher says to all samples of a distillation.
 
     Args:
       config: names the model, its width, batch sizes and precision.
@@ -34,8 +35,8 @@ def measure(config: Config, dataset: Dataset, repeats: int, say: Callable) -> li
     shape = (jobs, STEPS, config.batch_size)
     images = jnp.asarray(rng.random((*shape, *dataset.input_shape), np.float32))
     labels = jnp.asarray(rng.integers(0, dataset.num_classes, shape, np.int32))
-    judged = config.distillation_batch * config.distillation_steps
-    pool = jnp.asarray(rng.random((judged, *dataset.input_shape), np.float32))
+    drawn = (config.distillation_steps, 1, config.distillation_batch, *dataset.input_shape)
+    pool = jnp.asarray(rng.random(drawn, np.float32))
     rows = []
     for way in convolutions.WAYS:
         say(f"convolution {way}")
@@ -43,6 +44,7 @@ def measure(config: Config, dataset: Dataset, repeats: int, say: Callable) -> li
         model = models.from_config(chosen, dataset.input_shape, dataset.num_classes)
         model = models.with_precision(model, config.precision)
         params = model.init(jax.random.key(config.seed))
+        ring = jax.tree.map(lambda leaf: leaf[None], params)
         several = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], jobs, axis=0), params)
 
         def one_job(job, model=model):
@@ -56,7 +58,7 @@ def measure(config: Config, dataset: Dataset, repeats: int, say: Callable) -> li
             "one client": (one_job, first, STEPS),
             "loop over clients": (lambda all_, f=one_job: jax.lax.map(f, all_), everything, 0),
             "vmap over clients": (lambda all_, f=one_job: jax.vmap(f)(all_), everything, 0),
-            "teacher": (lambda pair, m=model: m.apply(*pair)[0], (params, pool), 1),
+            "teacher": (lambda pair, m=model: teacher_logits(m, *pair), (ring, pool), 1),
         }
         row = {"convolution": way}
         for use, (function, arguments, parts) in uses.items():

@@ -18,6 +18,7 @@ def figures(
     peers: dict[str, Timing],
     peak: tuple[float, str],
     peer_device: str = "",
+    devices: int = 1,
 ) -> dict[str, Any]:
     """Everything that was measured, as JSON holds it; keys that end in `ratio` say how many times
     faster than PyTorch (or than one job at a time) it is.
@@ -27,6 +28,7 @@ def figures(
       peers: PyTorch's timings by stage, and of a whole `arrival`; empty without a peer.
       peak: FLOP/s of all devices and where the number is from.
       peer_device: where PyTorch computed.
+      devices: how many computed with JAX.
     """
     config = measured.config
     arrival = measured.arrival.median
@@ -43,12 +45,13 @@ def figures(
             own["ratio"] = peers[name].median / seconds
         stages[name] = own
     result = {
-        "machine": machine(),
+        "machine": machine(devices),
         "model": config.model,
         "width": config.model_width,
         "precision": config.precision,
         "convolution": config.convolution,
         "jobs_in_a_call": measured.jobs_in_a_call,
+        "jobs_trained_per_arrival": measured.padding,
         "mesh": config.mesh,
         "stages": stages,
         "arrival_milliseconds": 1e3 * arrival,
@@ -78,8 +81,8 @@ def figures(
     return result
 
 
-def machine() -> dict[str, str]:
-    """The device and the versions behind a figure."""
+def machine(devices: int) -> dict[str, str]:
+    """The devices, so many as computed, and the versions behind a figure."""
     device = jax.devices()[0]
     versions = {}
     for package in PACKAGES:
@@ -88,7 +91,7 @@ def machine() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return {
-        "device": f"{jax.device_count()} x {device.device_kind}",
+        "device": f"{devices} x {device.device_kind}",
         "processor": f"{platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         **versions,
@@ -134,7 +137,8 @@ def table(told: dict[str, Any]) -> str:
     lines += [
         "",
         f"{told['model']}, width {told['width']}, {told['precision']}, convolution "
-        f"{told['convolution']}, {told['jobs_in_a_call']} jobs in a call. {versions}.",
+        f"{told['convolution']}, {told['jobs_in_a_call']} jobs in a call, "
+        f"{told['jobs_trained_per_arrival']:.2f} trained per arrival. {versions}.",
         f"{told['arrivals_per_second']:.3g} arrivals/s; windows {told['window_ratio']:.2f} times "
         f"as fast as one job in a call; host {told['host_milliseconds']:.2f} ms an arrival; "
         f"schedule {told['schedule_arrivals_per_second']:,.0f} arrivals/s; peak "

@@ -1,6 +1,7 @@
 """The stages of one FedRevive arrival, each timed alone, and whole arrivals of a simulation."""
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,9 +66,12 @@ class Measured:
     Attributes:
       config: what was measured.
       stages: by name.
-      arrival: seconds of a whole arrival, synthesis by its share.
+      arrival: seconds of a whole arrival, synthesis by its share and client training with its
+        padding.
+      padding: jobs that the calls of the preset's windows train for each job that is needed.
       one_by_one: seconds of a client's job where jobs are trained one in a call.
-      host: seconds of the main thread's own work at an arrival.
+      host: seconds of the main thread's own work at an arrival, the planning of its window by its
+        share.
       schedule_rate: arrivals the clock plans in a second, over the preset's whole time.
       compile_seconds, compilations: while warming up.
       recompilations: programs compiled after that.
@@ -81,6 +85,7 @@ class Measured:
     config: Config
     stages: dict[str, Stage]
     arrival: Timing
+    padding: float
     one_by_one: float
     host: float
     schedule_rate: float
@@ -132,6 +137,11 @@ def model_that_counts(config: Config, input_shape: tuple[int, ...], num_classes:
     return models.from_config(plain, input_shape, num_classes)
 
 
+def synthesis_share(config: Config) -> float:
+    """Syntheses for each arrival."""
+    return 1 / (config.generation_interval * config.buffer_size)
+
+
 def _population() -> dict[str, int]:
     # Jobs in flight: on an accelerator enough to fill a usual window.
     concurrency = 8 if jax.default_backend() == "cpu" else 100
@@ -155,14 +165,15 @@ def measure(
             f"--generation_interval={interval}: must be at least 2, so that a server step can be "
             "timed with and without synthesis"
         )
-    made, needed = schedule.from_config(config).num_versions, interval + 2 + 2 * arrivals
+    made = schedule.from_config(config).num_versions
+    needed = interval + 2 + 2 * arrivals + config.concurrency
     if made < needed:
         raise ConfigError(
             f"--max_versions={config.max_versions}: the plan makes {made} versions; at least "
             f"{needed} are needed here"
         )
     say("planning the preset's whole schedule")
-    plan_seconds, planned = _time_schedule(config)
+    plan_seconds, plan = _time_schedule(config)
     say("compiling, first arrivals")
     with measuring.compilations() as warm_up:
         simulation = Simulation(config, dataset)
@@ -172,28 +183,35 @@ def measure(
     say(f"{arrivals} arrivals")
     with measuring.compilations() as steady:
         whole = _Arrivals(simulation, arrivals)
+    peak = measuring.peak_bytes()
     say("stages")
     stages = _stages(simulation, whole, repeats)
-    peak = measuring.peak_bytes()
     say("one job in a call")
     single = Simulation(dataclasses.replace(config, client_batch=1), dataset)
     first = single.windows[0].jobs[: simulation.jobs_in_a_call]
     alone = measuring.time_calls(lambda: single.train_jobs(first), repeats).median / len(first)
     told = planning.plan(config, dataset, simulation.model)
-    share = 1 / config.generation_interval
+    size = simulation.jobs_in_a_call
+    windows = schedule.plan_windows(plan, config.window_limit)
+    windows = np.asarray([len(window.jobs) for window in windows])
+    padding = float((-(-windows // size)).sum() * size / windows.sum())
+    shares = {
+        "client training": padding,
+        "server step": 1.0,
+        "synthesis": synthesis_share(config),
+    }
     arrival = Timing(
-        stages["client training"].timing.median
-        + whole.step.median
-        + share * stages["synthesis"].timing.median,
-        whole.step.spread,
+        sum(share * stages[name].timing.median for name, share in shares.items()),
+        sum(share * stages[name].timing.spread for name, share in shares.items()),
     )
     return Measured(
         config=config,
         stages=stages,
         arrival=arrival,
+        padding=padding,
         one_by_one=alone,
         host=whole.host,
-        schedule_rate=planned / plan_seconds,
+        schedule_rate=plan.num_arrivals / plan_seconds,
         compile_seconds=warm_up.seconds,
         compilations=warm_up.count,
         recompilations=steady.count,
@@ -201,7 +219,7 @@ def measure(
         live_bytes=whole.live_bytes,
         planned_bytes=told["bytes_device"],
         live_versions=whole.live_versions,
-        jobs_in_a_call=simulation.jobs_in_a_call,
+        jobs_in_a_call=size,
     )
 
 
@@ -210,38 +228,39 @@ class _Arrivals:
 
     Attributes:
       step: seconds of a server step without synthesis.
-      host: seconds that the main thread itself was busy with an arrival, the median.
+      host: seconds that the main thread itself was busy with an arrival, the mean; of a window
+        with each of its jobs by its share.
       live_bytes, live_versions: the most between two calls.
     """
 
     def __init__(self, simulation: Simulation, count: int):
-        steps, host = [], []
+        steps, host, jobs, windows = [], [], 0, 0.0
         self.live_bytes = self.live_versions = 0
         interval = simulation.config.generation_interval
-        while len(steps) < count:
-            busy = time.thread_time()
+        while len(steps) < count or not jobs:
+            before, since = len(simulation.uploads), time.thread_time()
             simulation.train_ahead()
-            busy = time.thread_time() - busy
+            windows += time.thread_time() - since
+            jobs += len(simulation.uploads) - before
             jax.block_until_ready(simulation.uploads)
             self.live_bytes = max(self.live_bytes, measuring.live_bytes())
             synthesises = simulation.server.version % interval == 0
             start, since = time.perf_counter(), time.thread_time()
             receipt = simulation.advance()
-            busy += time.thread_time() - since
+            host.append(time.thread_time() - since)
             jax.block_until_ready((receipt.metrics, simulation.server.params))
-            host.append(busy)
             if not synthesises:
                 steps.append(time.perf_counter() - start)
             self.live_versions = max(self.live_versions, len(simulation.server.live_versions))
-        self.step, self.host = Timing.of(steps), float(np.median(host))
+        self.step, self.host = Timing.of(steps), float(np.mean(host)) + windows / jobs
 
 
-def _time_schedule(config: Config) -> tuple[float, int]:
-    """Seconds and arrivals of planning the preset's own population and time."""
+def _time_schedule(config: Config) -> tuple[float, schedule.Schedule]:
+    """Seconds of planning the preset's own population and time, and that plan."""
     preset = resolve(config.dataset, config.method, seed=config.seed)
     start = time.perf_counter()
     planned = schedule.from_config(preset)
-    return time.perf_counter() - start, planned.num_arrivals
+    return time.perf_counter() - start, planned
 
 
 def _stages(simulation: Simulation, whole: _Arrivals, repeats: int) -> dict[str, Stage]:
@@ -252,7 +271,7 @@ def _stages(simulation: Simulation, whole: _Arrivals, repeats: int) -> dict[str,
     )
     params = simulation.server.params
     frozen, augment, mesh = simulation.frozen, simulation.feed.augment, simulation.mesh
-    keys = iter(jax.random.split(jax.random.key(config.seed), 100))
+    keys = (jax.random.fold_in(jax.random.key(config.seed), n) for n in itertools.count())
 
     # Teachers that differ: the global model with a little noise.
     def noisy(leaf):
@@ -321,7 +340,7 @@ def _stages(simulation: Simulation, whole: _Arrivals, repeats: int) -> dict[str,
         "synthesis": timed(
             lambda: synthesise(generator, drawn, ensemble, guard, jax.random.key(0)),
             arithmetic["synthesis"],
-            1 / config.generation_interval,
+            synthesis_share(config),
         ),
         # All of the step but synthesis; teacher and student are a part of it.
         "server step": Stage(whole.step, 0.0, 0.0),

@@ -1,6 +1,7 @@
 """The same work as one FedRevive arrival, written as one would in eager PyTorch.
 
 One job after the other, one teacher after the other, with the sizes and steps of a configuration.
+As many samples go through a network in one call as in ours, because small calls would be slower.
 Only for timing: random numbers and starts are PyTorch's own. It computes in the precision that the
 configuration names, on the kind of device that JAX uses.
 """
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from fedrevive_jax.benchmark import stages
 from fedrevive_jax.benchmark.measuring import Timing
 from fedrevive_jax.benchmark.torch_networks import (
     TorchConvNet,
@@ -26,6 +28,8 @@ from fedrevive_jax.benchmark.torch_networks import (
 from fedrevive_jax.config import Config, ConfigError
 from fedrevive_jax.data import Dataset
 from fedrevive_jax.dfkd.prompts import PROMPTS
+from fedrevive_jax.models import t5_shape
+from fedrevive_jax.models.model import per_call
 
 NETWORKS = {"convnet": TorchConvNet, "digitsnet": TorchDigitsNet, "resnet18": TorchResNet18}
 
@@ -66,6 +70,11 @@ class Peer:
             samples = samples.permute(0, 3, 1, 2).contiguous()
         self._samples = samples.to(self.device)
         self._labels = torch.from_numpy(dataset.labels).long().to(self.device)
+        how = dataset.preprocessing
+        self._mean, self._std = (
+            torch.tensor(values, device=self.device).view(1, -1, 1, 1)
+            for values in ((how.mean, how.std) if how.mean else ((0.0,), (1.0,)))
+        )
         self._net = self._network().to(self.device)
         self._global = copy.deepcopy(self._net.state_dict())
         self._generator = self._make_generator()
@@ -133,11 +142,15 @@ class Peer:
 
     @torch.no_grad()
     def judge(self, batches) -> list[list[torch.Tensor]]:
-        """The teachers' logits, each on its own samples."""
-        return [
-            [self._apply(net, x)[0] for (net, _, _), x in zip(self._teachers, step, strict=True)]
-            for step in batches
-        ]
+        """The logits of each teacher on its own samples, by step and teacher."""
+        config = self._config
+        together = per_call(len(batches), config.distillation_batch, self._dataset.input_shape)
+        of_teachers = []
+        for (net, _, _), own in zip(self._teachers, zip(*batches, strict=True), strict=True):
+            calls = [torch.cat(own[at : at + together]) for at in range(0, len(own), together)]
+            logits = torch.cat([self._apply(net, x)[0] for x in calls])
+            of_teachers.append(logits.split(config.distillation_batch))
+        return list(zip(*of_teachers, strict=True))
 
     def distil(self, batches, targets) -> dict[str, torch.Tensor]:
         """Trains the student; returns Delta^KD."""
@@ -149,15 +162,19 @@ class Peer:
             lr=config.distillation_lr,
             weight_decay=config.distillation_weight_decay,
         )
+        together = config.teacher_batch or per_call(
+            config.num_teachers, config.distillation_batch, self._dataset.input_shape
+        )
         for step, wanted in zip(batches, targets, strict=True):
             optimizer.zero_grad()
             loss = 0.0
-            for x, logits in zip(step, wanted, strict=True):
+            for at in range(0, len(step), together):
+                x, logits = (torch.cat(part[at : at + together]) for part in (step, wanted))
                 own = functional.log_softmax(self._apply(student, x)[0], 1)
                 loss = loss + functional.kl_div(
-                    own, functional.log_softmax(logits, 1), reduction="batchmean", log_target=True
+                    own, functional.log_softmax(logits, 1), reduction="sum", log_target=True
                 )
-            (loss / len(step)).backward()
+            (loss / (len(step) * config.distillation_batch)).backward()
             optimizer.step()
         after = student.state_dict()
         return {name: after[name] - value for name, value in self._global.items()}
@@ -220,8 +237,6 @@ class Peer:
     def _network(self):
         config, dataset = self._config, self._dataset
         if dataset.is_text:
-            from fedrevive_jax.models import t5_shape
-
             return TorchT5(t5_shape(config), dataset.num_classes)
         side, _, channels = dataset.input_shape
         network = NETWORKS[config.model]
@@ -230,7 +245,7 @@ class Peer:
     def _make_generator(self):
         config, dataset = self._config, self._dataset
         if dataset.is_text:
-            return _Prompts(config.model_width).to(self.device)
+            return _Prompts(t5_shape(config).width).to(self.device)
         made = TorchGenerator(dataset.input_shape, config.latent_size, config.generator_features)
         return made.to(self.device)
 
@@ -238,7 +253,7 @@ class Peer:
         config = self._config
         if self._dataset.is_text:
             own = config.text_length - PROMPTS
-            shape = [(batch, own, config.model_width)]
+            shape = [(batch, own, t5_shape(config).width)]
         else:
             shape = [(batch, config.latent_size), (classes, config.latent_size)]
         return [torch.randn(size, device=self.device, requires_grad=True) for size in shape]
@@ -248,7 +263,7 @@ class Peer:
         count = min(config.pool_size, 2048)  # what a run of some minutes has made
         labels = torch.arange(count, device=self.device) % dataset.num_classes
         if dataset.is_text:
-            shape = (count, config.text_length, config.model_width)
+            shape = (count, config.text_length, t5_shape(config).width)
         else:
             shape = (count, *dataset.input_shape[2:], *dataset.input_shape[:2])
         return torch.rand(shape, device=self.device), labels
@@ -322,13 +337,7 @@ class Peer:
                 return samples.long(), (samples != 0).long()
             return samples, torch.ones(samples.shape[:2], device=self.device)
         x = samples.float() / 255 if samples.dtype == torch.uint8 else samples
-        how = self._dataset.preprocessing
-        if how.mean:
-            mean, std = (
-                torch.tensor(v, device=self.device).view(1, -1, 1, 1) for v in (how.mean, how.std)
-            )
-            x = (x - mean) / std
-        return x
+        return (x - self._mean) / self._std if self._dataset.preprocessing.mean else x
 
     def _statistics(self, taps):
         axes = (0,) if self._dataset.is_text else (0, 2, 3)
@@ -373,11 +382,13 @@ def measure(config: Config, dataset: Dataset, repeats: int) -> dict[str, Timing]
         "synthesis": peer.time(peer.synthesise, repeats),
         "server step": peer.time(lambda: peer.step(uploaded), repeats),
     }
-    share = 1 / config.generation_interval
+    share = stages.synthesis_share(config)
     timings["arrival"] = Timing(
         timings["client training"].median
         + timings["server step"].median
         + share * timings["synthesis"].median,
-        timings["server step"].spread,
+        timings["client training"].spread
+        + timings["server step"].spread
+        + share * timings["synthesis"].spread,
     )
     return timings

@@ -60,15 +60,19 @@ def from_config(config: Config, input_shape: tuple[int, ...], num_classes: int) 
 
 
 def _t5(config: Config, length: int, num_classes: int) -> Model:
-    if config.t5_weights:
-        shape = t5_weights.read_shape(config.t5_weights)
-        weights = t5_weights.read(config.t5_weights, shape)
-        return t5.create(shape, length, num_classes, weights)
-    return t5.create(t5_shape(config), length, num_classes)
+    shape = t5_shape(config)
+    weights = t5_weights.read(config.t5_weights, shape) if config.t5_weights else None
+    return t5.create(shape, length, num_classes, weights)
 
 
 def t5_shape(config: Config) -> t5.T5Shape:
-    """Sizes of an encoder that starts at random, in T5-small's proportions."""
+    """Sizes of the encoder: those of the weights, or T5-small's proportions for a random start.
+
+    Raises:
+      ConfigError: see `t5_weights.read_shape`.
+    """
+    if config.t5_weights:
+        return t5_weights.read_shape(config.t5_weights)
     return t5.T5Shape(
         vocabulary=config.vocabulary_size,
         width=config.model_width,
@@ -95,7 +99,7 @@ def create(
       input_shape: (height, width, channels) of one image.
       num_classes: size of the logits.
       width: channels of the first convolution.
-      convolution: see `models.layers.convolution`.
+      convolution: see `models.convolutions.choose`.
     """
     module = importlib.import_module(NETWORKS[name])
     return from_flax(name, module.build(num_classes, width, convolution), input_shape, num_classes)
