@@ -146,10 +146,31 @@ def _checked() -> tuple[Path, list[str], list[float]]:
             f"--methods={METHOD_LIST.value}: must not be given with --{chosen[0]}"
             + ("; an ablation is of --method" if chosen == ["ablate"] else "")
         )
+    if WORKDIRS.value is not None:
+        fields = config_flags.given_values()
+        runs_alone = {flag.name: flag.value for flag in (SEEDS, JOBS, OVERWRITE) if flag.present}
+        for name, value in {**fields, **runs_alone}.items():
+            if value is not None:
+                raise ConfigError(
+                    f"--{name}={value}: must not be given with --workdirs, which runs nothing"
+                )
     for flag in (TUNE_SERVER, TUNE_CLIENT, TUNE_TIME, TUNE_SEEDS):
         if flag.present and not TUNE.value:
             raise ConfigError(f"--{flag.name}={flag.value}: goes with --tune")
-    methods = METHODS if METHOD_LIST.value == "all" else METHOD_LIST.value.split(",")
+    try:
+        time_is_right = TUNE_TIME.value is None or float(TUNE_TIME.value) > 0
+    except ValueError:
+        time_is_right = False
+    if not time_is_right:
+        raise ConfigError(f"--tune_time={TUNE_TIME.value}: must be a number above 0")
+    methods = METHODS
+    if METHOD_LIST.value != "all":
+        methods = [name.strip() for name in METHOD_LIST.value.split(",")]
+    for name in methods:
+        if name not in METHODS:
+            raise ConfigError(
+                f"--methods={METHOD_LIST.value}: {name!r} must be one of {', '.join(METHODS)}"
+            )
     if len(set(methods)) < len(methods):
         raise ConfigError(f"--methods={METHOD_LIST.value}: holds a method twice")
     try:
@@ -163,7 +184,9 @@ def _checked() -> tuple[Path, list[str], list[float]]:
 
 def _folders(text: str) -> list[Path]:
     found = []
-    for part in text.split(","):
+    for part in map(str.strip, text.split(",")):
+        if not part:
+            raise ConfigError(f"--workdirs={text}: holds an empty name")
         paths = sorted(glob.glob(without_tilde("workdirs", part)))
         if not paths:
             raise ConfigError(f"--workdirs={text}: there is no {part}")

@@ -38,7 +38,8 @@ def define() -> None:
             words += f" ({', '.join(limits['choices'])})"
         # Texts throughout: the configuration converts and checks, so that every wrong value gets
         # the same kind of message.
-        flags.DEFINE_string(field.name, None, f"{words}. Default: the preset's.")
+        default = "empty" if field.default == "" else field.default
+        flags.DEFINE_string(field.name, None, f"{words}. Default: the preset's, else {default}.")
     flags.DEFINE_alias("conv", "convolution")
     flags.DEFINE_string(
         "preset_scale", None, f"size of the preset ({', '.join(SCALES)}). Default: {SCALES[0]}."

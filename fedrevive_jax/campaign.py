@@ -24,7 +24,6 @@ from fedrevive_jax.comparison import Run
 from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS, Config, ConfigError, UserError
 from fedrevive_jax.interruption import InterruptedRunError, Interruption
 from fedrevive_jax.presets import resolve
-from fedrevive_jax.restore import read_config
 from fedrevive_jax.tuning import Choice, Point
 
 # Marks a run that diverged or whose uploads were rejected, which would only end so again.
@@ -363,16 +362,12 @@ def _check_caches(configs: Sequence[Config], jobs: int) -> None:
 
 
 def _is_done(config: Config) -> bool:
-    done = runner.is_finished(config) or (config.run_dir / FAILED).exists()
-    if done and config.dataset in comparison.FOLDERS:
-        # The place of other data is no part of what is computed; here it says which data they are.
-        places = (read_config(config.run_dir).data_dir, config.data_dir)
-        if Path(places[0]).absolute() != Path(places[1]).absolute():
-            raise ConfigError(
-                f"--data_dir={places[1]}: {config.run_dir} holds a run on {places[0]}; give "
-                "another --out, or --overwrite"
-            )
-    return done
+    if runner.is_finished(config):
+        return True
+    failed = (config.run_dir / FAILED).exists()
+    if failed:
+        runner.check_place(config)
+    return failed
 
 
 def _line(config: Config) -> str:

@@ -23,6 +23,7 @@ RECENT = 10  # evaluations whose mean is "last ten": a single one is noisy under
 RESAMPLES = 10_000  # of the bootstrap
 COVERAGE = 0.95  # of its interval
 NEEDED = {"simulated_time", "device"}  # of a summary; other figures may be missing
+EVALUATED = {"version", "time", "wall_seconds", "accuracy"}
 # What a seed means: where these differ, the same seed is another population, delays or test split,
 # and a difference seed by seed would not cancel them.
 WORLD_FIELDS = (
@@ -30,10 +31,6 @@ WORLD_FIELDS = (
     "delays", "delay_mean", "delay_spread", "delay_download", "delay_upload", "delay_trace",
     "fault_rate", "fault_kinds", "max_time", "concurrency",
 )  # fmt: skip
-
-
-# Data sets whose place says which data they are.
-FOLDERS = ("image_folder", "text_folder")
 
 
 class Run(NamedTuple):
@@ -64,12 +61,16 @@ def read_run(folder: Path, failed: bool = False) -> Run:
     config = read_config(folder)
     summary = None if failed else record.read_json(folder / record.SUMMARY)
     evaluations = read_evaluations(folder)
-    if not failed and not (isinstance(summary, dict) and summary.keys() >= NEEDED and evaluations):
-        raise ConfigError(
-            f"--workdir={folder}: {record.SUMMARY} or {record.METRICS} is damaged or of another "
-            "version of fedrevive_jax"
-        )
     arrivals = record.read_rows(folder / record.ARRIVALS)
+    sound = all(row.keys() >= EVALUATED for row in evaluations)
+    sound &= all("staleness" in row for row in arrivals)
+    if not failed:
+        sound &= isinstance(summary, dict) and summary.keys() >= NEEDED and bool(evaluations)
+    if not sound:
+        raise ConfigError(
+            f"--workdir={folder}: {record.SUMMARY}, {record.METRICS} or {record.ARRIVALS} is "
+            "damaged or of another version of fedrevive_jax"
+        )
     staleness = np.asarray([row["staleness"] for row in arrivals], np.int64)
     return Run(config, evaluations, summary, staleness, folder)
 
@@ -289,8 +290,7 @@ class Row(NamedTuple):
 def _world(run: Run) -> tuple[Any, ...]:
     """What its seed means."""
     config = run.config
-    folder = Path(config.data_dir).absolute() if config.dataset in FOLDERS else None
-    return *(getattr(config, name) for name in WORLD_FIELDS), folder
+    return *(getattr(config, name) for name in WORLD_FIELDS), config.data_place
 
 
 def horizons(runs: Iterable[Run]) -> dict[tuple[Any, ...], float]:

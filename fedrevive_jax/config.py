@@ -164,7 +164,8 @@ class Config:
     hinge_start: float = _field(4.0, "b of the hinge staleness weight, in versions", at_least=0)
     revive_on: str = _field(
         "fedbuff",
-        "the method whose step takes the updates that fedrevive and dd_fedrevive have revived",
+        "the method whose step takes the updates that fedrevive and dd_fedrevive have revived; the "
+        "preset's buffer, rate and staleness weight are that method's",
         choices=("fedbuff", "fedasync", "fadas"),
     )
     fedasync_form: str = _field(
@@ -211,7 +212,9 @@ class Config:
         at_most=1,
     )
     beta_shape: str = _field("cosine", "blending weight over staleness", choices=BETA_SHAPES)
-    beta_s_max: float = _field(75.0, "s_max of the cosine: beta = 1/2 at s_max", above=0)
+    beta_s_max: float = _field(
+        75.0, "s_max of the cosine: beta = 1/2 at s_max; goes with K / B", above=0
+    )
     beta_constant: float = _field(0.5, "beta of the constant shape", at_least=0, at_most=1)
     beta_rate: float = _field(0.005, "gamma (linear) or lambda (exponential) of beta", at_least=0)
 
@@ -367,10 +370,17 @@ class Config:
         """The folder for the record of this run."""
         return Path(self.workdir or f"runs/{self.dataset}_{self.method}_seed{self.seed}")
 
+    @property
+    def data_place(self) -> Path | None:
+        """The folder that says which data these are; None where the data set's name says it."""
+        return Path(self.data_dir).absolute() if self.dataset in FOLDER_DATASETS else None
+
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 
+# Data sets that are whatever their folder holds.
+FOLDER_DATASETS = ("image_folder", "text_folder")
 # Where a run is written and where its data lie do not change what it computes.
 LOCATION_FIELDS = ("workdir", "data_dir", "cache_dir")
 # Nor do the devices, up to the rounding of sums.

@@ -22,7 +22,7 @@ from fedrevive_jax.models import Model, convolutions, default_precision
 from fedrevive_jax.profiling import FOLDER as PROFILE
 from fedrevive_jax.profiling import WindowTrace
 from fedrevive_jax.recorder import Recorder, Result, read_evaluations
-from fedrevive_jax.restore import read_params
+from fedrevive_jax.restore import read_config, read_params
 from fedrevive_jax.simulator import Simulation
 
 _LOG = logging.getLogger(__name__)
@@ -150,8 +150,8 @@ def is_finished(config: Config, overwrite: bool = False) -> bool:
     """Whether the run's folder holds this run, finished; decides without writing anything.
 
     Raises:
-      ConfigError: the folder is not a run's folder, or holds a run of another configuration and
-        must not be overwritten.
+      ConfigError: the folder is not a run's folder, or holds a run of another configuration or on
+        another folder of data and must not be overwritten.
     """
     config, folder = settle(config), config.run_dir
     try:
@@ -173,9 +173,26 @@ def is_finished(config: Config, overwrite: bool = False) -> bool:
     if differences:
         raise ConfigError(
             f"--workdir={folder}: holds a run with another configuration "
-            f"({'; '.join(differences)}); use --overwrite to start afresh"
+            f"({'; '.join(differences)}); give another folder, or --overwrite to start afresh"
         )
-    return record.SUMMARY in contents
+    if record.SUMMARY not in contents:
+        return False  # one that goes on is held to its data themselves
+    check_place(config)
+    return True
+
+
+def check_place(config: Config) -> None:
+    """Whether the recorded run that has ended was one on this folder of data.
+
+    Raises:
+      ConfigError: it was not.
+    """
+    recorded = read_config(config.run_dir)
+    if recorded.data_place != config.data_place:
+        raise ConfigError(
+            f"--data_dir={config.data_dir}: {config.run_dir} holds a run on {recorded.data_dir}; "
+            "give another folder for the run, or --overwrite to start afresh"
+        )
 
 
 def _computed(config: Config) -> dict[str, object]:

@@ -174,7 +174,10 @@ def test_compare_makes_a_table_and_repeats_nothing(tmp_path):
 def test_bad_input_of_compare(tmp_path):
     for arguments, message in (
         ([], "--out=: must name a folder"),
-        (["--out=x", "--methods=fedavg,fedprox"], "--method=fedprox: must be one of"),
+        (
+            ["--out=x", "--methods=fedavg,fedprox"],
+            "--methods=fedavg,fedprox: 'fedprox' must be one of",
+        ),
         (["--out=x", "--seeds=0"], "--seeds=0: must be at least 1"),
         (["--out=x", "--workdir=y"], "--workdir=y: is chosen by"),
     ):

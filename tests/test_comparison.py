@@ -365,22 +365,31 @@ def test_finished_runs_on_other_folders_are_not_taken(tmp_path):
     (config.run_dir / "config.json").write_text(json.dumps(settled.as_dict()))
     (config.run_dir / "summary.json").write_text("{}")
     assert campaign._is_done(config)
-    with pytest.raises(ConfigError, match=r"--data_dir=.*b: .*run holds a run on .*a; give anothe"):
-        campaign._is_done(dataclasses.replace(config, data_dir=str(tmp_path / "b")))
+    elsewhere = dataclasses.replace(config, data_dir=str(tmp_path / "b"))
+    for finished in (campaign.runner.is_finished, campaign._is_done):
+        with pytest.raises(ConfigError, match=r"--data_dir=.*b: .*run holds a run on .*a; give an"):
+            finished(elsewhere)
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("summary.json", "[]"), ("summary.json", "{}"), ("metrics.jsonl", None)],
+    [
+        ("summary.json", "[]"),
+        ("summary.json", "{}"),
+        ("metrics.jsonl", None),
+        ("metrics.jsonl", '{"kind": "evaluation", "time": 0.0}\n'),
+        ("arrivals.jsonl", '{"index": 0}\n'),
+    ],
 )
 def test_damaged_folders_are_named(tmp_path, name, content):
     config = campaign.runner.settle(resolve("digits", "fedbuff"))
     (tmp_path / "config.json").write_text(json.dumps(config.as_dict()))
     (tmp_path / "summary.json").write_text('{"simulated_time": 1.0, "device": "cpu"}')
-    (tmp_path / "metrics.jsonl").write_text('{"kind": "evaluation", "time": 0.0}\n')
+    row = {"kind": "evaluation", "version": 0, "time": 0.0, "wall_seconds": 1.0, "accuracy": 0.1}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     assert comparison.read_run(tmp_path).summary["device"] == "cpu"
     (tmp_path / name).unlink() if content is None else (tmp_path / name).write_text(content)
-    with pytest.raises(ConfigError, match=r"summary\.json or metrics\.jsonl is damaged"):
+    with pytest.raises(ConfigError, match=r"arrivals\.jsonl is damaged"):
         comparison.read_run(tmp_path)
 
 
@@ -715,6 +724,11 @@ def test_an_ablation_continues_what_was_interrupted(tmp_path):
         (["--ablate=alpha=1,2", "--methods=fedbuff"], "--methods=fedbuff: must not be given with"),
         (["--ablate=pretrained=a/b,a_b"], "--ablate=pretrained=a/b,a_b: pretrained=a_b would name"),
         (["--tune_seeds=2"], "--tune_seeds=2: goes with --tune"),
+        (["--tune", "--tune_time=long"], "--tune_time=long: must be a number above 0"),
+        (["--methods=fedbuff,"], "--methods=fedbuff,: '' must be one of"),
+        (["--workdirs="], "--workdirs=: holds an empty name"),
+        (["--workdirs=x", "--alpha=1"], "--alpha=1: must not be given with --workdirs"),
+        (["--workdirs=x", "--jobs=1"], "--jobs=1: must not be given with --workdirs"),
         (["--out=~nobody_here/x"], "--out=~nobody_here/x: must not name the home"),
         (["--methods=fedavg", "--buffer_size=4"], "--buffer_size=4: must be --concurrency=20"),
         (["--out=/dev/null/x"], "--out=/dev/null/x: cannot be made"),
