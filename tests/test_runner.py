@@ -117,7 +117,7 @@ KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 @pytest.mark.parametrize(
     ("method", "signals", "settings"),
     [
-        ("fedrevive", (KILL, TERM, KILL, INT, KILL), {}),
+        ("fedrevive", (KILL, TERM, INT, KILL), {}),
         (
             "fedbuff",
             (KILL, INT, KILL, TERM),
