@@ -519,7 +519,7 @@ def test_gates(tiny):
         before = int(state.pool.added)
         state, revival = revive(
             state, params, upload_of(model, params, i), arrival(i, i % 6, version, 5),
-            jnp.asarray(0.5), jax.random.key(i),
+            True, jnp.asarray(0.5), jax.random.key(i),
         )  # fmt: skip
         if int(state.pool.added) != before:
             synthesised.append(version)
@@ -532,7 +532,13 @@ def test_gates(tiny):
     assert synthesised == [6, 9]
     assert distilled == [7, 8, 9, 9, 10]
     _, revival = revive(
-        state, params, upload_of(model, params, 0), arrival(99, 0, 20, 0), jnp.asarray(0.0), KEY
+        state,
+        params,
+        upload_of(model, params, 0),
+        arrival(99, 0, 20, 0),
+        True,
+        jnp.asarray(0.0),
+        KEY,
     )
     assert not bool(revival.distilled)
 
@@ -546,7 +552,13 @@ def test_full_maml_runs_inside_the_reviver():
     params = model.init(jax.random.key(0))
     before = reviver.init(params)
     after, revival = jax.jit(reviver.revive)(
-        before, params, upload_of(model, params, 0), arrival(0, 0, 6, 5), jnp.asarray(0.5), KEY
+        before,
+        params,
+        upload_of(model, params, 0),
+        arrival(0, 0, 6, 5),
+        True,
+        jnp.asarray(0.5),
+        KEY,
     )
     assert bool(revival.distilled)
     pairs = zip(
@@ -556,11 +568,39 @@ def test_full_maml_runs_inside_the_reviver():
     assert 0.5 * config.generator_lr < max(steps) <= 1.01 * config.generator_lr
 
 
+def test_a_rejected_upload_changes_nothing_of_the_reviver(tiny):
+    """Where an accepted one synthesises and distils."""
+    reviver, revive, model, params = tiny
+    state = reviver.init(params)
+    for i in range(3):
+        state, _ = revive(
+            state, params, upload_of(model, params, i), arrival(i, i, 9 + 3 * i, 5), True,
+            jnp.asarray(0.5), jax.random.key(i),
+        )  # fmt: skip
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, upload_of(model, params, 3))
+    after, revival = revive(
+        state, params, broken, arrival(3, 3, 18, 5), False, jnp.asarray(0.5), KEY
+    )
+    jax.tree.map(np.testing.assert_array_equal, after, state)
+    assert not bool(revival.distilled)
+    control, revival = revive(
+        state,
+        params,
+        upload_of(model, params, 3),
+        arrival(3, 3, 18, 5),
+        True,
+        jnp.asarray(0.5),
+        KEY,
+    )
+    assert bool(revival.distilled)
+    assert int(control.pool.added) > int(state.pool.added)
+
+
 def test_nothing_is_distilled_from_an_empty_pool(tiny):
     reviver, revive, model, params = tiny
     state, revival = revive(
         reviver.init(params), params, upload_of(model, params, 0), arrival(0, 0, 100, 5),
-        jnp.asarray(0.5), KEY,
+        True, jnp.asarray(0.5), KEY,
     )  # fmt: skip
     assert int(state.pool.added) == 0
     assert not bool(revival.distilled)
@@ -574,7 +614,13 @@ def test_teachers_receive_no_gradient(tiny):
     uploads = [upload_of(model, params, i) for i in range(3)]
     for i, upload in enumerate(uploads):
         state, _ = revive(
-            state, params, upload, arrival(i, i, 9 + i, 5), jnp.asarray(0.5), jax.random.key(i)
+            state,
+            params,
+            upload,
+            arrival(i, i, 9 + i, 5),
+            True,
+            jnp.asarray(0.5),
+            jax.random.key(i),
         )
     for i, upload in enumerate(uploads):
         kept = jax.tree.map(lambda ring, i=i: ring[i], state.teachers.params)

@@ -101,7 +101,7 @@ def scalar_reviver(delta, distilled=True):
     """A reviver that always offers the same Delta^KD."""
     from fedrevive_jax.dfkd.reviver import Revival, Reviver
 
-    def revive(state, params, upload, arrival, beta, key):
+    def revive(state, params, upload, arrival, accepted, beta, key):
         offer = Revival({"w": jnp.asarray(delta)}, jnp.asarray(distilled), {})
         return state, offer
 

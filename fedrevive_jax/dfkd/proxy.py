@@ -50,8 +50,10 @@ def observe(
     samples: int,
     temperature: float,
     frozen: Any = (),
+    wanted: jax.Array | bool = True,
 ) -> Proxies:
-    """Probes an uploaded model if it is one of its client's first two with a finite answer."""
+    """Probes an uploaded model, if it is wanted and one of its client's first two with a finite
+    answer."""
 
     def update(proxies):
         inputs = gaussian_inputs(model, key, samples, frozen)
@@ -60,7 +62,8 @@ def observe(
         # A model that overflows tells nothing of its client; its next upload is probed instead.
         return trees.select(trees.all_finite(estimate), added, proxies)
 
-    return jax.lax.cond(proxies.probes[client] < UPLOADS, update, lambda p: p, proxies)
+    due = wanted & (proxies.probes[client] < UPLOADS)
+    return jax.lax.cond(due, update, lambda p: p, proxies)
 
 
 def of_clients(proxies: Proxies, clients: jax.Array) -> jax.Array:

@@ -66,7 +66,8 @@ class Reviver(NamedTuple):
 
     Attributes:
       init: global params -> ReviverState.
-      revive: (state, global params, upload, arrival, beta, key) -> (state, Revival).
+      revive: (state, global params, upload, arrival, accepted, beta, key) -> (state, Revival).
+        Where `accepted` is false the state stays as it is and nothing is distilled.
     """
 
     init: Callable[[Params], ReviverState]
@@ -192,11 +193,11 @@ def create(
         values = tuple(jnp.asarray(value, jnp.float32) for value in values)
         return result.guard, delta, good, values
 
-    def revive(state: ReviverState, params, upload: Upload, arrival: Arrival, beta, key):
+    def revive(state: ReviverState, params, upload: Upload, arrival: Arrival, accepted, beta, key):
         probe_key, synthesis_key, distillation_key = jax.random.split(key, 3)
         # The arriving upload teaches first; its client's proxy is refined before it is used.
         state = state._replace(
-            teachers=teachers.insert(state.teachers, upload, arrival.client),
+            teachers=teachers.insert(state.teachers, upload, arrival.client, accepted),
             proxies=proxy.observe(
                 state.proxies,
                 model,
@@ -206,6 +207,7 @@ def create(
                 samples=config.proxy_samples,
                 temperature=config.proxy_temperature,
                 frozen=state.frozen,
+                wanted=accepted,
             ),
         )
         proxies = proxy.of_clients(state.proxies, state.teachers.clients)
@@ -215,7 +217,8 @@ def create(
         terms = (nan,) * len(SYNTHESIS_METRICS)
         if synthesiser is not None:
             due = (
-                (arrival.version >= config.freeze_versions)
+                accepted
+                & (arrival.version >= config.freeze_versions)
                 & (arrival.version % config.generation_interval == 0)
                 & (arrival.version != state.synthesised_version)
             )
@@ -239,7 +242,7 @@ def create(
         warm = (arrival.version > config.warmup_versions) | (synthesiser is None)
         none = jax.tree.map(jnp.zeros_like, params)
         guard, delta, distilled, values = jax.lax.cond(
-            warm & (beta > 0) & (state.pool.added > 0),
+            accepted & warm & (beta > 0) & (state.pool.added > 0),
             lambda: distil(state, proxies, present, params, distillation_key),
             lambda: (state.guard, none, jnp.asarray(False), (nan,) * 3),
         )

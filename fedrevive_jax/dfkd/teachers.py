@@ -41,16 +41,18 @@ def init(params: Params, taps: Taps, capacity: int) -> Teachers:
     )
 
 
-def insert(teachers: Teachers, upload: Upload, client: jax.Array) -> Teachers:
-    """Replaces the oldest teacher by an upload."""
+def insert(
+    teachers: Teachers, upload: Upload, client: jax.Array, wanted: jax.Array | bool = True
+) -> Teachers:
+    """Replaces the oldest teacher by an upload, if it is wanted."""
     place = teachers.added
 
     def put(ring, leaf):
-        return ring.at[place].set(leaf)
+        return ring.at[place].set(jnp.where(wanted, leaf, ring[place]))
 
     return Teachers(
         jax.tree.map(put, teachers.params, upload.params),
         jax.tree.map(put, teachers.taps, upload.taps),
-        teachers.clients.at[place].set(client),
-        (place + 1) % len(teachers.clients),
+        put(teachers.clients, client),
+        jnp.where(wanted, (place + 1) % len(teachers.clients), place),
     )

@@ -26,10 +26,10 @@ from fedrevive_jax.methods.method import (
 def mixing(rule: UpdateRule) -> UpdateRule:
     """The rule applied to theta' - theta instead of Delta."""
 
-    def apply(state, delta, params, upload, arrival, key):
+    def apply(state, delta, params, upload, arrival, accepted, key):
         del delta
         towards = jax.tree.map(jnp.subtract, upload.params, params)
-        return rule.apply(state, towards, params, upload, arrival, key)
+        return rule.apply(state, towards, params, upload, arrival, accepted, key)
 
     return UpdateRule(rule.init, apply)
 

@@ -51,10 +51,10 @@ def blend(
     """
     plain = as_it_is() if plain is None else plain
 
-    def apply(state, delta, params, upload, arrival, key):
+    def apply(state, delta, params, upload, arrival, accepted, key):
         beta = jnp.asarray(beta_of(arrival.staleness), jnp.float32)
-        state, revival = revive.revive(state, params, upload, arrival, beta, key)
-        _, delta, _ = plain.apply((), delta, params, upload, arrival, key)
+        state, revival = revive.revive(state, params, upload, arrival, accepted, beta, key)
+        _, delta, _ = plain.apply((), delta, params, upload, arrival, accepted, key)
         beta = jnp.where(revival.distilled, beta, 0.0)
 
         def mix(raw, distilled):

@@ -77,7 +77,8 @@ class UpdateRule(NamedTuple):
 
     Attributes:
       init: global params -> state.
-      apply: (state, delta, params, upload, arrival, key) -> (state, delta, metrics), pure.
+      apply: (state, delta, params, upload, arrival, accepted, key) -> (state, delta, metrics),
+        pure. Where `accepted` is false the state must stay as it is; the rest is not used then.
     """
 
     init: Callable[[Params], Any]
@@ -140,8 +141,8 @@ class ComposedState(NamedTuple):
 def as_it_is() -> UpdateRule:
     """The plain update."""
 
-    def apply(state, delta, params, upload, arrival, key):
-        del params, upload, arrival, key
+    def apply(state, delta, params, upload, arrival, accepted, key):
+        del params, upload, arrival, accepted, key
         return state, delta, {"beta": jnp.zeros((), jnp.float32)}
 
     return UpdateRule(lambda params: (), apply)
@@ -150,8 +151,8 @@ def as_it_is() -> UpdateRule:
 def weighted(weight_of: Callable[[jax.Array], jax.Array]) -> UpdateRule:
     """Delta~ = s(tau) Delta; what is taken away, 1 - s(tau), is recorded as beta."""
 
-    def apply(state, delta, params, upload, arrival, key):
-        del params, upload, key
+    def apply(state, delta, params, upload, arrival, accepted, key):
+        del params, upload, accepted, key
         weight = jnp.asarray(weight_of(arrival.staleness), jnp.float32)
         return state, trees.scale(weight, delta), {"beta": 1 - weight}
 
@@ -221,39 +222,43 @@ def compose(
         )
 
     def step(params, base, state, entry, upload: Upload, arrival: Arrival, accepted, key):
-        def take(state, entry):
-            delta = jax.tree.map(jnp.subtract, upload.params, base)
-            rule_state, delta, metrics = rule.apply(state.rule, delta, params, upload, arrival, key)
-            gathered, entry = gather.take(state.aggregation, delta, upload, entry)
-            state = state._replace(
-                rule=rule_state,
-                aggregation=gathered,
-                taken=state.taken + 1,
-                stalest=jnp.maximum(state.stalest, arrival.staleness),
-            )
-            return state, entry, metrics
-
-        _, _, shapes = jax.eval_shape(take, state, entry)
-        nothing = jax.tree.map(lambda s: jnp.full(s.shape, jnp.nan, s.dtype), shapes)
-        state, entry, metrics = jax.lax.cond(
-            accepted, take, lambda s, e: (s, e, nothing), state, entry
+        # What passes through a branch is copied there; the state of a rule, which may hold a pool
+        # of gigabytes, passes through none.
+        delta = jax.tree.map(jnp.subtract, upload.params, base)
+        rule_state, delta, metrics = rule.apply(
+            state.rule, delta, params, upload, arrival, accepted, key
         )
+        metrics = {name: jnp.where(accepted, value, jnp.nan) for name, value in metrics.items()}
+        gathered, entry = jax.lax.cond(
+            accepted,
+            lambda aggregation, entry: gather.take(aggregation, delta, upload, entry),
+            lambda aggregation, entry: (aggregation, entry),
+            state.aggregation,
+            entry,
+        )
+        taken = state.taken + accepted
+        stalest = jnp.where(accepted, jnp.maximum(state.stalest, arrival.staleness), state.stalest)
 
-        def next_version(params, state):
-            direction, emptied = gather.direction(state.aggregation, state.taken, params)
+        def next_version(params, aggregation, optimizer_state):
+            direction, emptied = gather.direction(aggregation, taken, params)
             # optax descends; a direction is already where to go.
             descent = jax.tree.map(jnp.negative, direction)
-            updates, optimizer_state = optimizer.update(descent, state.optimizer, params)
+            updates, optimizer_state = optimizer.update(descent, optimizer_state, params)
             if rate_factor is not None:
-                updates = trees.scale(rate_factor(state.stalest), updates)
-            nothing = jnp.zeros_like(state.taken)
-            state = ComposedState(state.rule, emptied, optimizer_state, nothing, nothing)
-            return optax.apply_updates(params, updates), state
+                updates = trees.scale(rate_factor(stalest), updates)
+            nothing = jnp.zeros_like(taken)
+            return optax.apply_updates(params, updates), emptied, optimizer_state, nothing, nothing
 
         # A buffer of rejected uploads alone gives no direction, not even to a momentum.
-        params, state = jax.lax.cond(
-            arrival.completes & (state.taken > 0), next_version, lambda p, s: (p, s), params, state
+        params, gathered, optimizer_state, taken, stalest = jax.lax.cond(
+            arrival.completes & (taken > 0),
+            next_version,
+            lambda *unchanged: (*unchanged, taken, stalest),
+            params,
+            gathered,
+            state.optimizer,
         )
+        state = ComposedState(rule_state, gathered, optimizer_state, taken, stalest)
         return params, state, entry, metrics
 
     return Method(buffer_size, init, step, gather.entry)
