@@ -29,7 +29,7 @@ COPIES = 6
 # More jobs in one call have not been measured to be faster.
 JOBS_IN_A_CALL = 32
 # What a call takes beside its jobs, in jobs: an accelerator starts the same kernels for any number
-# of them. An estimate: a few milliseconds, like a ResNet-18 job of 25 steps on an H100.
+# of them. An estimate, not a measurement.
 CALL_COST = 2
 
 

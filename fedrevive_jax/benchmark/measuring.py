@@ -5,7 +5,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,13 +44,20 @@ class Timing(NamedTuple):
 
 def time_calls(call: Callable[[], Any], repeats: int) -> Timing:
     """Times calls whose results are waited for, after one that is not counted."""
-    jax.block_until_ready(call())
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        seconds.append(time.perf_counter() - start)
-    return Timing.of(seconds)
+    return time_in_turn([call], repeats)[0]
+
+
+def time_in_turn(calls: Sequence[Callable[[], Any]], repeats: int) -> list[Timing]:
+    """Times several kinds of calls, one of each after the other, so that what slows a machine down
+    for a while slows all of them. Results are waited for; the first round is not counted."""
+    seconds: list[list[float]] = [[] for _ in calls]
+    for round_ in range(repeats + 1):
+        for call, own in zip(calls, seconds, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            if round_:
+                own.append(time.perf_counter() - start)
+    return [Timing.of(own) for own in seconds]
 
 
 class Compilations:

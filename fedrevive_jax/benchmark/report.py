@@ -72,8 +72,8 @@ def figures(
         "live_over_planned": measured.live_bytes / measured.planned_bytes,
         "live_versions": measured.live_versions,
         "concurrency": config.concurrency,
+        "window_ratio": measured.window_ratio,
     }
-    result["window_ratio"] = measured.one_by_one / stages["client training"]["milliseconds"] * 1e3
     if "arrival" in peers:
         result["peer_arrival_milliseconds"] = 1e3 * peers["arrival"].median
         result["arrival_ratio"] = peers["arrival"].median / arrival

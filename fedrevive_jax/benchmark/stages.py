@@ -69,7 +69,7 @@ class Measured:
       arrival: seconds of a whole arrival, synthesis by its share and client training with its
         padding.
       padding: jobs that the calls of the preset's windows train for each job that is needed.
-      one_by_one: seconds of a client's job where jobs are trained one in a call.
+      window_ratio: how many times as fast clients are trained in such calls as one in a call.
       host: seconds of the main thread's own work at an arrival, the planning of its window by its
         share.
       schedule_rate: arrivals the clock plans in a second, over the preset's whole time.
@@ -86,7 +86,7 @@ class Measured:
     stages: dict[str, Stage]
     arrival: Timing
     padding: float
-    one_by_one: float
+    window_ratio: float
     host: float
     schedule_rate: float
     compile_seconds: float
@@ -186,12 +186,16 @@ def measure(
     peak = measuring.peak_bytes()
     say("stages")
     stages = _stages(simulation, whole, repeats)
-    say("one job in a call")
-    single = Simulation(dataclasses.replace(config, client_batch=1), dataset)
-    first = single.windows[0].jobs[: simulation.jobs_in_a_call]
-    alone = measuring.time_calls(lambda: single.train_jobs(first), repeats).median / len(first)
+    size, window_ratio = simulation.jobs_in_a_call, 1.0
+    if size > 1:
+        say("one job in a call")
+        single = Simulation(dataclasses.replace(config, client_batch=1), dataset)
+        first, under_way = single.windows[0].jobs[:size], _jobs(simulation)
+        alone, together = measuring.time_in_turn(
+            [lambda: single.train_jobs(first), lambda: simulation.train_jobs(under_way)], repeats
+        )
+        window_ratio = (alone.median / len(first)) / (together.median / len(under_way))
     told = planning.plan(config, dataset, simulation.model)
-    size = simulation.jobs_in_a_call
     windows = schedule.plan_windows(plan, config.window_limit)
     windows = np.asarray([len(window.jobs) for window in windows])
     padding = float((-(-windows // size)).sum() * size / windows.sum())
@@ -209,7 +213,7 @@ def measure(
         stages=stages,
         arrival=arrival,
         padding=padding,
-        one_by_one=alone,
+        window_ratio=window_ratio,
         host=whole.host,
         schedule_rate=plan.num_arrivals / plan_seconds,
         compile_seconds=warm_up.seconds,
@@ -261,6 +265,12 @@ def _time_schedule(config: Config) -> tuple[float, schedule.Schedule]:
     start = time.perf_counter()
     planned = schedule.from_config(preset)
     return time.perf_counter() - start, planned
+
+
+def _jobs(simulation: Simulation) -> np.ndarray:
+    """A call of jobs that are handed out, so that the versions they start from exist."""
+    simulation.train_ahead()
+    return np.resize(sorted(simulation.uploads), simulation.jobs_in_a_call)
 
 
 def _stages(simulation: Simulation, whole: _Arrivals, repeats: int) -> dict[str, Stage]:
@@ -322,9 +332,7 @@ def _stages(simulation: Simulation, whole: _Arrivals, repeats: int) -> dict[str,
             mesh=mesh,
         )
     )
-    # Jobs that are handed out, so that the versions they start from exist.
-    simulation.train_ahead()
-    jobs = np.resize(sorted(simulation.uploads), simulation.jobs_in_a_call)
+    jobs = _jobs(simulation)
 
     def timed(call, flops, times=1.0, share=1):
         timing = measuring.time_calls(call, repeats)
