@@ -271,7 +271,7 @@ def test_the_meta_step_of_prompts_covers_all_inner_steps(model, table):
     params = model.init(KEY)
     state = revive.init(params)
     upload = Upload(model.init(jax.random.key(3)), initial_taps(model), jnp.zeros(()))
-    after, _ = jax.jit(revive.revive)(state, params, upload, arrival(), jnp.asarray(0.5), KEY)
+    after, _ = jax.jit(revive.revive)(state, params, upload, arrival(), True, jnp.asarray(0.5), KEY)
     moved = jnp.abs(after.generator.params - state.generator.params)
     np.testing.assert_allclose(moved, 0.03, rtol=2e-3)
 
@@ -284,7 +284,7 @@ def test_synthesis_starts_from_the_seed_text(model, table):
     params = model.init(KEY)
     upload = Upload(model.init(jax.random.key(3)), initial_taps(model), jnp.zeros(()))
     state, _ = jax.jit(revive.revive)(
-        revive.init(params), params, upload, arrival(), jnp.asarray(0.5), KEY
+        revive.init(params), params, upload, arrival(), True, jnp.asarray(0.5), KEY
     )
     made = np.asarray(state.pool.samples.embeddings[:16, prompts.PROMPTS :])
     np.testing.assert_allclose(made, np.broadcast_to(table[9], made.shape), atol=1e-6)
@@ -300,7 +300,7 @@ def test_gates_of_text(model, table):
     seen = []
     for version in range(7):
         state, revival = step(
-            state, params, upload, arrival(version, 0, version, 2), jnp.asarray(0.5), KEY
+            state, params, upload, arrival(version, 0, version, 2), True, jnp.asarray(0.5), KEY
         )
         seen.append((int((state.pool.labels >= 0).sum()), bool(revival.distilled)))
     # 16 samples a synthesis, 64 places.
