@@ -45,9 +45,13 @@ def main() -> None:
             raise ConfigError(f"--{flag.name}={flag.value}: must be at least 1")
     if PEAK.value is not None and not PEAK.value > 0:
         raise ConfigError(f"--peak_tflops={PEAK.value}: must be above 0")
-    if PEER.value:
-        _require_torch(name)
     config, dataset = stages.workload(name, **given)
+    mesh = create_mesh(config.mesh)
+    devices = 1 if mesh is None else mesh.size
+    if PEER.value:
+        if devices > 1:
+            raise ConfigError(f"--mesh={config.mesh}: must be 1 with --peer=torch, on one device")
+        _require_torch(name)
     if CONVOLUTIONS.value:
         if dataset.is_text:
             raise ConfigError("--convolutions: t5 has none")
@@ -55,10 +59,6 @@ def main() -> None:
         print(convolution_table.table(rows), end="", flush=True)
         _write(rows)
         return
-    mesh = create_mesh(config.mesh)
-    devices = 1 if mesh is None else mesh.size
-    if PEER.value and devices > 1:
-        raise ConfigError(f"--mesh={config.mesh}: PyTorch computes on one device; needs --mesh=1")
     measured = stages.measure(
         config, dataset, repeats=REPEATS.value, arrivals=ARRIVALS.value, say=_say
     )

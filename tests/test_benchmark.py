@@ -157,7 +157,6 @@ def test_the_ways_of_convolution_are_measured(monkeypatch):
             "--generation_interval=1: must be at least 2",
         ),
         (["--model=digits", "--max_versions=3"], "--max_versions=3: the plan makes 3 versions; "),
-        (["--model=digits", "--peer=torch", "--mesh=2"], "--mesh=2: "),
         (["--repeats=0"], "--repeats=0: must be at least 1"),
         (["--peak_tflops=-1"], "--peak_tflops=-1.0: must be above 0"),
         (["--model=t5", "--convolutions"], "--convolutions: t5 has none"),
@@ -174,3 +173,13 @@ def test_bad_input_of_benchmark(tmp_path, arguments, message):
     assert result.returncode == 1
     assert len(result.stderr.splitlines()) == 1, result.stderr
     assert message in result.stderr
+
+
+def test_a_peer_is_compared_with_one_device(tmp_path, monkeypatch):
+    """Told before PyTorch is looked for."""
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
+    result = call("--model=digits", "--peer=torch", "--mesh=2", program="benchmark", cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == [
+        "error: --mesh=2: must be 1 with --peer=torch, on one device"
+    ]
