@@ -281,14 +281,13 @@ class Simulation:
 
     def shapes(self, record: dict[str, Any]) -> dict[str, Any]:
         """The structure and shapes of a snapshot's arrays, told from its record."""
-        upload = jax.eval_shape(
-            lambda: self._train(
-                (self.server.params,),
-                self._store,
-                self._labels,
-                jnp.zeros((1, self.config.local_iterations, self.config.batch_size), jnp.int32),
-                jnp.zeros(1, jnp.int32),
-            )[0]
+        steps = (self.config.local_iterations, self.config.batch_size)
+        (upload,) = self._train.eval_shape(
+            (self.server.params,),
+            self._store,
+            self._labels,
+            jax.ShapeDtypeStruct((1, *steps), jnp.int32),
+            jax.ShapeDtypeStruct((1,), jnp.int32),
         )
         uploads = {str(job): upload._asdict() for job in record["uploads"]}
         return {**self.server.shapes(record), "uploads": uploads}

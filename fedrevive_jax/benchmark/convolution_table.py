@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedrevive_jax import models
+from fedrevive_jax import devices, models
 from fedrevive_jax.benchmark.measuring import time_calls
 from fedrevive_jax.config import Config
 from fedrevive_jax.data import Dataset
@@ -62,7 +62,7 @@ def measure(config: Config, dataset: Dataset, repeats: int, say: Callable) -> li
         }
         row = {"convolution": way}
         for use, (function, arguments, parts) in uses.items():
-            compiled = jax.jit(function)
+            compiled = devices.jit(None, function)
             seconds = time_calls(lambda f=compiled, a=arguments: f(a), repeats).median
             row[use] = 1e3 * seconds / (parts or jobs * STEPS)
         rows.append(row)

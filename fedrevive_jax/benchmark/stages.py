@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedrevive_jax import data, models, planning, schedule
+from fedrevive_jax import data, devices, models, planning, schedule
 from fedrevive_jax.benchmark import measuring
 from fedrevive_jax.benchmark.measuring import Timing
 from fedrevive_jax.config import Config, ConfigError
@@ -300,23 +300,25 @@ def _stages(simulation: Simulation, whole: _Arrivals, repeats: int) -> dict[str,
     generator = synthesiser.init(maker.init(next(keys)))
     drawn = synthesiser.draw(next(keys), mixes, present, frozen)
     ensemble = synthesis.Ensemble(ring, taps, mixes, params, jnp.asarray(True), frozen)
-    synthesise = jax.jit(synthesiser.synthesise)
+    synthesise = devices.jit(mesh, synthesiser.synthesise)
 
-    made = jax.jit(maker.make)(generator.params, drawn.latents, drawn.condition)
+    made = devices.jit(mesh, maker.make)(generator.params, drawn.latents, drawn.condition)
     per_step = config.num_teachers * config.distillation_batch
     shape = (config.distillation_steps, config.num_teachers, config.distillation_batch)
     places = jnp.arange(config.distillation_steps * per_step) % config.synthesis_batch
-    samples = jax.jit(
+    samples = devices.jit(
+        mesh,
         lambda made, key: jax.tree.map(
             lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]),
             augment(jax.tree.map(lambda leaf: leaf[places], made), key),
-        )
+        ),
     )(made, next(keys))
-    judge = jax.jit(
-        lambda ring, samples: distillation.teacher_logits(model, ring, samples, frozen, mesh)
+    judge = devices.jit(
+        mesh, lambda ring, samples: distillation.teacher_logits(model, ring, samples, frozen, mesh)
     )
     targets = judge(ring, samples)
-    distil = jax.jit(
+    distil = devices.jit(
+        mesh,
         lambda params, samples, targets: distillation.distil(
             model,
             params,
@@ -330,7 +332,7 @@ def _stages(simulation: Simulation, whole: _Arrivals, repeats: int) -> dict[str,
             temperature=config.distillation_temperature,
             teacher_batch=config.teacher_batch,
             mesh=mesh,
-        )
+        ),
     )
     jobs = _jobs(simulation)
 

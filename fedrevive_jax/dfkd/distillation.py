@@ -59,9 +59,7 @@ def teacher_logits(
 
     def judge_in_turn(frozen, pairs):
         def values(params, x):
-            # Computed as under the student's gradient: the same parameters give the very same
-            # logits, whose distance to the student's Adam would blow up otherwise.
-            return jax.vjp(lambda p: model.apply(p, as_inputs(x, frozen))[0], params)[0]
+            return model.apply(params, as_inputs(x, frozen))[0]
 
         def judge(pair):
             params, own = pair

@@ -98,10 +98,28 @@ def single(values: jax.Array) -> jax.Array:
     return values.astype(jnp.promote_types(values.dtype, jnp.float32))
 
 
+@jax.custom_vjp
 def add(x: jax.Array, bias: jax.Array) -> jax.Array:
     """A bias over the last axis, whose gradient is summed in single precision."""
     whole = bias.reshape((1,) * (x.ndim - 1) + (-1,))
     return (single(x) + single(whole)).astype(x.dtype)
+
+
+def _add_forward(x, bias):
+    return add(x, bias), jnp.zeros((), bias.dtype)
+
+
+def _add_backward(like, gradient):
+    flat = single(gradient).reshape(-1, gradient.shape[-1])
+    if jax.default_backend() == "cpu":
+        # A product: with a sum over rows a step of the ConvNet takes a fifth longer.
+        total = (jnp.ones((1, len(flat)), flat.dtype) @ flat)[0]
+    else:
+        total = flat.sum(0)
+    return gradient, total.astype(like.dtype)
+
+
+add.defvjp(_add_forward, _add_backward)
 
 
 def max_pool_2x2(inputs: jax.Array) -> jax.Array:
