@@ -1,9 +1,9 @@
 """Where stale versions and uploads wait, and how many jobs fit on a device at once.
 
 What a call needs beside the arrays that live between calls is estimated from what its way back
-keeps of every sample. XLA fuses and reuses: at the paper's sizes it reserves less, on a CPU with its
-own convolutions 15% (ConvNet), 29% (ResNet-18) and 48% (T5) for a server step of FedRevive, and 5%,
-7% and 16% for a job.
+keeps of every sample. XLA fuses and reuses: at the paper's sizes it reserves less, on a CPU with
+its own convolutions 15% (ConvNet), 29% (ResNet-18) and 48% (T5) for a server step of FedRevive, and
+5%, 7% and 16% for a job.
 """
 
 from collections.abc import Callable
