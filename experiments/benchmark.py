@@ -28,8 +28,8 @@ flags.adopt_module_key_flags(config_flags)
 
 
 def main() -> None:
-    from fedrevive_jax.benchmark import convolution_table, measuring, report, stages
-    from fedrevive_jax.devices import create_mesh
+    from experiments.benchmarking import convolution_table, measuring, report, stages
+    from fedrevive_jax.compute.devices import create_mesh
 
     given = {name: value for name, value in config_flags.given_values().items() if value}
     name = given.pop("model", None) or "convnet"
@@ -64,7 +64,7 @@ def main() -> None:
     )
     peers, peer_device = {}, ""
     if PEER.value:
-        from fedrevive_jax.benchmark import torch_peer
+        from experiments.benchmarking import torch_peer
 
         _say("the same in PyTorch")
         peers = torch_peer.measure(config, dataset, REPEATS.value)
@@ -89,7 +89,7 @@ def _require_torch(name: str) -> None:
     import jax
 
     if jax.default_backend() != "cpu":
-        from fedrevive_jax.benchmark import torch_peer
+        from experiments.benchmarking import torch_peer
 
         torch_peer.device_of_peer()  # told before the measurement, not after
 

@@ -23,7 +23,7 @@ from absl import flags
 
 from experiments import flags as config_flags
 from fedrevive_jax.config import METHODS, PUBLISHED_METHODS, ConfigError, without_tilde
-from fedrevive_jax.interruption import InterruptedRunError, Interruption
+from fedrevive_jax.record.interruption import InterruptedRunError, Interruption
 
 METHOD_LIST = flags.DEFINE_string(
     "methods",
@@ -75,7 +75,7 @@ def _compare(
     out: Path, methods: list[str], targets: list[float], interruption: Interruption
 ) -> None:
     given = config_flags.given_values()
-    from fedrevive_jax import campaign, comparison, report
+    from fedrevive_jax.comparison import campaign, report, statistics
 
     def run(configs):
         report.prepare(out)  # before the first run, not after the last
@@ -117,7 +117,7 @@ def _compare(
             )
             configs = campaign.of_methods(given, methods, SEEDS.value, out, choices)
         runs = run(configs)
-    groups = comparison.grouped(runs)
+    groups = statistics.grouped(runs)
     datasets = sorted({r.config.dataset for r in runs})
     count = max(map(len, groups.values()))
     title = f"{', '.join(datasets)}, {'one seed' if count == 1 else f'{count} seeds'}"

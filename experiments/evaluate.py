@@ -23,7 +23,7 @@ T5_WEIGHTS = flags.DEFINE_string(
 def main() -> None:
     if not WORKDIR.value:
         raise ConfigError("--workdir=: must name the folder of a run")
-    from fedrevive_jax.restore import evaluate_checkpoint
+    from fedrevive_jax.running.restore import evaluate_checkpoint
 
     figures = evaluate_checkpoint(
         Path(without_tilde("workdir", WORKDIR.value)),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from fedrevive_jax import processes
+from fedrevive_jax.compute import processes
 from fedrevive_jax.config import Config, ConfigError, UserError, without_tilde
 from fedrevive_jax.presets import SCALES
 

@@ -11,10 +11,10 @@ import sys
 from absl import flags
 
 from experiments import flags as config_flags
-from fedrevive_jax import processes
+from fedrevive_jax.compute import processes
 from fedrevive_jax.config import Config
-from fedrevive_jax.interruption import InterruptedRunError, Interruption
 from fedrevive_jax.presets import resolve
+from fedrevive_jax.record.interruption import InterruptedRunError, Interruption
 
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the plan as JSON; no training")
 PROFILE = flags.DEFINE_bool("profile", False, "trace a few windows into WORKDIR/profile")
@@ -43,7 +43,7 @@ def main() -> int:
     watch = Interruption(GRACE.value)
     config = resolve(**config_flags.given_values())
     if DRY_RUN.value:
-        from fedrevive_jax.planning import plan
+        from fedrevive_jax.simulation.planning import plan
 
         print(json.dumps(plan(config), indent=2))
         return 0
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def _run(config: Config, interruption: Interruption) -> None:
-    from fedrevive_jax import runner
+    from fedrevive_jax.running import runner
 
     if processes.first(lambda: runner.is_finished(config, OVERWRITE.value)):
         if processes.is_first():

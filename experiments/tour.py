@@ -40,8 +40,9 @@ def main() -> None:
 def walk(config, out: Path) -> None:
     import jax
 
-    from fedrevive_jax import plots, report
-    from fedrevive_jax.simulator import Simulation
+    from fedrevive_jax.comparison import report
+    from fedrevive_jax.record import plots
+    from fedrevive_jax.simulation.simulator import Simulation
 
     report.prepare(out)
 
@@ -110,7 +111,7 @@ def walk(config, out: Path) -> None:
 
 
 def _draw_clock(path: Path, plan) -> None:
-    from fedrevive_jax import plots
+    from fedrevive_jax.record import plots
 
     jobs = []
     for job in range(min(plan.jobs_started[-1] if plan.num_arrivals else plan.initial_jobs, 40)):
@@ -134,7 +135,7 @@ def _draw_clock(path: Path, plan) -> None:
 def _draw_pool(path: Path, pool, config, dataset) -> None:
     import numpy as np
 
-    from fedrevive_jax import plots
+    from fedrevive_jax.record import plots
 
     images, labels = np.asarray(pool.samples), np.asarray(pool.labels)
     filled = min(int(pool.added), len(labels))

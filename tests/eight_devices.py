@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedrevive_jax import devices
+from fedrevive_jax.compute import devices
 from fedrevive_jax.config import METHODS, PUBLISHED_METHODS, ConfigError
-from fedrevive_jax.simulator import Simulation
+from fedrevive_jax.simulation.simulator import Simulation
 from tests.test_simulator import assert_same_params, rows, small
 
 # Three teachers, nine samples of a step, calls of odd numbers of jobs: no mesh divides them all.

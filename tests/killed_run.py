@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from fedrevive_jax.config import Config
-from fedrevive_jax.simulator import Simulation
+from fedrevive_jax.simulation.simulator import Simulation
 
 # What an audit hook sees of changes; an `open` for reading is none.
 CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")

@@ -18,8 +18,8 @@ import numpy as np
 
 from fedrevive_jax import data
 from fedrevive_jax.presets import resolve
-from fedrevive_jax.recorder import Recorder
-from fedrevive_jax.simulator import Simulation
+from fedrevive_jax.running.recorder import Recorder
+from fedrevive_jax.simulation.simulator import Simulation
 from tests.toys import scalar_model
 
 LONG = 20_000

@@ -24,11 +24,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from fedrevive_jax import record, restore, runner
-from fedrevive_jax.checkpoint import Checkpoints
 from fedrevive_jax.config import Config
 from fedrevive_jax.presets import resolve
-from fedrevive_jax.simulator import Simulation
+from fedrevive_jax.record import files
+from fedrevive_jax.record.checkpoint import Checkpoints
+from fedrevive_jax.running import restore, runner
+from fedrevive_jax.simulation.simulator import Simulation
 from tests.killed_run import as_flags
 from tests.test_simulator import small
 
@@ -62,15 +63,15 @@ def differences(config: Config, reference: Config) -> list[str]:
     for a, b in zip(*map(jax.tree.leaves, [state[1:] for state in states]), strict=True):
         if not np.array_equal(a, b):
             found.append("an array")
-    rows = [(one.run_dir / record.ARRIVALS).read_bytes() for one in (config, reference)]
+    rows = [(one.run_dir / files.ARRIVALS).read_bytes() for one in (config, reference)]
     if rows[0] != rows[1]:
-        found.append(record.ARRIVALS)
+        found.append(files.ARRIVALS)
     metrics = [
-        [{**row, "wall_seconds": 0} for row in record.read_rows(one.run_dir / record.METRICS)]
+        [{**row, "wall_seconds": 0} for row in files.read_rows(one.run_dir / files.METRICS)]
         for one in (config, reference)
     ]
     if json.dumps(metrics[0]) != json.dumps(metrics[1]):
-        found.append(record.METRICS)
+        found.append(files.METRICS)
     return found
 
 
@@ -142,7 +143,7 @@ def signals(number: signal.Signals, count: int, rng: random.Random, out: Path) -
             print(f"  {number.name}: {process.returncode} in {took:.1f} s; {last[0]}", flush=True)
         else:
             process.communicate()  # it was done before
-        if (config.run_dir / record.SUMMARY).exists():
+        if (config.run_dir / files.SUMMARY).exists():
             part += 1
             config = dataclasses.replace(config, workdir=str(out / f"{number.name}{part}"))
     print(

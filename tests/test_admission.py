@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedrevive_jax.admission import Reason
 from fedrevive_jax.methods import method as interface
 from fedrevive_jax.presets import resolve
-from fedrevive_jax.server import Receipt, Server, UnknownClientError, UnknownJobError
+from fedrevive_jax.server.admission import Reason
+from fedrevive_jax.server.core import Receipt, Server, UnknownClientError, UnknownJobError
 from tests.toys import scalar_upload
 
 CLIENTS = 6
@@ -64,7 +64,7 @@ def test_every_reason_by_hand(caplog):
     receipt = server.submit(0, host_upload(3.0))  # Delta = 2, first of a buffer of two
     assert isinstance(receipt, Receipt)
 
-    with caplog.at_level(logging.WARNING, "fedrevive_jax.admission"):
+    with caplog.at_level(logging.WARNING, "fedrevive_jax.server.admission"):
         rejected = [
             server.submit(0, host_upload(9.0)),
             server.submit(6, host_upload(9.0)),
@@ -89,7 +89,7 @@ def test_every_reason_by_hand(caplog):
     assert server.rejected == {
         "unknown_job": 1, "job_over": 1, "wrong_version": 1, "wrong_shape": 1,
     }  # fmt: skip
-    with caplog.at_level(logging.WARNING, "fedrevive_jax.admission"):
+    with caplog.at_level(logging.WARNING, "fedrevive_jax.server.admission"):
         (found,) = server.review()
     assert found[:4] == (3, 3, 0, Reason.UPDATE_NORM)
     assert found.detail == "update norm 3.5 above --max_update_norm=3"
@@ -278,7 +278,7 @@ STEPS = st.lists(
 @pytest.mark.parametrize(("buffer_size", "limit"), [(1, 0.0), (3, 10.0)])
 def test_no_order_of_anything_does_harm(buffer_size, limit, caplog):
     """10,000 bad uploads in all, among good ones: the two servers agree after every single one."""
-    caplog.set_level(logging.ERROR, "fedrevive_jax.admission")  # ten thousand lines
+    caplog.set_level(logging.ERROR, "fedrevive_jax.server.admission")  # ten thousand lines
     server = make(buffer_size, limit)
     server.submit(server.dispatch(0).job, GOOD)  # compiles
     blank, arrays = make(buffer_size, limit).snapshot()

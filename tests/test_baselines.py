@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedrevive_jax import blending, client_cache, staleness
-from fedrevive_jax.checkpoint import Checkpoints
 from fedrevive_jax.config import Config, ConfigError
+from fedrevive_jax.methods import blending, staleness
 from fedrevive_jax.methods.fedrevive import revived
 from fedrevive_jax.presets import resolve
-from fedrevive_jax.simulator import Simulation
+from fedrevive_jax.record.checkpoint import Checkpoints
+from fedrevive_jax.server import client_cache
+from fedrevive_jax.simulation.simulator import Simulation
 from tests.test_methods import ONE, TINY, create, drive, scalar_reviver
 from tests.test_simulator import small
 from tests.toys import KEY, arrival, scalar_upload

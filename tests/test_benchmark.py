@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedrevive_jax import schedule
-from fedrevive_jax.benchmark import convolution_table, measuring, stages
-from fedrevive_jax.benchmark.measuring import Timing
+from experiments.benchmarking import convolution_table, measuring, stages
+from experiments.benchmarking.measuring import Timing
+from fedrevive_jax.clock import schedule
+from fedrevive_jax.clock.windows import plan_windows
 from fedrevive_jax.models import convolutions
-from fedrevive_jax.planning import forward_flops, making_flops
 from fedrevive_jax.presets import resolve
+from fedrevive_jax.simulation.planning import forward_flops, making_flops
 from tests.test_cli import call, flags
 
 TINY = {
@@ -126,7 +127,7 @@ def test_a_whole_benchmark(tmp_path):
     }
     parts = told["stages"]
     # The clock of the preset's windows, in calls of the size that was measured here.
-    sizes = [len(window.jobs) for window in schedule.plan_windows(schedule.from_config(preset))]
+    sizes = [len(window.jobs) for window in plan_windows(schedule.from_config(preset))]
     size = told["jobs_in_a_call"]
     padding = sum(math.ceil(jobs / size) for jobs in sizes) * size / sum(sizes)
     assert told["jobs_trained_per_arrival"] == pytest.approx(padding)

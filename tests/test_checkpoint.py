@@ -23,10 +23,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from fedrevive_jax import archive
-from fedrevive_jax.archive import CorruptError
-from fedrevive_jax.checkpoint import CheckpointError, Checkpoints, has_checkpoint
 from fedrevive_jax.config import ConfigError
+from fedrevive_jax.record import archive
+from fedrevive_jax.record.archive import CorruptError
+from fedrevive_jax.record.checkpoint import CheckpointError, Checkpoints, has_checkpoint
 from tests.killed_run import is_change
 
 

@@ -10,9 +10,10 @@ import sys
 import numpy as np
 import pytest
 
-from fedrevive_jax import models, schedule
-from fedrevive_jax.planning import forward_flops, making_flops, plan
+from fedrevive_jax import models
+from fedrevive_jax.clock import schedule
 from fedrevive_jax.presets import resolve
+from fedrevive_jax.simulation.planning import forward_flops, making_flops, plan
 from tests.test_simulator import SMALL
 
 

@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedrevive_jax import campaign, comparison, plots, report, tuning
-from fedrevive_jax.comparison import Run
+from fedrevive_jax.comparison import campaign, report, statistics, tuning
+from fedrevive_jax.comparison.statistics import Run
+from fedrevive_jax.comparison.tuning import Point
 from fedrevive_jax.config import ConfigError
 from fedrevive_jax.presets import resolve
-from fedrevive_jax.tuning import Point
+from fedrevive_jax.record import plots
 from tests.test_cli import call, flags, started
 from tests.test_simulator import SMALL
 
@@ -62,68 +63,68 @@ def recorded(
 def test_figures_by_hand():
     """Area to 4: 0.1 * 1 + 0.5 * 2 + 0.3 * 1 = 1.4, over 4: a model counts until the next one."""
     run = recorded(pairs=((0.0, 0.1), (1.0, 0.5), (3.0, 0.3)))
-    told = comparison.figures(run, (0.3, 0.6), horizon=4.0)
+    told = statistics.figures(run, (0.3, 0.6), horizon=4.0)
     assert told == {
         "final": 0.3, "best": 0.5, "last ten": pytest.approx(0.3), "area": pytest.approx(0.35),
         "last quarter": 0.3,
         "time to 0.3": 1.0, "time to 0.6": math.inf, "versions": 7.0, "staleness": 1.5,
         "server ms": 2.0, "sent MB": 3.0, "seconds": 4.0,
     }  # fmt: skip
-    assert comparison.time_to(run.evaluations, 0.5) == 1.0  # reached is enough
-    assert comparison.area(run.evaluations, 1.0) == pytest.approx(0.1)
-    assert comparison.area(run.evaluations, 2.0) == pytest.approx((0.1 + 0.5) / 2)
-    assert comparison.area(run.evaluations, 0.0) == 0.1
+    assert statistics.time_to(run.evaluations, 0.5) == 1.0  # reached is enough
+    assert statistics.area(run.evaluations, 1.0) == pytest.approx(0.1)
+    assert statistics.area(run.evaluations, 2.0) == pytest.approx((0.1 + 0.5) / 2)
+    assert statistics.area(run.evaluations, 0.0) == 0.1
     many = evaluations(*((float(i), i / 100) for i in range(30)))
     # 0.21 from 21.75 to 22, then 0.22 to 0.28 for 1 each.
     quarter = (0.21 / 4 + 7 * 0.25) / 7.25
-    assert comparison.last_quarter(many, 29.0) == pytest.approx(quarter)
+    assert statistics.last_quarter(many, 29.0) == pytest.approx(quarter)
     # Versions that came seldom stay; and a curve that ends early stays there.
-    assert comparison.last_quarter(many[::29], 29.0) == 0.0
-    assert comparison.last_quarter(many[:1], 29.0) == 0.0
-    assert comparison.last_quarter(many, 40.0) == pytest.approx(0.29)
+    assert statistics.last_quarter(many[::29], 29.0) == 0.0
+    assert statistics.last_quarter(many[:1], 29.0) == 0.0
+    assert statistics.last_quarter(many, 40.0) == pytest.approx(0.29)
     early = recorded(pairs=((0.0, 0.1), (1.0, 0.2)), diverged=True)
-    assert comparison.common_end([run, recorded(), early]) == 2.0
-    assert comparison.common_end([early]) == 0.0
+    assert statistics.common_end([run, recorded(), early]) == 2.0
+    assert statistics.common_end([early]) == 0.0
     # A round that never ends: evaluated at the start alone, but it lasted as long as it was given.
     waiting = recorded("fedavg", pairs=((0.0, 0.1),), end=1.5, max_time=2.5)
     waiting.summary["versions"] = 1
-    assert comparison.common_end([run, waiting]) == comparison.covered(waiting) == 2.5
+    assert statistics.common_end([run, waiting]) == statistics.covered(waiting) == 2.5
     # Everything is told at the horizon, whatever a run did later.
-    told = comparison.figures(run, (0.5, 0.55), horizon=2.0)
+    told = statistics.figures(run, (0.5, 0.55), horizon=2.0)
     assert (told["final"], told["time to 0.5"], told["time to 0.55"]) == (0.5, 1.0, math.inf)
     assert told["last ten"] == pytest.approx(0.3)
-    told = comparison.figures(run, (0.3, 0.6), horizon=4.0)
-    assert comparison.last_mean(many) == pytest.approx(0.245)
-    lost = comparison.figures(recorded(diverged=True), (0.5,))
+    told = statistics.figures(run, (0.3, 0.6), horizon=4.0)
+    assert statistics.last_mean(many) == pytest.approx(0.245)
+    lost = statistics.figures(recorded(diverged=True), (0.5,))
     assert lost.keys() == {*told, "time to 0.5"} - {"time to 0.3", "time to 0.6"}
     assert all(map(math.isnan, lost.values()))
 
 
 def test_spread():
-    assert comparison.spread([1.0, 3.0, math.inf]) == (2.0, pytest.approx(math.sqrt(2)), 2)
-    assert comparison.spread([5.0])[::2] == (5.0, 1)
-    assert all(map(math.isnan, comparison.spread([math.nan])[:2]))
+    assert statistics.spread([1.0, 3.0, math.inf]) == (2.0, pytest.approx(math.sqrt(2)), 2)
+    assert statistics.spread([5.0])[::2] == (5.0, 1)
+    assert all(map(math.isnan, statistics.spread([math.nan])[:2]))
 
 
 def test_paired_difference_by_hand():
     """Of two pairs a resample is the lower twice in a quarter of all cases: the bounds are they."""
     ours, theirs = {1: 0.5, 2: 0.9, 3: 0.1}, {1: 0.4, 2: 0.5, 4: 0.7}
-    difference = comparison.paired_difference(ours, theirs)
+    difference = statistics.paired_difference(ours, theirs)
     assert difference == pytest.approx((0.25, 0.1, 0.4, 2))
     # Of three all are the lowest in 1/27 of all cases, above 2.5%; of four in 1/256.
     zeros = dict.fromkeys(range(4), 0.0)
-    three = comparison.paired_difference({0: 0.1, 1: 0.2, 2: 0.6}, zeros)
+    three = statistics.paired_difference({0: 0.1, 1: 0.2, 2: 0.6}, zeros)
     assert three == pytest.approx((0.3, 0.1, 0.6, 3))
-    four = comparison.paired_difference({0: 0.1, 1: 0.2, 2: 0.6, 3: 0.3}, zeros)
+    four = statistics.paired_difference({0: 0.1, 1: 0.2, 2: 0.6, 3: 0.3}, zeros)
     assert 0.1 < four.low < four.high < 0.6
-    assert comparison.paired_difference(ours, theirs) == difference  # nothing is left to chance
-    same = comparison.paired_difference({1: 0.6, 2: 0.9}, {1: 0.5, 2: 0.8})
+    assert statistics.paired_difference(ours, theirs) == difference  # nothing is left to chance
+    same = statistics.paired_difference({1: 0.6, 2: 0.9}, {1: 0.5, 2: 0.8})
     assert same == pytest.approx((0.1, 0.1, 0.1, 2))
-    one = comparison.paired_difference({1: 0.6, 2: math.nan}, {1: 0.5, 2: 0.8})
+    one = statistics.paired_difference({1: 0.6, 2: math.nan}, {1: 0.5, 2: 0.8})
     assert one.mean == pytest.approx(0.1)
     assert math.isnan(one.low)
     assert one.count == 1
-    assert math.isnan(comparison.paired_difference({1: 0.6}, {2: 0.5}).mean)
+    assert math.isnan(statistics.paired_difference({1: 0.6}, {2: 0.5}).mean)
 
 
 def test_the_interval_covers_the_truth_and_pairing_is_what_finds_it():
@@ -138,10 +139,10 @@ def test_the_interval_covers_the_truth_and_pairing_is_what_finds_it():
         level = generator.normal(0.5, 0.2, 40)
         better = level + 0.01 + generator.normal(0, 0.01, 40)
         ours, theirs = dict(enumerate(better)), dict(enumerate(level))
-        told = comparison.paired_difference(ours, theirs)
+        told = statistics.paired_difference(ours, theirs)
         covered += told.low <= 0.01 <= told.high
         decided += told.low > 0
-        mixed += comparison.paired_difference(ours, dict(enumerate(np.roll(level, 1)))).low > 0
+        mixed += statistics.paired_difference(ours, dict(enumerate(np.roll(level, 1)))).low > 0
     assert covered >= 50
     assert decided >= 55
     assert mixed <= 10
@@ -152,11 +153,11 @@ def test_groups_are_told_apart_by_what_differs():
         recorded(seed=2), recorded(seed=1), recorded("afl_dw"),
         recorded("fedavg", client_lr=0.1), recorded("fedavg", client_lr=0.2),
     ]  # fmt: skip
-    groups = comparison.grouped(runs)
+    groups = statistics.grouped(runs)
     assert list(groups) == ["fedbuff", "afl_dw", "fedavg client_lr=0.1", "fedavg client_lr=0.2"]
     assert [run.config.seed for run in groups["fedbuff"]] == [1, 2]
     with pytest.raises(ConfigError, match="are both fedbuff, seed 2"):
-        comparison.grouped([*runs, recorded(seed=2)])
+        statistics.grouped([*runs, recorded(seed=2)])
 
 
 def test_the_table():
@@ -166,8 +167,8 @@ def test_the_table():
         "b": [recorded("afl_dw", 0, ((0.0, 0.1), (1.5, 0.9), (4.0, 0.95))),
               recorded("afl_dw", 1, diverged=True)],
     }  # fmt: skip
-    rows = comparison.table(groups, (0.55, 0.95))
-    header, a, b = comparison.cells(rows)
+    rows = statistics.table(groups, (0.55, 0.95))
+    header, a, b = statistics.cells(rows)
     table = {name: (x, y) for name, x, y in zip(header, a, b, strict=True)}
     assert table["seeds"] == ("2", "2, 1 failed")
     assert table["final"] == ("0.550 ± 0.071", "0.900 (1 of 2)")
@@ -177,10 +178,10 @@ def test_the_table():
     # All is told where the shortest run ends, at 2: what b reaches at 4 is left out.
     assert table["area"] == ("0.100 ± 0.000", "0.300 (1 of 2)")
     assert table["best"] == ("0.550 ± 0.071", "0.900 (1 of 2)")
-    lines = comparison.markdown([header, a, b]).splitlines()
+    lines = statistics.markdown([header, a, b]).splitlines()
     assert lines[1] == "|" + "---|" * len(header)
     assert len(lines) == 4
-    parsed = list(csv.DictReader(io.StringIO(comparison.as_csv(rows))))
+    parsed = list(csv.DictReader(io.StringIO(statistics.as_csv(rows))))
     assert float(parsed[1]["final mean"]) == 0.9
     assert parsed[1]["final std"] == parsed[1]["final low"] == parsed[0]["final difference"] == ""
     assert float(parsed[1]["final difference"]) == pytest.approx(0.4)
@@ -192,11 +193,11 @@ def test_other_worlds_are_not_paired():
         "a|lr": [recorded(seed=0, server_lr=0.7, max_versions=9), recorded(seed=1, server_lr=0.7)],
         "b": [recorded(seed=0), recorded(seed=1, alpha=0.9)],
     }
-    header, _, same, other = comparison.cells(comparison.table(groups))
+    header, _, same, other = statistics.cells(statistics.table(groups))
     at = header.index("last quarter − a")
     assert (same[at], other[at]) == ("+0.000 [+0.000, +0.000]", "not paired")
-    assert r"| a\|lr |" in comparison.markdown([header, same])
-    rows = csv.DictReader(io.StringIO(comparison.as_csv(comparison.table(groups))))
+    assert r"| a\|lr |" in statistics.markdown([header, same])
+    rows = csv.DictReader(io.StringIO(statistics.as_csv(statistics.table(groups))))
     assert [row["final difference"] for row in rows] == ["", "0.0", ""]
 
 
@@ -210,7 +211,7 @@ def test_a_shorter_world_does_not_cut_the_others():
             recorded(seed=1, concurrency=20, pairs=((0.0, 0.2), (1.0, 0.9))),
         ],
     }
-    a, b = comparison.table(groups)
+    a, b = statistics.table(groups)
     assert a.spreads["last quarter"].mean == pytest.approx(0.5)
     assert a.spreads["area"].mean == pytest.approx(0.3)
     assert b.spreads["area"].mean == pytest.approx((0.2 + 0.2) / 2)
@@ -224,10 +225,10 @@ def test_a_difference_says_how_many_pairs_it_is_of():
         "a": [recorded(seed=s) for s in (0, 1)],
         "b": [recorded("afl_dw", s, ((0.0, 0.1), (2.0, 0.9))) for s in (1, 2, 3)],
     }
-    rows = comparison.table(groups)
-    header, _, b = comparison.cells(rows)
+    rows = statistics.table(groups)
+    header, _, b = statistics.cells(rows)
     assert b[header.index("final − a")] == "+0.400 (1 of 3)"
-    parsed = list(csv.DictReader(io.StringIO(comparison.as_csv(rows))))
+    parsed = list(csv.DictReader(io.StringIO(statistics.as_csv(rows))))
     assert parsed[1]["final pairs"] == "1"
 
 
@@ -246,17 +247,17 @@ def test_what_makes_another_world(name):
     other = dataclasses.replace(default)
     object.__setattr__(other, name, f"not {given}" if isinstance(given, str) else given + 1)
     groups = {"a": [recorded()], "b": [recorded()._replace(config=other)]}
-    assert not comparison.table(groups)[1].paired
+    assert not statistics.table(groups)[1].paired
 
 
 def test_other_folders_are_other_data():
     here, there = (recorded(data_dir=place) for place in ("/a", "/b"))
-    assert comparison.table({"a": [here], "b": [there]})[1].paired  # digits that moved
+    assert statistics.table({"a": [here], "b": [there]})[1].paired  # digits that moved
     here, there = (
         run._replace(config=resolve("image_folder", "fedbuff", data_dir=run.config.data_dir))
         for run in (here, there)
     )
-    assert not comparison.table({"a": [here], "b": [there]})[1].paired
+    assert not statistics.table({"a": [here], "b": [there]})[1].paired
 
 
 @pytest.mark.parametrize("top", [0, 1, 39, 40, 100, 119, 1000])
@@ -277,13 +278,13 @@ def test_accuracy_by_staleness(tmp_path):
 
     def groups(*runs):
         other = [recorded("fedbuff", concurrency=7, staleness=6.0), recorded("ace", diverged=True)]
-        return comparison.grouped([*runs, *other])
+        return statistics.grouped([*runs, *other])
 
     def lines(*runs):
         study = report.Study("", "", groups(*runs))
         return {
             label: [(x, round(y.mean, 3)) for x, y in line]
-            for label, line in report.staleness_lines(study, comparison.table(study.groups)).items()
+            for label, line in report.staleness_lines(study, statistics.table(study.groups)).items()
         }
 
     assert lines(*runs(5)) == {}  # two methods at different concurrencies are no line
@@ -387,10 +388,10 @@ def test_damaged_folders_are_named(tmp_path, name, content):
     (tmp_path / "summary.json").write_text('{"simulated_time": 1.0, "device": "cpu"}')
     row = {"kind": "evaluation", "version": 0, "time": 0.0, "wall_seconds": 1.0, "accuracy": 0.1}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-    assert comparison.read_run(tmp_path).summary["device"] == "cpu"
+    assert statistics.read_run(tmp_path).summary["device"] == "cpu"
     (tmp_path / name).unlink() if content is None else (tmp_path / name).write_text(content)
     with pytest.raises(ConfigError, match=r"arrivals\.jsonl is damaged"):
-        comparison.read_run(tmp_path)
+        statistics.read_run(tmp_path)
 
 
 def test_configurations_are_paired_and_tuning_is_kept_apart(tmp_path):
@@ -466,14 +467,14 @@ def test_several_ablations_share_one_reference(tmp_path):
         recorded("fedrevive", c.seed, generation_interval=c.generation_interval, meta=c.meta)
         for c in configs
     ]
-    assert list(comparison.grouped(runs)) == [
+    assert list(statistics.grouped(runs)) == [
         "fedrevive", "fedrevive meta=maml", "fedrevive generation_interval=3",
         "fedrevive generation_interval=16",
     ]  # fmt: skip
     # Where one run differs in two fields, one field alone does not tell:
     runs.append(recorded("fedrevive", generation_interval=3, meta="maml"))
-    assert "fedrevive generation_interval=3 meta=maml" in comparison.grouped(runs)
-    assert "fedrevive generation_interval=4 meta=reptile" in comparison.grouped(runs)
+    assert "fedrevive generation_interval=3 meta=maml" in statistics.grouped(runs)
+    assert "fedrevive generation_interval=4 meta=reptile" in statistics.grouped(runs)
 
     for texts, message in (
         (["meta=maml", "meta=fomaml"], "--ablate=meta=fomaml: must not name a field twice"),
@@ -491,7 +492,7 @@ def test_the_picture_of_several_ablations(tmp_path):
         for meta, score in (("reptile", 0.5), ("maml", 0.6), ("fomaml", 0.4))
         for seed in (0, 1)
     ]
-    groups = comparison.grouped(runs)
+    groups = statistics.grouped(runs)
     study = report.Study("digits", "compare", groups, swept=["meta", "alpha"])
     report.write(tmp_path, study)
     assert (tmp_path / "ablation.png").stat().st_size > 5_000
@@ -556,10 +557,12 @@ def test_warnings_of_a_worker_are_told_and_nothing_else():
     """A worker's own interpreter, in which a run only warns and prints."""
     code = """if True:
         import logging, sys
-        from fedrevive_jax import campaign, resolve, runner
+        from fedrevive_jax import resolve
+        from fedrevive_jax.comparison import campaign
+        from fedrevive_jax.running import runner
         def run(config, **_):
             print("progress", file=sys.stderr)
-            logging.getLogger("fedrevive_jax.recorder").warning("the loss guard")
+            logging.getLogger("fedrevive_jax.running.recorder").warning("the loss guard")
         runner.run = run
         campaign._become_worker(None)
         campaign._run_in_worker(resolve("digits", "fedbuff", seed=3), False)
@@ -694,7 +697,7 @@ def test_an_ablation_continues_what_was_interrupted(tmp_path):
     assert kept  # and not computed again:
     assert kept == {path: path.stat().st_mtime_ns for path in one.folder.glob("checkpoints/*/*")}
     assert len(lines) == 3
-    groups = comparison.grouped(runs)
+    groups = statistics.grouped(runs)
     assert list(groups) == ["fedbuff buffer_size=1", "fedbuff buffer_size=2"]
     study = report.Study("digits <one>", "compare --x='<&>'", groups, (0.5,), swept=["buffer_size"])
     report.write(tmp_path, study)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from fedrevive_jax import delays
+from fedrevive_jax.clock import delays
 from fedrevive_jax.config import Config, ConfigError
 
 N = 20_000

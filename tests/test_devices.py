@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fedrevive_jax import record
 from fedrevive_jax.config import ConfigError
+from fedrevive_jax.record import files
 from tests.test_simulator import small
 
 
@@ -26,9 +26,9 @@ def test_on_eight_devices():
 
 
 def test_the_mesh_is_no_part_of_what_a_run_is(tmp_path):
-    record.write_json(tmp_path / record.CONFIG, small("fedbuff").as_dict())
-    assert record.configured_differently(tmp_path, small("fedbuff", mesh="auto")) == []
-    assert record.configured_differently(tmp_path, small("fedbuff", seed=1)) != []
+    files.write_json(tmp_path / files.CONFIG, small("fedbuff").as_dict())
+    assert files.configured_differently(tmp_path, small("fedbuff", mesh="auto")) == []
+    assert files.configured_differently(tmp_path, small("fedbuff", seed=1)) != []
 
 
 @pytest.mark.parametrize("value", ["all", "-1", "1.5", ""])

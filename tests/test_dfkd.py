@@ -9,7 +9,7 @@ import optax
 import pytest
 import scipy.stats
 
-from fedrevive_jax import devices
+from fedrevive_jax.compute import devices
 from fedrevive_jax.dfkd import distillation, loss_guard, losses, pool, proxy, synthesis, teachers
 from fedrevive_jax.dfkd.generator import Generator, image_maker
 from fedrevive_jax.dfkd.reviver import create
@@ -520,8 +520,8 @@ def tiny():
 
 
 def upload_of(model, params, seed):
-    from fedrevive_jax.local_training import initial_taps
     from fedrevive_jax.messages import Upload
+    from fedrevive_jax.models.model import initial_taps
 
     own = jax.tree.map(
         lambda leaf: leaf + 0.05 * jax.random.normal(jax.random.key(seed), leaf.shape), params

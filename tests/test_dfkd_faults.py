@@ -13,8 +13,8 @@ import pytest
 
 from fedrevive_jax import methods
 from fedrevive_jax.dfkd import loss_guard, proxy
-from fedrevive_jax.health import Health
 from fedrevive_jax.presets import resolve
+from fedrevive_jax.record.health import Health
 from tests.toys import KEY, arrival, scalar_model, scalar_upload
 
 CLIENTS, LR = 4, 0.5

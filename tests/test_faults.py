@@ -6,13 +6,22 @@ import jax
 import numpy as np
 import pytest
 
-from fedrevive_jax import record, runner, schedule
+from fedrevive_jax.clock import schedule
+from fedrevive_jax.clock.schedule import LATE, Fault
+from fedrevive_jax.clock.windows import plan_windows
+from fedrevive_jax.compute.streams import Stream
 from fedrevive_jax.config import ConfigError
-from fedrevive_jax.health import DIVERGED_AFTER, RECENT, DivergenceError, Health, RejectLimitError
 from fedrevive_jax.presets import resolve
-from fedrevive_jax.schedule import LATE, Fault
-from fedrevive_jax.simulator import Simulation
-from fedrevive_jax.streams import Stream
+from fedrevive_jax.record import files
+from fedrevive_jax.record.health import (
+    DIVERGED_AFTER,
+    RECENT,
+    DivergenceError,
+    Health,
+    RejectLimitError,
+)
+from fedrevive_jax.running import runner
+from fedrevive_jax.simulation.simulator import Simulation
 from tests.test_schedule import Fixed, clock
 from tests.test_simulator import assert_same_params, play, rows, small
 
@@ -44,7 +53,7 @@ def check_contract(plan, concurrency, buffer_size):
     for moment in time:
         assert ((plan.start <= moment) & (ends > moment)).sum() <= concurrency
     assert plan.live_versions_max() <= concurrency + 1
-    trained = np.concatenate([window.jobs for window in schedule.plan_windows(plan)])
+    trained = np.concatenate([window.jobs for window in plan_windows(plan)])
     assert sorted(trained) == sorted(plan.job)
 
 
@@ -140,7 +149,7 @@ def test_a_world_in_which_nothing_ever_comes():
     plan = plan_of(fault_rate=1.0, fault_kinds="lost", max_time=5.0)
     assert plan.num_arrivals == 0
     assert plan.lost == plan.faults["lost"] > 20
-    assert schedule.plan_windows(plan) == []
+    assert plan_windows(plan) == []
     assert plan.initial_jobs == 20 + plan.lost
 
 
@@ -183,7 +192,7 @@ def test_the_record_counts_failures_and_continues_exactly(tmp_path, monkeypatch)
     config = config_in(tmp_path / "whole", **FAULTY)
     whole = runner.run(config, keep_record=True)
     plan = Simulation(config).schedule
-    rows = record.read_rows(config.run_dir / record.ARRIVALS)
+    rows = files.read_rows(config.run_dir / files.ARRIVALS)
     expected = [plan.fault[job] == Fault.NAN for job in plan.job]
     assert [row["rejected"] == "not_finite" for row in rows] == expected
     assert [row["accepted"] for row in rows] == [not nan for nan in expected]
@@ -205,7 +214,7 @@ def test_the_record_counts_failures_and_continues_exactly(tmp_path, monkeypatch)
             runner.run(again, keep_record=True)
     continued = runner.run(again, keep_record=True)
     assert continued.resumed_version == 14
-    assert record.read_rows(again.run_dir / record.ARRIVALS) == rows
+    assert files.read_rows(again.run_dir / files.ARRIVALS) == rows
     for key in ("rejected", "faults", "skipped", "final_accuracy"):
         assert continued.summary[key] == whole.summary[key]
 
@@ -222,13 +231,13 @@ def test_too_many_rejections_end_the_run_and_leave_a_good_checkpoint(tmp_path, m
     )
     with pytest.raises(RejectLimitError, match=message):
         runner.run(config, keep_record=True)
-    assert not (config.run_dir / record.SUMMARY).exists()
-    rows = record.read_rows(config.run_dir / record.ARRIVALS)
+    assert not (config.run_dir / files.SUMMARY).exists()
+    rows = files.read_rows(config.run_dir / files.ARRIVALS)
     assert len(rows) >= RECENT
     monkeypatch.setattr(Simulation, "advance", None)  # nothing is trained any more
     with pytest.raises(RejectLimitError, match=message):
         runner.run(config, keep_record=True)
-    assert record.read_rows(config.run_dir / record.ARRIVALS) == rows
+    assert files.read_rows(config.run_dir / files.ARRIVALS) == rows
 
 
 def arrival_row(rejected=None, loss=1.0):

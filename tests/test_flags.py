@@ -11,7 +11,8 @@ import time
 import numpy as np
 import pytest
 
-from fedrevive_jax import schedule
+from fedrevive_jax.clock import schedule
+from fedrevive_jax.clock.windows import plan_windows
 from fedrevive_jax.config import FAULTS, LIMITS, METHODS, Config, ConfigError
 from fedrevive_jax.presets import SCALES, resolve
 from tests.test_cli import call
@@ -91,7 +92,7 @@ def outcome(values):
         plan = schedule.from_config(config)
     except ConfigError as error:
         return str(error)
-    windows = schedule.plan_windows(plan, config.window_limit)
+    windows = plan_windows(plan, config.window_limit)
     assert sum(len(window.jobs) for window in windows) == plan.num_arrivals
     return len(windows)
 

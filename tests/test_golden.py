@@ -12,10 +12,10 @@ import numpy as np
 import optax
 import pytest
 
-from fedrevive_jax import blending
+from fedrevive_jax.clients.local_training import train
 from fedrevive_jax.dfkd import distillation, loss_guard, losses, proxy, synthesis
 from fedrevive_jax.dfkd.generator import Generator, image_maker
-from fedrevive_jax.local_training import train
+from fedrevive_jax.methods import blending
 from fedrevive_jax.models import from_flax
 from fedrevive_jax.models.convnet import ConvNet
 

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from fedrevive_jax.interruption import Interruption
+from fedrevive_jax.record.interruption import Interruption
 
 # The main thread is inside C code that no Python handler ever interrupts, as in a compilation.
 BUSY = """
 import hashlib
 import sys
-from fedrevive_jax.interruption import Interruption
+from fedrevive_jax.record.interruption import Interruption
 with Interruption(float(sys.argv[1])):
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
@@ -21,7 +21,7 @@ with Interruption(float(sys.argv[1])):
 
 RUNS = """
 import sys
-from fedrevive_jax.interruption import Interruption
+from fedrevive_jax.record.interruption import Interruption
 with Interruption(1000) as interruption:
     print("ready", flush=True)
     while not interruption.requested:
@@ -32,7 +32,7 @@ sys.exit(interruption.status)
 HANGS = """
 import hashlib
 import sys
-from fedrevive_jax.interruption import Interruption
+from fedrevive_jax.record.interruption import Interruption
 with Interruption(float(sys.argv[1])) as interruption:
     print("ready", flush=True)
     while not interruption.requested:
@@ -102,7 +102,7 @@ def test_other_signals_do_not_end_a_process():
     """A handler of the program's own stays its own affair, long after a grace of a millisecond."""
     code = """
 import signal, subprocess, sys
-from fedrevive_jax.interruption import Interruption
+from fedrevive_jax.record.interruption import Interruption
 signal.signal(signal.SIGUSR1, lambda *_: print("own", flush=True))
 with Interruption(0.001) as interruption:
     print("ready", flush=True)

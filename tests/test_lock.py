@@ -11,13 +11,13 @@ import sys
 
 import pytest
 
-from fedrevive_jax import lock
 from fedrevive_jax.config import ConfigError
+from fedrevive_jax.record import lock
 
 HOLD = """
 import sys
 from pathlib import Path
-from fedrevive_jax import lock
+from fedrevive_jax.record import lock
 with lock.exclusive(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

@@ -7,13 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedrevive_jax import memory, models, trees
+from fedrevive_jax import models
+from fedrevive_jax.clients.local_training import train
+from fedrevive_jax.compute import trees
 from fedrevive_jax.dfkd import loss_guard, reviver, synthesis
-from fedrevive_jax.local_training import initial_taps, train
-from fedrevive_jax.models.model import Vocabulary
+from fedrevive_jax.models.model import Vocabulary, initial_taps
 from fedrevive_jax.presets import resolve
-from fedrevive_jax.simulator import Simulation
-from fedrevive_jax.version_store import VersionStore
+from fedrevive_jax.server import shelf as shelves
+from fedrevive_jax.server.version_store import VersionStore
+from fedrevive_jax.simulation import sizing
+from fedrevive_jax.simulation.simulator import Simulation
 from tests.test_simulator import assert_same_params, play, rows, small
 from tests.toys import scalar_model
 
@@ -43,7 +46,7 @@ def test_versions_in_host_memory_change_nothing():
 
 def test_only_what_is_not_the_newest_goes_to_the_shelf():
     stored, fetched = [], []
-    shelf = memory.Shelf(
+    shelf = shelves.Shelf(
         "host", lambda x: stored.append(x) or -x, lambda x: fetched.append(x) or -x
     )
     store = VersionStore(0, 10, shelf)
@@ -56,22 +59,22 @@ def test_only_what_is_not_the_newest_goes_to_the_shelf():
 
 def test_the_shelf_follows_the_room(monkeypatch):
     config = resolve("digits", "fedbuff")
-    monkeypatch.setattr(memory, "device_bytes", lambda: 1000)
+    monkeypatch.setattr(sizing, "device_bytes", lambda: 1000)
     for used, job, place in ((900, 100, "device"), (901, 100, "host"), (2000, 1, "host")):
-        assert memory.choose_shelf(config, job, used).name == place
+        assert sizing.choose_shelf(config, job, used).name == place
     forced = resolve("digits", "fedbuff", version_memory="device")
-    assert memory.choose_shelf(forced, 1, 2000).name == "device"
-    monkeypatch.setattr(memory, "device_bytes", lambda: None)  # as on a CPU
-    assert memory.choose_shelf(config, 10**15, 10**15).name == "device"
+    assert sizing.choose_shelf(forced, 1, 2000).name == "device"
+    monkeypatch.setattr(sizing, "device_bytes", lambda: None)  # as on a CPU
+    assert sizing.choose_shelf(config, 10**15, 10**15).name == "device"
 
 
 def test_as_many_jobs_as_fit(monkeypatch):
     model, config = scalar_model(), resolve("digits", "fedbuff")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(memory, "device_bytes", lambda: 1000)
+    monkeypatch.setattr(sizing, "device_bytes", lambda: 1000)
     for used, job, count in ((0, 100, 10), (500, 100, 5), (990, 100, 1), (5000, 100, 1)):
-        assert memory.default_client_batch(model, config, job, used) == count
-    assert memory.default_client_batch(model, config, 1, 0) == memory.JOBS_IN_A_CALL
+        assert sizing.default_client_batch(model, config, job, used) == count
+    assert sizing.default_client_batch(model, config, 1, 0) == sizing.JOBS_IN_A_CALL
 
 
 def test_jobs_in_a_call_on_a_cpu():
@@ -81,9 +84,9 @@ def test_jobs_in_a_call_on_a_cpu():
         ("digitsnet", (8, 8, 1), 2), ("convnet", (28, 28, 1), 1), ("resnet18", (32, 32, 3), 1),
     ):  # fmt: skip
         images = models.create(model, input_shape=shape, num_classes=10, width=4)
-        assert memory.default_client_batch(images, config, 1, 0) == count
+        assert sizing.default_client_batch(images, config, 1, 0) == count
     texts = scalar_model()._replace(vocabulary=Vocabulary(16, 8))
-    assert memory.default_client_batch(texts, config, 1, 0) == 1
+    assert sizing.default_client_batch(texts, config, 1, 0) == 1
 
 
 @pytest.mark.parametrize(
@@ -101,8 +104,8 @@ def test_jobs_in_a_call_on_a_cpu():
     ],
 )
 def test_calls_of_the_size_that_suits_the_windows(windows, limit, devices, size):
-    assert memory.CALL_COST == 2
-    assert memory.jobs_in_a_call(np.asarray(windows, np.int64), limit, devices) == size
+    assert sizing.CALL_COST == 2
+    assert sizing.jobs_in_a_call(np.asarray(windows, np.int64), limit, devices) == size
 
 
 def tiny_convnet():
@@ -119,11 +122,11 @@ def test_a_job_keeps_its_activations(batch):
     at the least; and no more than ten times that. Nothing but the copies of the parameters is
     needed beside what grows with the batch."""
     model, params = tiny_convnet()
-    own = memory.COPIES * 4 * models.parameter_count(params)
+    own = sizing.COPIES * 4 * models.parameter_count(params)
     activations = 4 * batch * 8 * (26 * 26 + 24 * 24 + 12 * 12 + 10 * 10)
-    kept = memory.job_bytes(model, params, batch) - own
+    kept = sizing.job_bytes(model, params, batch) - own
     assert activations <= kept <= 10 * activations
-    assert memory.job_bytes(model, params, 2 * batch) - own == 2 * kept
+    assert sizing.job_bytes(model, params, 2 * batch) - own == 2 * kept
 
 
 def reserved(function, *given):
@@ -145,7 +148,7 @@ def test_what_xla_reserves_for_a_job():
         batches,
     )
     start_and_upload = 2 * trees.nbytes(params)
-    told = memory.job_bytes(model, params, 64)
+    told = sizing.job_bytes(model, params, 64)
     assert told == pytest.approx(temporary + start_and_upload, rel=0.2)
 
 
@@ -170,7 +173,7 @@ def test_what_xla_reserves_for_a_synthesis():
         return synthesiser.init(maker.init(key)), drawn, ensemble, loss_guard.init(), key
 
     shapes = jax.eval_shape(given, jax.random.key(0))
-    told = memory.revival_bytes(config, model, params)
+    told = sizing.revival_bytes(config, model, params)
     assert told == pytest.approx(reserved(synthesiser.synthesise, *shapes), rel=0.25)
 
 
@@ -178,31 +181,31 @@ def test_a_server_step_needs_room_for_what_it_keeps(monkeypatch):
     """A step of synthesis keeps the activations of each of c teachers and of the student; a step of
     the student is a job of c b samples. Whichever is larger decides where versions wait."""
     model, params = tiny_convnet()
-    own = memory.COPIES * 4 * models.parameter_count(params)
+    own = sizing.COPIES * 4 * models.parameter_count(params)
     sizes = {
         "num_teachers": 4, "distillation_batch": 2, "synthesis_batch": 32, "teacher_batch": 4,
         "model_width": 8, "data_dir": "data",
     }  # fmt: skip
     config = resolve("fashion_mnist", "fedrevive", **sizes)
-    job = memory.job_bytes(model, params, 32) - own
+    job = sizing.job_bytes(model, params, 32) - own
     # Beside them the generator: its images' activations, in float32, once each at the least.
     features = config.generator_features
     images = 32 * 4 * (2 * features * 14 * 14 + features * 28 * 28)
-    generator = memory.revival_bytes(config, model, params) - (4 + 1) * job
+    generator = sizing.revival_bytes(config, model, params) - (4 + 1) * job
     assert images <= generator <= 10 * images
     reference = dataclasses.replace(config, method="dd_fedrevive")
-    student = memory.job_bytes(model, params, 4 * 2)
-    assert memory.revival_bytes(reference, model, params) == student
+    student = sizing.job_bytes(model, params, 4 * 2)
+    assert sizing.revival_bytes(reference, model, params) == student
     few = dataclasses.replace(config, synthesis_batch=1)
-    assert memory.revival_bytes(few, model, params) == student
-    assert memory.revival_bytes(dataclasses.replace(config, method="fedbuff"), model, params) == 0
+    assert sizing.revival_bytes(few, model, params) == student
+    assert sizing.revival_bytes(dataclasses.replace(config, method="fedbuff"), model, params) == 0
 
     # A simulation asks for it: with room for a job alone its versions go to the host.
     told = []
-    choose = memory.choose_shelf
+    choose = sizing.choose_shelf
     monkeypatch.setattr(
-        memory, "choose_shelf", lambda *given: told.append(given[1]) or choose(*given)
+        sizing, "choose_shelf", lambda *given: told.append(given[1]) or choose(*given)
     )
     tiny = Simulation(small("fedrevive"))
-    assert told == [memory.revival_bytes(tiny.config, tiny.model, tiny.server.params)]
-    assert told[0] > memory.job_bytes(tiny.model, tiny.server.params, tiny.config.batch_size)
+    assert told == [sizing.revival_bytes(tiny.config, tiny.model, tiny.server.params)]
+    assert told[0] > sizing.job_bytes(tiny.model, tiny.server.params, tiny.config.batch_size)

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedrevive_jax import blending, client_cache, methods
+from fedrevive_jax import methods
 from fedrevive_jax.config import METHODS, PUBLISHED_METHODS, SERVER_OPTIMIZERS, ConfigError
+from fedrevive_jax.methods import blending
 from fedrevive_jax.methods import method as interface
 from fedrevive_jax.methods.fedrevive import blend
 from fedrevive_jax.presets import resolve
+from fedrevive_jax.server import client_cache
 from tests.toys import KEY, arrival, scalar_model, scalar_upload
 
 TINY = {

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedrevive_jax import devices, models
+from fedrevive_jax import models
+from fedrevive_jax.compute import devices
 from fedrevive_jax.config import ConfigError
 from fedrevive_jax.models import convolutions, layers
 

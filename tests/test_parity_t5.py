@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedrevive_jax import runner
 from fedrevive_jax.config import ConfigError
 from fedrevive_jax.data import tokens
 from fedrevive_jax.models import t5, t5_weights
 from fedrevive_jax.models.model import Embedded, Text
 from fedrevive_jax.presets import resolve
-from fedrevive_jax.restore import evaluate_checkpoint
-from fedrevive_jax.simulator import Simulation
+from fedrevive_jax.running import runner
+from fedrevive_jax.running.restore import evaluate_checkpoint
+from fedrevive_jax.simulation.simulator import Simulation
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[parity]'")
 transformers = pytest.importorskip(

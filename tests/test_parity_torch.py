@@ -16,8 +16,8 @@ from tests.test_benchmark import TINY
 from tests.test_cli import call, flags
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[parity]'")
-from fedrevive_jax.benchmark import stages, torch_peer  # noqa: E402
-from fedrevive_jax.benchmark.torch_networks import (  # noqa: E402
+from experiments.benchmarking import stages, torch_peer  # noqa: E402
+from experiments.benchmarking.torch_networks import (  # noqa: E402
     TorchConvNet,
     TorchDigitsNet,
     TorchResNet18,

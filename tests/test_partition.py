@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 
 from fedrevive_jax.config import ConfigError
-from fedrevive_jax.partition import partition
+from fedrevive_jax.data.partition import partition
 
 LABELS = np.repeat(np.arange(10), 60).astype(np.int32)
 SAMPLES = np.flatnonzero(np.arange(600) % 6 > 0)  # 50 training samples of every class

@@ -5,8 +5,8 @@ import itertools
 import pytest
 
 from fedrevive_jax.config import METHODS, PUBLISHED_METHODS
-from fedrevive_jax.planning import plan
 from fedrevive_jax.presets import PAPER, resolve
+from fedrevive_jax.simulation.planning import plan
 
 # 3x3 stem; four stages of two blocks; three 1x1 shortcuts; head. No biases.
 RESNET = 27 * 64 + sum(

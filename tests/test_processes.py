@@ -11,9 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from fedrevive_jax import processes, record, restore, runner
+from fedrevive_jax.compute import processes
 from fedrevive_jax.config import ConfigError
 from fedrevive_jax.models import create
+from fedrevive_jax.record import files
+from fedrevive_jax.running import restore, runner
 from tests.test_simulator import SMALL, small
 
 # With distillation, so that everything that is ever split is; teachers that two do not divide.
@@ -62,7 +64,7 @@ def runs(tmp_path_factory):
 
 
 def rows(folder):
-    return record.read_rows(folder / record.ARRIVALS)
+    return files.read_rows(folder / files.ARRIVALS)
 
 
 def assert_same_run(folder, expected):
@@ -85,7 +87,7 @@ def assert_same_run(folder, expected):
 def cut(folder, to):
     """A copy of a finished run, as if it had been interrupted after its last checkpoint but one."""
     shutil.copytree(folder, to)
-    (to / record.SUMMARY).unlink()
+    (to / files.SUMMARY).unlink()
     *_, version, newest = sorted(int(path.name) for path in (to / "checkpoints").iterdir())
     shutil.rmtree(to / "checkpoints" / str(newest))
     return version
@@ -94,7 +96,7 @@ def cut(folder, to):
 def test_two_processes_finish_the_run_of_one(runs):
     config, folder = runs
     assert_same_run(folder, config.run_dir)
-    assert record.read_json(folder / record.SUMMARY)["devices"] == 2
+    assert files.read_json(folder / files.SUMMARY)["devices"] == 2
     assert any(row["beta"] > 0 for row in rows(folder))
 
 

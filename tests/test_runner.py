@@ -13,13 +13,15 @@ import jax
 import numpy as np
 import pytest
 
-from fedrevive_jax import data, derived, record, restore, runner
-from fedrevive_jax.checkpoint import CheckpointError, Checkpoints
+from fedrevive_jax import data
 from fedrevive_jax.config import ConfigError
 from fedrevive_jax.data import tokens
 from fedrevive_jax.presets import resolve
-from fedrevive_jax.record import RecordError
-from fedrevive_jax.simulator import Simulation
+from fedrevive_jax.record import derived, files
+from fedrevive_jax.record.checkpoint import CheckpointError, Checkpoints
+from fedrevive_jax.record.files import RecordError
+from fedrevive_jax.running import restore, runner
+from fedrevive_jax.simulation.simulator import Simulation
 from tests import killed_run
 from tests.test_simulator import small
 
@@ -54,7 +56,7 @@ def final_state(config):
 
 
 def metrics_without_wall(config):
-    rows = record.read_rows(config.run_dir / record.METRICS)
+    rows = files.read_rows(config.run_dir / files.METRICS)
     return [{k: v for k, v in row.items() if k != "wall_seconds"} for row in rows]
 
 
@@ -73,7 +75,7 @@ def test_the_record(whole):
     assert summary["versions"] == summary["arrivals"] == clock.num_arrivals
     assert summary["staleness_mean"] == pytest.approx(clock.staleness.mean())
 
-    arrivals = record.read_rows(folder / record.ARRIVALS)
+    arrivals = files.read_rows(folder / files.ARRIVALS)
     assert [row["index"] for row in arrivals] == list(range(clock.num_arrivals))
     for row in arrivals:
         assert set(row) == {
@@ -84,7 +86,7 @@ def test_the_record(whole):
         assert row["accepted"] is True
     assert any(row["beta"] > 0 for row in arrivals)
 
-    metrics = record.read_rows(folder / record.METRICS)
+    metrics = files.read_rows(folder / files.METRICS)
     evaluations = [row for row in metrics if row["kind"] == "evaluation"]
     planned = {*range(0, clock.num_versions, 4), clock.num_versions}
     assert [row["version"] for row in evaluations] == sorted(planned)
@@ -106,7 +108,7 @@ def assert_same_end(config, reference):
     assert plain == expected_plain
     for a, b in zip(*map(jax.tree.leaves, (state, expected_state)), strict=True):
         np.testing.assert_array_equal(a, b)
-    arrivals = [(c.run_dir / record.ARRIVALS).read_bytes() for c in (config, reference)]
+    arrivals = [(c.run_dir / files.ARRIVALS).read_bytes() for c in (config, reference)]
     assert arrivals[0] == arrivals[1]
     assert metrics_without_wall(config) == metrics_without_wall(reference)
 
@@ -143,7 +145,7 @@ def test_killed_and_continued_equals_uninterrupted(whole, tmp_path, method, sign
     saved = interrupted = 0
     for number in signals:
         ended = killed_run.start(rng.randrange(1, 45), number, *flags)
-        if (config.run_dir / record.SUMMARY).exists():
+        if (config.run_dir / files.SUMMARY).exists():
             break  # it was done before
         interrupted += 1
         if number is KILL:
@@ -153,10 +155,10 @@ def test_killed_and_continued_equals_uninterrupted(whole, tmp_path, method, sign
             saved = int(ended.stderr.partition("interrupted: saved at version ")[2])
         steps = Checkpoints(config.run_dir, read_only=True).steps()
         assert max(steps, default=0) >= saved
-        rows = record.read_rows(config.run_dir / record.ARRIVALS)
+        rows = files.read_rows(config.run_dir / files.ARRIVALS)
         assert [row["index"] for row in rows] == list(range(len(rows)))
     assert interrupted >= 3
-    done = (config.run_dir / record.SUMMARY).exists()
+    done = (config.run_dir / files.SUMMARY).exists()
     result = finish(config)
     assert done or (result.resumed_version or 0) >= saved
     assert_same_end(config, reference)
@@ -177,7 +179,7 @@ def test_a_momentum_is_part_of_what_is_continued(tmp_path, monkeypatch):
 def test_a_corrupt_checkpoint_is_passed_over_and_the_end_is_the_same(whole, tmp_path, caplog):
     config = dataclasses.replace(whole[0], workdir=str(tmp_path / "run"))
     shutil.copytree(whole[0].run_dir, config.run_dir)
-    (config.run_dir / record.SUMMARY).unlink()
+    (config.run_dir / files.SUMMARY).unlink()
     older, newest = Checkpoints(config.run_dir, read_only=True).steps()
     state = config.run_dir / "checkpoints" / str(newest) / "state.npz"
     raw = bytearray(state.read_bytes())
@@ -210,7 +212,7 @@ def test_small_checkpoints_continue_with_jobs_that_start_again(tmp_path, monkeyp
     assert "with --checkpoint_mode=params: not exact" in caplog.text
     assert result.summary["jobs_restarted"] == 2 * config.concurrency
 
-    rows = record.read_rows(config.run_dir / record.ARRIVALS)
+    rows = files.read_rows(config.run_dir / files.ARRIVALS)
     assert [row["index"] for row in rows] == list(range(plan.num_arrivals))
     assert [row["client"] for row in rows] == plan.client[plan.job].tolist()
     assert [row["time"] for row in rows] == plan.time.tolist()
@@ -317,7 +319,7 @@ def test_a_changed_plan_is_refused(tmp_path):
     trace.write_text("download,train,upload\n0.1,1.0,0.2\n0.1,2.0,0.3\n")
     config = config_in(tmp_path / "run", "fedbuff", delays="trace", delay_trace=str(trace))
     finish(config)
-    (config.run_dir / record.SUMMARY).unlink()
+    (config.run_dir / files.SUMMARY).unlink()
     trace.write_text("download,train,upload\n0.1,1.5,0.2\n0.1,2.0,0.3\n")
     with pytest.raises(ConfigError, match="another plan or other data"):
         finish(config)
@@ -326,8 +328,8 @@ def test_a_changed_plan_is_refused(tmp_path):
 def test_rows_that_are_gone_are_noticed(tmp_path):
     config = config_in(tmp_path / "run", "fedbuff")
     finish(config)
-    (config.run_dir / record.SUMMARY).unlink()
-    (config.run_dir / record.METRICS).unlink()
+    (config.run_dir / files.SUMMARY).unlink()
+    (config.run_dir / files.METRICS).unlink()
     with pytest.raises(ConfigError, match="no checkpoint is whole"):
         finish(config)
 
@@ -336,15 +338,15 @@ def test_rows_that_have_changed_are_noticed(tmp_path, caplog):
     """One digit of a row is another: the run continues from before that row, and writes it anew."""
     config = config_in(tmp_path / "run", "fedbuff", checkpoint_every=1, eval_every=1)
     finish(config)
-    (config.run_dir / record.SUMMARY).unlink()
-    path = config.run_dir / record.ARRIVALS
+    (config.run_dir / files.SUMMARY).unlink()
+    path = config.run_dir / files.ARRIVALS
     whole = path.read_bytes()
     path.write_bytes(whole[:-10] + (b"1" if whole[-10:-9] != b"1" else b"2") + whole[-9:])
     finish(config)
     assert "corrupt (the checksum of arrivals.jsonl failed)" in caplog.text
     assert path.read_bytes() == whole
     path.write_bytes(whole.replace(b"0.", b"1.", 1))  # in the first row, before every checkpoint
-    (config.run_dir / record.SUMMARY).unlink()
+    (config.run_dir / files.SUMMARY).unlink()
     with pytest.raises(ConfigError, match="no checkpoint is whole"):
         finish(config)
 
@@ -361,8 +363,8 @@ def test_divergence_ends_the_run_with_a_message_and_a_good_checkpoint(tmp_path):
     )
     with pytest.raises(runner.DivergenceError, match="the last 10 training losses"):
         finish(config)
-    assert not (config.run_dir / record.SUMMARY).exists()
-    rows = record.read_rows(config.run_dir / record.ARRIVALS)
+    assert not (config.run_dir / files.SUMMARY).exists()
+    rows = files.read_rows(config.run_dir / files.ARRIVALS)
     assert [row["loss"] for row in rows[-10:]] == [None] * 10
     assert not any(row["accepted"] for row in rows[-10:])
     version, params = restore.read_params(config.run_dir, Simulation(config).model)
@@ -388,19 +390,19 @@ def test_a_run_without_arrivals_ends_well(tmp_path):
 
 def test_rows_are_cut_to_what_counts(tmp_path):
     path = tmp_path / "rows.jsonl"
-    rows = record.Rows(path)
+    rows = files.Rows(path)
     rows.append({"a": 1, "b": float("nan")})
     size = rows.flush()["size"]
     rows.append({"a": 2, "b": 0.5})
     rows.close()
     with path.open("ab") as stream:
         stream.write(b'{"a": 3, "b')  # a row that was cut by a crash
-    assert record.read_rows(path) == [{"a": 1, "b": None}, {"a": 2, "b": 0.5}]
-    record.Rows(path, size).close()
-    assert record.read_rows(path) == [{"a": 1, "b": None}]
+    assert files.read_rows(path) == [{"a": 1, "b": None}, {"a": 2, "b": 0.5}]
+    files.Rows(path, size).close()
+    assert files.read_rows(path) == [{"a": 1, "b": None}]
     path.write_bytes(b'{"a": 1}\n{"a": \x00}\n')
     with pytest.raises(ConfigError, match=r"rows\.jsonl line 2 is damaged"):
-        record.read_rows(path)
+        files.read_rows(path)
 
 
 # --- what a run starts from and keeps -------------------------------------------------------------

@@ -8,10 +8,11 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from fedrevive_jax import delays, schedule
+from fedrevive_jax.clock import delays, schedule
+from fedrevive_jax.clock.delays import Durations
+from fedrevive_jax.clock.schedule import simulate
+from fedrevive_jax.clock.windows import plan_windows
 from fedrevive_jax.config import Config
-from fedrevive_jax.delays import Durations
-from fedrevive_jax.schedule import plan_windows, simulate
 
 
 class Fixed:
@@ -136,7 +137,7 @@ def test_invariants(buffer_size, open_slots):
 
 
 def test_live_versions_are_those_of_a_store_that_is_driven_by_the_plan():
-    from fedrevive_jax.version_store import VersionStore
+    from fedrevive_jax.server.version_store import VersionStore
 
     for buffer_size, open_slots in ((1, 1), (3, 1), (4, 10), (10, 10)):
         config = Config(num_clients=30, concurrency=10)
@@ -233,7 +234,7 @@ def test_no_arrivals():
 
 
 def test_the_schedule_needs_no_jax():
-    code = "import sys, fedrevive_jax.schedule; assert 'jax' not in sys.modules"
+    code = "import sys, fedrevive_jax.clock.schedule; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -265,6 +266,6 @@ def test_jobs_in_flight_start_again_from_another_version():
     assert again.base_version.tolist() == [0, 1, 1, 2]
     assert again.staleness.tolist() == [0, 0, 1]
     assert plan.base_version.tolist() == [0, 0, 1, 2]  # the plan itself is as it was
-    (window,) = schedule.plan_windows(again, start=1)
+    (window,) = plan_windows(again, start=1)
     assert (window.first_arrival, window.jobs.tolist()) == (1, [1, 2])
-    assert [w.jobs.tolist() for w in schedule.plan_windows(plan)] == [[0, 1], [2]]
+    assert [w.jobs.tolist() for w in plan_windows(plan)] == [[0, 1], [2]]

@@ -6,8 +6,8 @@ import pytest
 
 from fedrevive_jax.methods import method as interface
 from fedrevive_jax.presets import resolve
-from fedrevive_jax.server import Server
-from fedrevive_jax.version_store import VersionNotFoundError
+from fedrevive_jax.server.core import Server
+from fedrevive_jax.server.version_store import VersionNotFoundError
 from tests.toys import scalar_upload
 
 

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedrevive_jax import memory, models
+from fedrevive_jax import models
+from fedrevive_jax.clients.local_training import train
 from fedrevive_jax.config import METHODS, ConfigError
-from fedrevive_jax.local_training import train
 from fedrevive_jax.presets import resolve
-from fedrevive_jax.simulator import Simulation
+from fedrevive_jax.simulation import sizing
+from fedrevive_jax.simulation.simulator import Simulation
 
 SMALL = {
     "model_width": 4, "num_clients": 12, "concurrency": 6, "samples_per_client": 20,
@@ -80,7 +81,7 @@ def test_jobs_in_a_call():
     many = Simulation(small("fedbuff", client_batch=50))
     sizes = [len(window.jobs) for window in many.windows]
     assert 2 < many.jobs_in_a_call <= max(sizes)
-    assert many.jobs_in_a_call == memory.jobs_in_a_call(np.asarray(sizes), 50)
+    assert many.jobs_in_a_call == sizing.jobs_in_a_call(np.asarray(sizes), 50)
     assert Simulation(small("fedbuff", client_batch=2)).jobs_in_a_call == 2
     assert Simulation(small("fedbuff", client_batch=50, window_limit=2)).jobs_in_a_call == 2
 

@@ -22,8 +22,8 @@ from fedrevive_jax.data.builders import newsgroups as newsgroups_builder
 from fedrevive_jax.data.dataset import Preprocessing
 from fedrevive_jax.data.femnist import CHARACTERS, split_writers
 from fedrevive_jax.data.newsgroups import CLASS_NAMES
+from fedrevive_jax.data.partition import partition
 from fedrevive_jax.data.texts import Texts
-from fedrevive_jax.partition import partition
 from tests import prepared
 
 IMAGES = {"cifar10": (32, 32, 3), "cifar100": (32, 32, 3), "fashion_mnist": (28, 28, 1)}

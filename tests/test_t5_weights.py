@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fedrevive_jax import restore
 from fedrevive_jax.config import ConfigError
 from fedrevive_jax.models import t5_weights
+from fedrevive_jax.running import restore
 
 SIZES = {
     "vocab_size": 3300, "d_model": 8, "d_kv": 3, "d_ff": 16, "num_layers": 2, "num_heads": 2,

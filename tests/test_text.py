@@ -10,16 +10,23 @@ import pytest
 import scipy.stats
 
 from fedrevive_jax import data, models
+from fedrevive_jax.clients.local_training import DROPOUT, train
+from fedrevive_jax.compute.streams import Stream, jax_key
 from fedrevive_jax.config import ConfigError
 from fedrevive_jax.data import seed_text, tokens
 from fedrevive_jax.dfkd import loss_guard, prompts, proxy, reviver, synthesis
-from fedrevive_jax.local_training import DROPOUT, initial_taps, train
 from fedrevive_jax.messages import Upload
 from fedrevive_jax.models import t5
-from fedrevive_jax.models.model import Embedded, Text, Vocabulary, gaussian_inputs, tap_statistics
+from fedrevive_jax.models.model import (
+    Embedded,
+    Text,
+    Vocabulary,
+    gaussian_inputs,
+    initial_taps,
+    tap_statistics,
+)
 from fedrevive_jax.presets import resolve
-from fedrevive_jax.simulator import Simulation
-from fedrevive_jax.streams import Stream, jax_key
+from fedrevive_jax.simulation.simulator import Simulation
 from tests.toys import KEY, arrival
 
 LENGTH = 16

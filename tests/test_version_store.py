@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedrevive_jax.version_store import VersionNotFoundError, VersionStore
+from fedrevive_jax.server.version_store import VersionNotFoundError, VersionStore
 
 
 def test_a_version_lives_as_long_as_it_is_referred_to_or_newest():

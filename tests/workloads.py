@@ -7,8 +7,8 @@ import json
 import math
 from pathlib import Path
 
-from fedrevive_jax import restore, runner
 from fedrevive_jax.presets import resolve
+from fedrevive_jax.running import restore, runner
 from tests import prepared
 from tests.test_cli import call, flags
 

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedrevive_jax.compute.streams import Stream, numpy_generator
 from fedrevive_jax.config import ConfigError
 from fedrevive_jax.data.tokens import Tokenizer
-from fedrevive_jax.streams import Stream, numpy_generator
 
 
 @dataclass(frozen=True)

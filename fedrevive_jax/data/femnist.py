@@ -7,9 +7,9 @@ import string
 
 import numpy as np
 
+from fedrevive_jax.compute.streams import Stream, numpy_generator
 from fedrevive_jax.data.dataset import Dataset, DatasetSpec
 from fedrevive_jax.data.tfds_reader import find, read_images
-from fedrevive_jax.streams import Stream, numpy_generator
 
 # The classes in the order of their labels, in LEAF as in flwrlabs/femnist.
 CHARACTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase

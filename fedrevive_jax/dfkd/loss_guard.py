@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedrevive_jax import trees
+from fedrevive_jax.compute import trees
 
 TERMS = ("feature", "one_hot", "adversarial", "distillation")
 KEPT = 20

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedrevive_jax import trees
+from fedrevive_jax.compute import trees
 from fedrevive_jax.models import Model
 from fedrevive_jax.models.model import Params, gaussian_inputs
 

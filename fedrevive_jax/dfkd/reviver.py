@@ -7,18 +7,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from fedrevive_jax import trees
+from fedrevive_jax.compute import trees
+from fedrevive_jax.compute.streams import Stream, jax_key
 from fedrevive_jax.config import Config, ConfigError
 from fedrevive_jax.dfkd import distillation, loss_guard, pool, proxy, synthesis, teachers
 from fedrevive_jax.dfkd.generator import Generator, image_maker
 from fedrevive_jax.dfkd.loss_guard import LossGuard
 from fedrevive_jax.dfkd.maker import Maker
 from fedrevive_jax.dfkd.prompts import SeedText, prompt_maker
-from fedrevive_jax.local_training import initial_taps
 from fedrevive_jax.messages import Arrival, Upload
 from fedrevive_jax.models import Model
-from fedrevive_jax.models.model import Params, exactly
-from fedrevive_jax.streams import Stream, jax_key
+from fedrevive_jax.models.model import Params, exactly, initial_taps
 
 
 class ReviverState(NamedTuple):

@@ -1,7 +1,7 @@
 """AFL-DW: stale updates are weighted down, Delta~ = (1 - beta(tau)) Delta (arXiv 2511.00655)."""
 
-from fedrevive_jax import blending, staleness
 from fedrevive_jax.config import Config
+from fedrevive_jax.methods import blending, staleness
 from fedrevive_jax.methods.method import Ingredients, Method, compose, server_optimizer, weighted
 
 

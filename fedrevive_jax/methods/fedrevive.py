@@ -8,10 +8,9 @@ mixing form), while Delta^KD, which is never stale, goes in as it is. beta = 0 i
 import jax
 import jax.numpy as jnp
 
-from fedrevive_jax import blending
 from fedrevive_jax.config import Config
 from fedrevive_jax.dfkd import reviver
-from fedrevive_jax.methods import fadas, fedasync, fedbuff
+from fedrevive_jax.methods import blending, fadas, fedasync, fedbuff
 from fedrevive_jax.methods.method import Ingredients, Method, UpdateRule, as_it_is
 
 BASES = {"fedbuff": fedbuff.base, "fedasync": fedasync.base, "fadas": fadas.base}

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from fedrevive_jax import staleness, trees
+from fedrevive_jax.compute import trees
 from fedrevive_jax.config import Config
 from fedrevive_jax.messages import Arrival, Upload
+from fedrevive_jax.methods import staleness
 from fedrevive_jax.models import Model
 from fedrevive_jax.models.model import Params
 

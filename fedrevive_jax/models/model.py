@@ -173,3 +173,14 @@ def gaussian_inputs(model: Model, key: jax.Array, count: int, frozen: Any) -> An
 def parameter_count(tree: Any) -> int:
     """Number of scalars in a pytree of arrays or shapes."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def initial_taps(model: Model) -> Taps:
+    """Statistics of a version that has seen no data: mean 0, variance 1."""
+
+    def statistics(key):
+        inputs = gaussian_inputs(model, key, 1, model.frozen(key))
+        return tap_statistics(model.apply(model.init(key), inputs)[1])
+
+    shapes = jax.eval_shape(statistics, jax.random.key(0))
+    return tuple((jnp.zeros(m.shape, m.dtype), jnp.ones(v.shape, v.dtype)) for m, v in shapes)

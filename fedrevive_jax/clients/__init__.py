@@ -1,0 +1,1 @@
+"""What a client does: its samples as inputs, local training, evaluation."""

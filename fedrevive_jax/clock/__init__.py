@@ -1,0 +1,1 @@
+"""The virtual clock: who works when, from which version, in NumPy alone."""

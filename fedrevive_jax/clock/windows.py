@@ -1,0 +1,52 @@
+"""Windows: jobs that can be trained together because their starting versions exist by then."""
+
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedrevive_jax.clock.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Window:
+    """Jobs that are trained together.
+
+    Attributes:
+      first_arrival: index of the arrival before which the jobs must be trained.
+      jobs: int array, job numbers in the order of their arrival.
+    """
+
+    first_arrival: int
+    jobs: np.ndarray
+
+
+def plan_windows(schedule: Schedule, limit: int = 0, start: int = 0) -> list[Window]:
+    """Groups jobs so that each group can be trained in one batched call, exactly.
+
+    Walk the arrivals; when the next one belongs to a job that is not trained yet, train every job
+    in flight that is not trained yet: all versions they start from exist by then. Jobs that never
+    arrive are not trained. The result is the same, update for update, as training one at a time.
+
+    Args:
+      schedule: the virtual clock's plan.
+      limit: most jobs in a window, those that arrive first; 0 is no limit.
+      start: arrivals before this one are processed already; no job that is in flight then has been
+        trained.
+    """
+    windows = []
+    waiting: list[int] = []  # arrival indices of jobs in flight that are not trained yet
+    trained = np.zeros(schedule.num_arrivals, bool)
+    handed_out = 0
+    for arrival in range(start, schedule.num_arrivals):
+        started = schedule.jobs_started[arrival - 1] if arrival else schedule.initial_jobs
+        for index in schedule.arrival_of_job[handed_out:started]:
+            if index >= start:
+                heapq.heappush(waiting, int(index))
+        handed_out = started
+        if not trained[arrival]:
+            count = min(limit or len(waiting), len(waiting))
+            arrivals = [heapq.heappop(waiting) for _ in range(count)]
+            trained[arrivals] = True
+            windows.append(Window(arrival, schedule.job[arrivals]))
+    return windows

@@ -1,0 +1,1 @@
+"""Many runs: tuned, run, compared and reported."""

@@ -1,0 +1,296 @@
+"""The files of a comparison: tables, pictures, and one HTML page that holds them all."""
+
+import base64
+import html
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fedrevive_jax.comparison import statistics, tuning
+from fedrevive_jax.comparison.statistics import Run, Spread
+from fedrevive_jax.comparison.tuning import Choice
+from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS, ConfigError
+from fedrevive_jax.record import files, plots
+
+NOTES = (
+    "Figures are mean ± standard deviation over seeds, on the split that is named above. "
+    "Accuracies are told up to the simulated time that all runs of the same world cover, and a "
+    "model counts until the next evaluation; versions, staleness, bytes and seconds are those of "
+    "whole runs.",
+    "final: the last evaluation; best: the highest; last ten: the mean of the last ten evaluations "
+    "(a single one is noisy under asynchrony; a method that makes fewer versions may spread them "
+    "over more time); area: the mean accuracy over that simulated time; last quarter: the mean "
+    "over its last quarter.",
+    "time to a: simulated time of the first evaluation at accuracy a or above; in brackets how "
+    "many seeds got there, if not all, and then the mean is over those.",
+    "final − X, last ten − X, last quarter − X: mean of the differences to X, the first line, seed "
+    "by seed, and the 95% bootstrap interval of that mean; in brackets how many seeds have a "
+    "partner there, if not all. It speaks of the seeds that were run. "
+    "With two or three it is only the smallest and the largest difference; with fewer than six it "
+    "is too narrow for 95%: even from the smallest to the largest of n differences their median is "
+    "covered in 1 − 2^(1 − n) of cases, 75% of them for three.",
+    "not paired: these runs are not in the world of the first line (data, split, population, "
+    "concurrency, delays, faults, simulated time), so that the same seed does not mean the same.",
+    "server ms: milliseconds of a server step, a sample of the arrivals; seconds: wall time with "
+    "compilation. Both depend on what else the machine did.",
+    "failed: training diverged, or more uploads than --reject_limit allows were rejected; the "
+    "figures are of the other seeds.",
+    "sent MB: models that were sent down and up, with feature statistics, in float32.",
+)
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 84rem; padding: 0 1rem;
+       color: #1a1a1a; background: #fff; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+pre { background: #f4f4f4; padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: right;
+         white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+img { max-width: 100%; height: auto; }
+figure { margin: 1rem 0; } figcaption { color: #555; }
+.pair { display: flex; flex-wrap: wrap; gap: 1.5rem; } .pair figure { flex: 0 1 22rem; }
+""".strip()
+
+
+class Study(NamedTuple):
+    """What a comparison found.
+
+    Attributes:
+      title: heading.
+      command: the exact command that makes it.
+      groups: runs by label; the first is what the others are compared with.
+      targets: accuracies whose time is told.
+      choices: what tuning chose, by method.
+      tuning: in words, at what budget.
+      swept: the fields of an ablation.
+    """
+
+    title: str
+    command: str
+    groups: Mapping[str, Sequence[Run]]
+    targets: Sequence[float] = ()
+    choices: Mapping[str, Choice] | None = None
+    tuning: str = ""
+    swept: Sequence[str] = ()
+
+
+def prepare(out: Path) -> None:
+    """Makes the folder of a comparison where there is none.
+
+    Raises:
+      ConfigError: it cannot be made.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out={out}: cannot be made ({error.strerror})") from None
+
+
+def write(out: Path, study: Study) -> str:
+    """Writes every file of a comparison into a folder and returns its table as Markdown.
+
+    Raises:
+      ConfigError: the folder cannot be made.
+    """
+    prepare(out)
+    rows = statistics.table(study.groups, study.targets)
+    lines = statistics.cells(rows)
+    pictures = _pictures(out, study, rows)
+    text = statistics.markdown(lines)
+    if study.choices:
+        text += f"\n{study.tuning}\n\n" + statistics.markdown(tuning.cells(study.choices))
+    texts = {
+        "table.md": text,
+        "table.csv": statistics.as_csv(rows),
+        "command.txt": study.command + "\n",
+        "report.html": _page(study, lines, pictures),
+    }
+    for name, content in texts.items():
+        data = content.encode()
+        files.write_whole(out / name, lambda stream, data=data: stream.write(data))
+    return text
+
+
+def _pictures(out: Path, study: Study, rows) -> list[tuple[Path, str]]:
+    """Draws the pictures; returns their files and captions. Those of an earlier comparison in the
+    same folder that do not belong to this one are removed."""
+    for name in ("by_staleness.png", "ablation.png"):
+        (out / name).unlink(missing_ok=True)
+    whole = {
+        label: [run.evaluations for run in own if run.summary]
+        for label, own in study.groups.items()
+    }
+    plots.comparison(
+        out / "curves.png", study.title, {label: own for label, own in whole.items() if own}
+    )
+    plots.staleness(
+        out / "staleness.png",
+        study.title,
+        {
+            label: np.concatenate([run.staleness for run in own])
+            for label, own in study.groups.items()
+        },
+    )
+    found = [
+        (out / "curves.png", "Mean accuracy; the band is one standard deviation over seeds."),
+        (out / "staleness.png", "How stale the updates were when they arrived."),
+    ]
+    lines = staleness_lines(study, rows)
+    if lines:
+        plots.by_staleness(out / "by_staleness.png", study.title, lines)
+        found.insert(
+            0,
+            (out / "by_staleness.png", "Accuracy by how stale the updates were, over seeds."),
+        )
+    if len(study.swept) == 1:
+        (field,) = study.swept
+        scores = {
+            str(own[0].config.as_dict()[field]): row.spreads["last quarter"]
+            for own, row in zip(study.groups.values(), rows, strict=True)
+        }
+        means = {value: score.mean for value, score in scores.items() if score.count}
+        plots.sweep(
+            out / "ablation.png",
+            study.title,
+            field,
+            means,
+            {value: scores[value].deviation for value in means},
+        )
+        found.insert(0, (out / "ablation.png", f"Accuracy by {field}, over seeds."))
+    elif study.swept:
+        differences = {
+            # Without the method, which all have.
+            " ".join(row.label.split()[1:]): row.differences["last quarter"]
+            for row in rows
+            if row.differences and row.differences["last quarter"].count
+        }
+        left_out = [row.label for row in rows[1:] if not row.differences]
+        words = (
+            f"Accuracy against {rows[0].label}, seed by seed: the mean of the differences and its "
+            "95% bootstrap interval."
+        )
+        if left_out:
+            words += f" Not paired, and left out: {', '.join(left_out)}."
+        if differences:
+            plots.differences(out / "ablation.png", study.title, rows[0].label, differences)
+            found.insert(0, (out / "ablation.png", words))
+    return found
+
+
+# What goes with the concurrency when the number of arrivals stays.
+WITH_CONCURRENCY = ("concurrency", "max_time", "max_versions", "eval_every", "checkpoint_every")
+# FedAvg waits for all.
+OF_A_ROUND = ("buffer_size", "open_slots")
+
+
+def staleness_lines(study: Study, rows) -> dict[str, list[tuple[float, Spread]]]:
+    """Mean staleness and accuracy of groups that differ in concurrency alone, by their label;
+    empty where there are no such groups."""
+
+    def settings(config):
+        free = {"seed", *WITH_CONCURRENCY, *LOCATION_FIELDS, *DEVICE_FIELDS}
+        free |= set(OF_A_ROUND) if config.method == "fedavg" else set()
+        return {name: value for name, value in config.as_dict().items() if name not in free}
+
+    kept = [settings(own[0].config) for own in study.groups.values()]
+    lines: dict[str, list[tuple[float, Spread]]] = {}
+    concurrencies: dict[str, set[int]] = {}
+    for own, config, row in zip(study.groups.values(), kept, rows, strict=True):
+        label = statistics.label_of(config, [c for c in kept if c["method"] == config["method"]])
+        staleness, accuracy = row.spreads["staleness"], row.spreads["last quarter"]
+        if accuracy.count:
+            lines.setdefault(label, []).append((staleness.mean, accuracy))
+            concurrencies.setdefault(label, set()).add(own[0].config.concurrency)
+    if all(len(values) == 1 for values in concurrencies.values()):
+        return {}
+    return {label: sorted(line) for label, line in lines.items()}
+
+
+def _page(study: Study, lines, pictures) -> str:
+    """The report: everything in one file, pictures as data."""
+    datasets = sorted({run.config.dataset for own in study.groups.values() for run in own})
+    devices = {run.summary["device"] for own in study.groups.values() for run in own if run.summary}
+    seeds = sorted({run.config.seed for own in study.groups.values() for run in own})
+    splits = sorted({run.config.eval_split for own in study.groups.values() for run in own})
+    facts = (
+        f"Data set {' and '.join(datasets)}, {' and '.join(splits)} split; seeds "
+        f"{', '.join(map(str, seeds))}; device {', '.join(sorted(devices)) or 'unknown'}."
+    )
+    parts = [
+        f"<h1>{html.escape(study.title)}</h1>",
+        f"<p>{html.escape(facts)}</p>",
+        f"<pre>{html.escape(study.command)}</pre>",
+        _html_table(lines),
+        *(f"<figure>{_image(path)}<figcaption>{html.escape(c)}</figcaption></figure>"
+          for path, c in pictures),
+    ]  # fmt: skip
+    if study.choices:
+        parts += ["<h2>Chosen rates</h2>", f"<p>{html.escape(study.tuning)}</p>"]
+        parts.append(_html_table(tuning.cells(study.choices)))
+    parts += ["<h2>Settings in which they differ</h2>", _html_table(_settings(study.groups))]
+    made = _made_images(study.groups)
+    if made:
+        parts.append("<h2>Images that the server made, without data</h2>")
+        parts.append(f'<div class="pair">{"".join(made)}</div>')
+    parts.append("<h2>How to read the table</h2>")
+    parts.append("<ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in NOTES) + "</ul>")
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(study.title)}</title>\n<style>\n{STYLE}\n</style>\n</head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _html_table(lines: Sequence[Sequence[str]]) -> str:
+    def row(cells, tag):
+        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+    header, *body = lines
+    inside = row(header, "th") + "".join(row(line, "td") for line in body)
+    return f'<div class="wide"><table>{inside}</table></div>'
+
+
+def _image(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}">'
+
+
+def _settings(groups: Mapping[str, Sequence[Run]]) -> list[list[str]]:
+    """The fields in which the groups differ, of each the first run's."""
+    configs = [own[0].config.as_dict() for own in groups.values()]
+    names = [
+        name
+        for name in configs[0]
+        if name not in ("method", "seed", *LOCATION_FIELDS, *DEVICE_FIELDS)
+        and len({c[name] for c in configs}) > 1
+    ]
+    lines = [["", *groups]]
+    for name in names:
+        lines.append([name, *(_plain(config[name]) for config in configs)])
+    return lines
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:g}"
+    return str(value)
+
+
+def _made_images(groups: Mapping[str, Sequence[Run]]) -> list[str]:
+    """The synthetic images of each group's first run that has some."""
+    made = []
+    for label, own in groups.items():
+        paths = [run.folder / "synthetic.png" for run in own]
+        path = next((path for path in paths if path.is_file()), None)
+        if path:
+            made.append(
+                f"<figure>{_image(path)}<figcaption>{html.escape(label)}</figcaption></figure>"
+            )
+    return made

@@ -1,0 +1,1 @@
+"""The folder of a run: plain files, checkpoints, pictures, locks."""

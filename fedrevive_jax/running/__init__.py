@@ -1,0 +1,1 @@
+"""A whole run: simulation and record, from the first arrival to the summary."""

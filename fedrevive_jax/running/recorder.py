@@ -1,0 +1,356 @@
+"""Watches a simulation: evaluates it, keeps its record on disk, writes checkpoints."""
+
+import contextlib
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedrevive_jax.clock.schedule import staleness_summary
+from fedrevive_jax.compute import processes
+from fedrevive_jax.dfkd.pool import Pool
+from fedrevive_jax.models.model import Params
+from fedrevive_jax.record import archive, files, plots
+from fedrevive_jax.record.checkpoint import Checkpoints, Saved
+from fedrevive_jax.record.health import Health
+from fedrevive_jax.server.admission import VERDICTS
+from fedrevive_jax.server.core import Receipt
+from fedrevive_jax.simulation.simulator import Simulation
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gives.
+
+    Attributes:
+      params: the final global parameters.
+      summary: what `summary.json` holds.
+      evaluations: rows with version, time, wall_seconds, accuracy, loss.
+      resumed_version: the version of the checkpoint it continued from, or None.
+    """
+
+    params: Params
+    summary: dict[str, Any]
+    evaluations: list[dict[str, Any]]
+    resumed_version: int | None = None
+
+
+class Recorder:
+    """Watches a simulation: evaluates, keeps rows, writes files and checkpoints.
+
+    Device results of a window's arrivals are fetched once the next window has been handed to the
+    device, so that the host rarely waits and the device hardly ever.
+    """
+
+    def __init__(self, simulation: Simulation, run_dir: Path | None):
+        self._simulation = simulation
+        self._config = simulation.config
+        self._run_dir = run_dir
+        self._evaluations: list[dict[str, Any]] = []
+        self._pending: list[tuple[int, Receipt]] = []
+        self._wall_before = 0.0
+        self._began = time.monotonic()
+        self._resumed: int | None = None
+        self._health = Health(self._config.reject_limit)
+        self._saved_position: int | None = None
+        self._checkpoints = self._metrics = self._arrivals = self._events = None
+        if run_dir is not None:
+            self._checkpoints = Checkpoints(run_dir, self._config.checkpoint_keep)
+
+    def resume(self) -> None:
+        """Continues from the newest checkpoint that is whole, cutting the rows that came after it.
+
+        The process that has the folder shares what it finds there.
+
+        Raises:
+          ConfigError: the checkpoints are of another plan or other data, or none is whole.
+        """
+        sizes = {files.METRICS: 0, files.ARRIVALS: 0}
+        found = processes.first(self._newest)
+        if found is not None:
+            self._resumed, (saved, params, arrays) = found
+            simulation = self._simulation
+            simulation.restore(saved["simulation"], params, arrays)
+            sizes = {name: rows["size"] for name, rows in saved["rows"].items()}
+            self._wall_before = saved["wall_seconds"]
+            self._saved_position = simulation.position
+            if simulation.jobs_restarted and self._run_dir is not None:
+                _LOG.warning(
+                    "continued from version %d with --checkpoint_mode=params: not exact, the jobs "
+                    "in flight start again from it (%d in the whole run)",
+                    self._resumed,
+                    simulation.jobs_restarted,
+                )
+        self._evaluations, self._health = processes.first(lambda: self._open(sizes))
+
+    def _newest(self) -> tuple[int, Saved] | None:
+        """The newest checkpoint that is whole, and its version."""
+        return None if self._checkpoints is None else self._checkpoints.newest_good(self._load)
+
+    def _load(self, step: int) -> Saved:
+        simulation = self._simulation
+        saved = self._checkpoints.record(step)
+        simulation.check(saved["simulation"])
+        for name in (files.METRICS, files.ARRIVALS):
+            # Rows before an older checkpoint may be whole still.
+            archive.check_start(self._run_dir / name, **saved["rows"][name])
+        return self._checkpoints.load(
+            step,
+            simulation.server.params,
+            lambda saved: simulation.shapes(saved["simulation"]),
+        )
+
+    def _open(self, sizes: dict[str, int]) -> tuple[list[dict[str, Any]], Health]:
+        """Opens the files of rows at the sizes that count; returns the evaluations in them, and
+        the run's health by them."""
+        if self._run_dir is None:
+            return [], self._health
+        self._metrics = files.Rows(self._run_dir / files.METRICS, sizes[files.METRICS])
+        self._arrivals = files.Rows(self._run_dir / files.ARRIVALS, sizes[files.ARRIVALS])
+        self._events = files.Events(self._run_dir / files.EVENTS)
+        for row in files.read_rows(self._run_dir / files.METRICS):
+            self._health.metrics(row)
+            self._events.add(row)
+        for row in files.read_rows(self._run_dir / files.ARRIVALS):
+            self._health.arrival(row)
+        return read_evaluations(self._run_dir), self._health
+
+    def start(self) -> None:
+        """Evaluates version 0 of a new run.
+
+        Raises:
+          DivergenceError, RejectLimitError: what was recorded already has to be the end.
+        """
+        if not self._evaluations:
+            self._evaluate(0.0)
+        self._judge()
+
+    def observe(self, receipt: Receipt) -> None:
+        """Takes note of one processed arrival.
+
+        Raises:
+          DivergenceError, RejectLimitError: the run has to stop; a checkpoint is written.
+        """
+        simulation, config = self._simulation, self._config
+        index = simulation.position - 1
+        if index in simulation.window_starts:
+            # All before this arrival, whose window is on the device by now and keeps it busy.
+            self._fetch(leave=1)
+        self._pending.append((index, receipt))
+        if receipt.new_version > receipt.version and not simulation.finished:
+            if receipt.new_version % config.eval_every == 0:
+                self._fetch()
+                self._evaluate(float(simulation.schedule.time[index]))
+            if receipt.new_version % config.checkpoint_every == 0:
+                self._save()
+        self._judge()
+
+    def save_now(self) -> str:
+        """Saves where the run stands, waits until that is on disk, and tells it in words."""
+        if self._run_dir is None:
+            return "nothing was saved"
+        self._save()
+        self._checkpoints.wait()
+        return f"saved at version {self._simulation.server.version}"
+
+    def finish(self) -> Result:
+        """The last evaluation, the last checkpoint, pictures, and the summary."""
+        simulation, clock = self._simulation, self._simulation.schedule
+        self._fetch()
+        for term, share in self._health.rejected_terms.items():
+            if share > 0.5:
+                _LOG.warning(
+                    "the loss guard rejected the %s loss in %.0f%% of its steps, so that it hardly "
+                    "moved anything; see --loss_guard",
+                    term,
+                    100 * share,
+                )
+        end = float(clock.time[-1]) if clock.num_arrivals else 0.0
+        if self._evaluations[-1]["version"] != simulation.server.version:
+            self._evaluate(end)
+        self._judge()
+        accuracies = [row["accuracy"] for row in self._evaluations]
+        summary = {
+            "method": self._config.method,
+            "dataset": simulation.dataset.name,
+            "model": simulation.model.name,
+            "seed": self._config.seed,
+            **simulation.origin,
+            "final_accuracy": accuracies[-1],
+            "best_accuracy": max(accuracies),
+            "versions": simulation.server.version,
+            "arrivals": clock.num_arrivals,
+            "windows": len(simulation.windows),
+            "rejected": simulation.server.rejected,
+            "faults": clock.faults,
+            "skipped": self._health.skipped,
+            "loss_guard_rejected": self._health.rejected_terms,
+            "jobs_restarted": simulation.jobs_restarted,
+            "simulated_time": end,
+            "wall_seconds": self._wall_seconds(),
+            "server_seconds_per_arrival": _mean_or_none(simulation.step_seconds),
+            "bytes_sent": simulation.bytes_sent,
+            **staleness_summary(clock.staleness),
+            "device": str(jax.devices()[0].device_kind),
+            "devices": 1 if simulation.mesh is None else simulation.mesh.size,
+        }
+        if self._run_dir is not None:
+            self._save()
+            self._checkpoints.wait()
+            self._pictures()
+            files.write_json(self._run_dir / files.SUMMARY, summary)
+        return Result(simulation.server.params, summary, self._evaluations, self._resumed)
+
+    def close(self) -> None:
+        """Makes everything durable; errors of a save under way are raised."""
+        with contextlib.ExitStack() as stack:
+            for stream in (self._metrics, self._arrivals, self._events, self._checkpoints):
+                if stream is not None:
+                    stack.callback(stream.close)
+
+    def news(self) -> str:
+        """Where the run stands, for a progress bar."""
+        simulation = self._simulation
+        seen = simulation.schedule.staleness[: simulation.position]
+        now = simulation.schedule.time[simulation.position - 1] if len(seen) else 0.0
+        return (
+            f"t={now:.1f} version={simulation.server.version} "
+            f"accuracy={self._evaluations[-1]['accuracy']:.3f} "
+            f"staleness={seen.mean() if len(seen) else 0.0:.1f}"
+        )
+
+    def _wall_seconds(self) -> float:
+        return round(self._wall_before + time.monotonic() - self._began, 3)
+
+    def _evaluate(self, now: float) -> None:
+        result = self._simulation.evaluate()
+        version = self._simulation.server.version
+        row = {
+            "version": version,
+            "time": now,
+            "wall_seconds": self._wall_seconds(),
+            "accuracy": result.accuracy,
+            "loss": result.loss,
+        }
+        self._evaluations.append(row)
+        self._add_metrics({"kind": "evaluation", **row})
+        if self._run_dir is not None:
+            self._metrics.flush()
+            self._events.flush()
+
+    def _judge(self) -> None:
+        """Ends a run that makes no sense any more, with a checkpoint of where it stands."""
+        if self._health.trouble is not None:
+            self._save()
+            raise self._health.trouble
+
+    def _fetch(self, leave: int = 0) -> None:
+        """Brings the device results of the pending arrivals to the host and writes their rows.
+
+        Args:
+          leave: how many of the newest arrivals are not pending yet.
+        """
+        if not self._pending:
+            return
+        results = jax.device_get([(r.loss, r.verdict, r.metrics) for _, r in self._pending])
+        for (index, receipt), (loss, verdict, metrics) in zip(self._pending, results, strict=True):
+            self._add_arrival(index, receipt, float(loss), int(verdict), metrics)
+        self._pending.clear()
+        self._simulation.server.review(leave)
+        if self._run_dir is not None:
+            self._arrivals.flush()
+            self._metrics.flush()
+            self._checkpoints.check()
+
+    def _add_arrival(
+        self, index: int, receipt: Receipt, loss: float, verdict: int, metrics
+    ) -> None:
+        now = float(self._simulation.schedule.time[index])
+        values = {name: float(value) for name, value in metrics.items()}
+        reason = VERDICTS[verdict]
+        row = {
+            "index": index,
+            "time": now,
+            "client": receipt.client,
+            "base_version": receipt.base_version,
+            "version": receipt.version,
+            "staleness": receipt.staleness,
+            "beta": values.pop("beta"),
+            "accepted": reason is None,
+            "rejected": reason,
+            "loss": loss,
+        }
+        self._health.arrival(row)
+        if self._run_dir is not None:
+            self._arrivals.append(row)
+        if any(np.isfinite(value) for value in values.values()):
+            self._add_metrics({"kind": "dfkd", "version": receipt.version, "time": now, **values})
+
+    def _add_metrics(self, row: dict[str, Any]) -> None:
+        self._health.metrics(row)
+        if self._run_dir is not None:
+            self._metrics.append(row)
+            self._events.add(row)
+
+    def _save(self) -> None:
+        """Saves where the run stands, unless that is the last thing that was saved."""
+        if self._run_dir is None or self._saved_position == self._simulation.position:
+            return
+        self._fetch()
+        plain, arrays = self._simulation.snapshot()
+        saved = {
+            "version": plain["version"],
+            "simulation": plain,
+            "wall_seconds": self._wall_seconds(),
+            "rows": {
+                files.METRICS: self._metrics.flush(),
+                files.ARRIVALS: self._arrivals.flush(),
+            },
+        }
+        self._checkpoints.save(saved, self._simulation.server.params, arrays)
+        self._saved_position = self._simulation.position
+
+    def _pictures(self) -> None:
+        config, simulation = self._config, self._simulation
+        title = f"{config.method} on {simulation.dataset.name}, seed {config.seed}"
+        staleness = [row["staleness"] for row in files.read_rows(self._run_dir / files.ARRIVALS)]
+        plots.curves(self._run_dir / "curves.png", title, self._evaluations, staleness)
+        for pool in _synthetic_pools(simulation.server.method_state):
+            images, labels, added = jax.device_get(pool[:3])
+            # Oldest first: the ring's next place is its oldest.
+            order = np.roll(np.arange(len(labels)), -int(added) % len(labels))
+            plots.synthetic(
+                self._run_dir / "synthetic.png",
+                images[order],
+                labels[order],
+                simulation.dataset.num_classes,
+            )
+
+
+def _mean_or_none(values: list[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def _synthetic_pools(state: Any) -> list[Pool]:
+    """The pools in a method's state that hold generated images (floats), not real ones (bytes)."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, Pool))
+    pools = [node for node in nodes if isinstance(node, Pool)]
+    return [pool for pool in pools if _are_made_images(pool.samples)]
+
+
+def _are_made_images(samples: Any) -> bool:
+    return isinstance(samples, jax.Array) and jnp.issubdtype(samples.dtype, jnp.floating)
+
+
+def read_evaluations(folder: Path) -> list[dict[str, Any]]:
+    """The evaluations of a recorded run: version, time, wall_seconds, accuracy, loss."""
+    rows = files.read_rows(folder / files.METRICS)
+    evaluations = [row for row in rows if row["kind"] == "evaluation"]
+    return [{key: row[key] for key in row if key != "kind"} for row in evaluations]

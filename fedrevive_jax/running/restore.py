@@ -1,0 +1,124 @@
+"""The global model of a recorded run, and how good it is; needs nothing else of the run."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fedrevive_jax import data, models
+from fedrevive_jax.clients import feed as feeds
+from fedrevive_jax.clients.evaluation import make_evaluator
+from fedrevive_jax.compute.streams import Stream, jax_key
+from fedrevive_jax.config import Config, ConfigError
+from fedrevive_jax.models import Model
+from fedrevive_jax.models.model import Params
+from fedrevive_jax.models.t5_weights import digest, read_shape
+from fedrevive_jax.record import derived, files
+from fedrevive_jax.record.archive import CorruptError
+from fedrevive_jax.record.checkpoint import Checkpoints
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration of a recorded run.
+
+    Raises:
+      ConfigError: the file is missing, or not a configuration of this version of the package.
+    """
+    recorded = files.read_json(folder / files.CONFIG)
+    names = {field.name for field in dataclasses.fields(Config)}
+    if not isinstance(recorded, dict) or set(recorded) != names:
+        raise ConfigError(
+            f"--workdir={folder}: {files.CONFIG} is not a configuration of this version of "
+            "fedrevive_jax"
+        )
+    return Config(**recorded)
+
+
+def read_params(
+    folder: Path, model: Model, step: int | None = None, flag: str = "workdir"
+) -> tuple[int, Params]:
+    """The global model of a checkpoint: (version, parameters).
+
+    Without a step it is the newest checkpoint that is whole; of newer ones that are not, a warning
+    is logged.
+
+    Raises:
+      ConfigError: there is no such checkpoint, it is corrupt or of another model; `flag` is blamed.
+    """
+    checkpoints = Checkpoints(folder, read_only=True, flag=flag)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    if step is None:
+        found = checkpoints.newest_good(lambda step: checkpoints.params(step, shapes))
+        if found is None:
+            raise ConfigError(f"--{flag}={folder}: holds no checkpoint")
+        step, params = found
+    else:
+        try:
+            params = checkpoints.params(step, shapes)
+        except CorruptError as error:
+            raise ConfigError(
+                f"--{flag}={folder}: checkpoint {step} is corrupt ({error})"
+            ) from None
+    return step, jax.tree.map(jnp.asarray, params)
+
+
+def evaluate_checkpoint(
+    folder: Path,
+    *,
+    step: int | None = None,
+    split: str | None = None,
+    data_dir: str | None = None,
+    t5_weights: str | None = None,
+    dataset: data.Dataset | None = None,
+    model: Model | None = None,
+) -> dict[str, Any]:
+    """Evaluates a checkpoint as the run itself did.
+
+    Args:
+      folder: the run's folder.
+      step: global version; the newest checkpoint where None.
+      split: the run's own where None.
+      data_dir, t5_weights: where the data and the pretrained weights lie, if not where they lay.
+      dataset, model: stand in for those that the configuration names.
+
+    Returns:
+      version, split, accuracy, loss, per_class_accuracy (None for a class without samples).
+    """
+    config, kept = read_config(folder), derived.read(folder)
+    if t5_weights and not config.t5_weights:
+        raise ConfigError(f"--t5_weights={t5_weights}: {folder} did not start from such weights")
+    moved = {"data_dir": data_dir, "t5_weights": t5_weights}
+    moved = {name: value for name, value in moved.items() if value is not None}
+    config = dataclasses.replace(config, **moved)
+    if config.t5_weights and kept.origin:
+        _check_weights(config.t5_weights, kept.origin.get("weights_sha256"))
+    if dataset is None:
+        dataset = data.load(config, kept.tokenizer)
+    split = split or config.eval_split
+    if model is None:
+        model = models.from_config(config, dataset.input_shape, dataset.num_classes)
+    model = models.with_precision(model, config.precision)
+    version, params = read_params(folder, model, step)
+    feed = feeds.create(dataset, model.frozen(jax_key(config.seed, Stream.MODEL_INIT)))
+    result = make_evaluator(model, feed.evaluation, config.eval_batch)(
+        params, feed.store, jnp.asarray(dataset.labels), dataset.positions(split)
+    )
+    return {
+        "version": version,
+        "split": split,
+        "accuracy": result.accuracy,
+        "loss": result.loss,
+        "per_class_accuracy": [None if a != a else a for a in result.per_class],
+    }
+
+
+def _check_weights(folder: str, expected: str | None) -> None:
+    """The frozen token table comes from these weights, so they must be those of the run."""
+    read_shape(folder)  # tells what is wrong with the folder
+    if digest(folder) != expected:
+        raise ConfigError(
+            f"--t5_weights={folder}: are not the weights that the run started from (SHA-256 "
+            f"{expected})"
+        )

@@ -1,0 +1,281 @@
+"""A whole run: the simulation with its record, continued where it was interrupted."""
+
+import contextlib
+import dataclasses
+import errno
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from fedrevive_jax import data
+from fedrevive_jax.compute import processes
+from fedrevive_jax.config import INPUT_FIELDS, LOCATION_FIELDS, Config, ConfigError
+from fedrevive_jax.models import Model, convolutions, default_precision
+from fedrevive_jax.record import derived, files, lock
+from fedrevive_jax.record.checkpoint import FOLDER as CHECKPOINTS
+from fedrevive_jax.record.checkpoint import describe_newest, has_checkpoint
+from fedrevive_jax.record.health import DivergenceError, RejectLimitError
+from fedrevive_jax.record.interruption import InterruptedRunError, Interruption
+from fedrevive_jax.running.recorder import Recorder, Result, read_evaluations
+from fedrevive_jax.running.restore import read_config, read_params
+from fedrevive_jax.simulation.profiling import FOLDER as PROFILE
+from fedrevive_jax.simulation.profiling import WindowTrace
+from fedrevive_jax.simulation.simulator import Simulation
+
+_LOG = logging.getLogger(__name__)
+
+__all__ = ["DivergenceError", "RejectLimitError", "Result", "is_finished", "run", "settle"]
+
+
+def run(
+    config: Config,
+    *,
+    dataset: data.Dataset | None = None,
+    model: Model | None = None,
+    keep_record: bool = False,
+    overwrite: bool = False,
+    interruption: Interruption | None = None,
+    profile: bool = False,
+) -> Result:
+    """Runs a configuration to its end.
+
+    Where several processes compute together, every one of them calls this with the same arguments;
+    the first alone reads and writes the folder.
+
+    Args:
+      config: what to run, see `presets.resolve`.
+      dataset, model: stand in for those that the configuration names.
+      keep_record: write `config.run_dir`, and continue from its newest checkpoint if there is one.
+        A finished run is read, not run again.
+      overwrite: start afresh in a folder that holds a run.
+      interruption: asks the run to save and stop; no signal is handled without it.
+      profile: trace a few windows into the folder `profile` of the record.
+
+    Raises:
+      ConfigError: the data, or the folder, is not what the configuration needs, or another process
+        writes it. Nothing has been trained or written then.
+      DivergenceError: training has diverged; the newest checkpoint is intact.
+      RejectLimitError: more uploads than `reject_limit` allows were rejected; likewise.
+      RecordError, CheckpointError: the folder cannot be written any more; likewise.
+      InterruptedRunError: the run was asked to stop, and has saved.
+    """
+    config = settle(config)
+    processes.agree(lambda: _computed(config))
+
+    def look() -> tuple[bool, derived.Derived]:
+        finished = keep_record and is_finished(config, overwrite)
+        # Without a checkpoint a run starts afresh, from the data as they are now.
+        begun = keep_record and not overwrite and (finished or has_checkpoint(config.run_dir))
+        return finished, derived.read(config.run_dir) if begun else derived.Derived()
+
+    finished, kept = processes.first(look)
+    simulation = processes.together(lambda: Simulation(config, dataset, model, kept))
+    processes.agree(
+        lambda: {
+            "the plan, the data or a file that is read": simulation.fingerprint,
+            # Chosen from the memory of the device where they are left open.
+            "--client_batch": simulation.client_batch,
+            "--version_memory": simulation.version_memory,
+        }
+    )
+    if finished:
+        return processes.first(lambda: _read_finished(simulation))
+    with contextlib.ExitStack() as stack:
+
+        def open_folder() -> None:
+            stack.enter_context(_opened(config, overwrite))
+            derived.write(config.run_dir, simulation.derived)
+
+        if keep_record:
+            processes.first(open_folder)
+        folder = config.run_dir if keep_record and processes.is_first() else None
+        stack.enter_context(_told(config.run_dir))
+        return _play(simulation, folder, interruption, profile)
+
+
+def _play(
+    simulation: Simulation,
+    folder: Path | None,
+    interruption: Interruption | None,
+    profile: bool,
+) -> Result:
+    """Processes all arrivals that are left, and records them where there is a folder."""
+    recorder = Recorder(simulation, folder)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(recorder))
+        recorder.resume()
+        trace = None
+        if profile and folder is not None:
+            trace = WindowTrace(folder / PROFILE, simulation)
+            stack.enter_context(contextlib.closing(trace))
+        with _progress_bar(simulation) as progress:
+            recorder.start()
+            while not simulation.finished:
+                # Several processes would have to agree on the arrival at which they stop.
+                if interruption and interruption.requested and jax.process_count() == 1:
+                    raise InterruptedRunError(f"interrupted: {recorder.save_now()}")
+                if trace is not None:
+                    trace.before_arrival()
+                recorder.observe(simulation.advance())
+                if not progress.disable:
+                    progress.set_postfix_str(recorder.news(), refresh=False)
+                progress.update(1)
+        if trace is not None and not (trace.taken or trace.running):
+            _LOG.warning("--profile: no window came after everything had run once; no trace")
+        return recorder.finish()
+
+
+def settle(config: Config) -> Config:
+    """The configuration with what depends on the device at hand, on defaults and on the current
+    folder made explicit.
+
+    A run that was begun on one kind of device is not continued on another unless the flags say
+    how to compute.
+    """
+    how = config.convolution
+    inputs = {name: getattr(config, name) for name in INPUT_FIELDS if getattr(config, name)}
+    return dataclasses.replace(
+        config,
+        **{name: str(Path(value).absolute()) for name, value in inputs.items()},
+        convolution=convolutions.default() if how == "auto" else how,
+        precision=default_precision() if config.precision == "auto" else config.precision,
+        workdir=str(config.run_dir),
+    )
+
+
+def is_finished(config: Config, overwrite: bool = False) -> bool:
+    """Whether the run's folder holds this run, finished; decides without writing anything.
+
+    Raises:
+      ConfigError: the folder is not a run's folder, or holds a run of another configuration or on
+        another folder of data and must not be overwritten.
+    """
+    config, folder = settle(config), config.run_dir
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"--workdir={folder}: is not a folder")
+        contents = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    except OSError as error:
+        raise ConfigError(f"--workdir={folder}: cannot be read ({error.strerror})") from None
+    recorded = files.CONFIG in contents
+    foreign = contents - {files.CONFIG + ".partial", lock.NAME}
+    if foreign and not recorded:
+        raise ConfigError(
+            f"--workdir={folder}: holds {min(foreign)} but no {files.CONFIG}; give an empty or "
+            "a new folder"
+        )
+    if not recorded or overwrite:
+        return False
+    differences = files.configured_differently(folder, config)
+    if differences:
+        raise ConfigError(
+            f"--workdir={folder}: holds a run with another configuration "
+            f"({'; '.join(differences)}); give another folder, or --overwrite to start afresh"
+        )
+    if files.SUMMARY not in contents:
+        return False  # one that goes on is held to its data themselves
+    check_place(config)
+    return True
+
+
+def check_place(config: Config) -> None:
+    """Whether the recorded run that has ended was one on this folder of data.
+
+    Raises:
+      ConfigError: it was not.
+    """
+    recorded = read_config(config.run_dir)
+    if recorded.data_place != config.data_place:
+        raise ConfigError(
+            f"--data_dir={config.data_dir}: {config.run_dir} holds a run on {recorded.data_dir}; "
+            "give another folder for the run, or --overwrite to start afresh"
+        )
+
+
+def _computed(config: Config) -> dict[str, object]:
+    """What processes that compute together must have in common, by flag."""
+    values = config.as_dict()
+    return {f"--{name}": values[name] for name in values if name not in LOCATION_FIELDS}
+
+
+@contextlib.contextmanager
+def _opened(config: Config, overwrite: bool) -> Iterator[None]:
+    """Makes the run's folder and holds it alone; empties it if it is to be overwritten.
+
+    Raises:
+      ConfigError: it cannot be written, or another process holds it.
+    """
+    folder = config.run_dir
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            stack.enter_context(lock.exclusive(folder))
+            # Looked at before without the lock: another run may have begun or finished here since.
+            if is_finished(config, overwrite):
+                raise ConfigError(f"--workdir={folder}: another process has just finished this run")
+            _prepare(config, overwrite)
+        except OSError as error:
+            raise ConfigError(f"--workdir={folder}: cannot be written ({error.strerror})") from None
+        yield
+
+
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """A disk that is full, or a folder that is gone, becomes one line.
+
+    Raises:
+      RecordError: instead of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise files.RecordError(
+            f"--workdir={folder}: cannot be written any more ({error.strerror or error}); "
+            f"{describe_newest(folder)}"
+        ) from error
+
+
+def _prepare(config: Config, overwrite: bool) -> None:
+    """Empties a run's folder if it is to be overwritten, and writes config.json."""
+    folder = config.run_dir
+    if overwrite:
+        # In an order in which a run that is interrupted here is never taken for whole: first what
+        # says that it is finished, then what it would continue from. The configuration goes last,
+        # because without it the folder would be refused as foreign.
+        order = (files.SUMMARY, CHECKPOINTS, "", files.CONFIG)
+
+        def place(path: Path) -> int:
+            return order.index(path.name if path.name in order else "")
+
+        held = {folder / lock.NAME}
+        for path in sorted(set(folder.iterdir()) - held, key=place):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if not (folder / files.CONFIG).exists():
+        files.write_json(folder / files.CONFIG, config.as_dict())
+
+
+def _progress_bar(simulation: Simulation):
+    from tqdm import tqdm
+
+    return tqdm(
+        total=simulation.schedule.num_arrivals,
+        initial=simulation.position,
+        unit=" arrivals",
+        disable=not (sys.stderr.isatty() and processes.is_first()),
+        dynamic_ncols=True,
+    )
+
+
+def _read_finished(simulation: Simulation) -> Result:
+    """The result of a run that is finished, from its record."""
+    folder = simulation.config.run_dir
+    _, params = read_params(folder, simulation.model)
+    summary = files.read_json(folder / files.SUMMARY)
+    return Result(params, summary, read_evaluations(folder))

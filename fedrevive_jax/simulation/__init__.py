@@ -1,0 +1,1 @@
+"""The simulated federation: clock, clients and server put together, planned and sized."""

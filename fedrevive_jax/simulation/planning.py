@@ -1,0 +1,200 @@
+"""What a run will be and cost, told from its configuration alone: no data, no training."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedrevive_jax import data, methods, models
+from fedrevive_jax.clock import schedule
+from fedrevive_jax.clock.windows import plan_windows
+from fedrevive_jax.compute import trees
+from fedrevive_jax.config import REVIVING, Config
+from fedrevive_jax.dfkd import reviver
+from fedrevive_jax.methods import Ingredients, blending
+from fedrevive_jax.models import Model
+from fedrevive_jax.models.model import gaussian_inputs
+from fedrevive_jax.simulation import sizing
+
+
+def plan(
+    config: Config, dataset: data.Dataset | None = None, model: Model | None = None
+) -> dict[str, Any]:
+    """The plan as plain numbers: the schedule, sizes in bytes, arithmetic in FLOPs.
+
+    FLOPs are those that XLA counts for one sample's forward pass, a training step taken as three
+    of them. Bytes are those of the arrays that live between calls, at their most: on the device the
+    versions, the uploads under way, the method's state, frozen arrays and the data set; on the host
+    the data set and the schedule; the updates of all clients, for a method that keeps them, on the
+    device, the host or the disk. Of a data set that is not read, the training samples are counted.
+    `bytes_job` and `bytes_server_step` are estimates of what comes on top during a call: of one job
+    under training, and of a step that makes samples and distils. What XLA reserves differs, see
+    `memory`.
+    A data set or a model stands in for the one that the configuration names.
+    """
+    clock = schedule.from_config(config)
+    windows = plan_windows(clock, config.window_limit)
+    sizes = _sizes(config, dataset, model)
+    params, shared, entry = sizes.params, sizes.frozen, sizes.entry
+    live = clock.live_versions_max()
+    model_bytes = trees.nbytes(params)
+    forward = forward_flops(sizes.model)
+    data_bytes = _blank_samples(sizes.stored, sizes.model.input_shape).nbytes
+    state_bytes = trees.nbytes(sizes.method_state)
+    cache_bytes = config.num_clients * trees.nbytes(entry)
+    cached = {memory: 0 for memory in ("device", "host", "disk")}
+    cached[config.cache_memory] = cache_bytes
+    # What waits, stale versions and uploads; with `auto` on the device, as long as it has room.
+    waiting = {"device": 0, "host": 0}
+    place = "host" if config.version_memory == "host" else "device"
+    waiting[place] = (live + config.concurrency) * model_bytes
+    device_bytes = (
+        data_bytes + trees.nbytes(shared) + state_bytes + cached["device"] + waiting["device"]
+    )
+    return {
+        "versions": clock.num_versions,
+        "arrivals": clock.num_arrivals,
+        "windows": len(windows),
+        "mean_window": clock.num_arrivals / max(len(windows), 1),
+        **schedule.staleness_summary(clock.staleness),
+        "live_versions_max": live,
+        "parameters": models.parameter_count(params),
+        "parameters_frozen": models.parameter_count(shared),
+        "flops_forward_per_sample": forward,
+        **_flops(config, clock, forward, making_flops(config, sizes.model)),
+        "bytes_model": model_bytes,
+        "bytes_live_versions": live * model_bytes,
+        "bytes_uploads_max": config.concurrency * model_bytes,
+        "bytes_method_state": state_bytes,
+        "bytes_client_cache": cache_bytes,
+        "bytes_device": device_bytes,
+        "bytes_job": sizing.job_bytes(sizes.model, params, config.batch_size),
+        "bytes_server_step": sizing.revival_bytes(config, sizes.model, params),
+        "bytes_host": data_bytes + clock.nbytes + cached["host"] + waiting["host"],
+        "bytes_disk": cached["disk"],
+    }
+
+
+def cache_bytes(config: Config) -> int:
+    """Bytes of what the method keeps of all clients; 0 where it keeps nothing of them."""
+    return config.num_clients * trees.nbytes(_sizes(config).entry)
+
+
+class _Sizes(NamedTuple):
+    """The model, how many samples are stored, and the shapes of what lives beside them."""
+
+    model: Model
+    stored: int
+    params: Any
+    frozen: Any
+    method_state: Any
+    entry: Any
+
+
+def _sizes(
+    config: Config, dataset: data.Dataset | None = None, model: Model | None = None
+) -> _Sizes:
+    if dataset is not None:
+        shape, classes, stored = dataset.input_shape, dataset.num_classes, len(dataset.labels)
+        kept = len(dataset.splits["distillation"])
+    else:
+        known = data.spec(config)
+        shape, classes, stored = known.input_shape, known.num_classes, known.training_samples
+        kept = data.split_sizes(known.training_samples)["distillation"]
+    if model is None:
+        # Counting is the same whatever way a convolution is computed; lax's form is counted.
+        plain = dataclasses.replace(config, convolution="lax")
+        model = models.from_config(plain, shape, classes)
+    params, shared = jax.eval_shape(lambda k: (model.init(k), model.frozen(k)), jax.random.key(0))
+
+    def method_arrays_of(params, frozen):
+        ingredients = Ingredients(
+            model,
+            lambda samples, key: samples,
+            frozen=frozen,
+            class_mixes=np.zeros((config.num_clients, classes), np.float32),
+            real_samples=(_blank_samples(kept, shape), np.zeros(kept, np.int32)),
+        )
+        method = methods.create(config, ingredients)
+        return method.init(params), method.entry(params)
+
+    return _Sizes(model, stored, params, shared, *jax.eval_shape(method_arrays_of, params, shared))
+
+
+def _blank_samples(count: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Byte images or token ids, as a data set stores them."""
+    return np.zeros((count, *shape), np.int32 if len(shape) == 1 else np.uint8)
+
+
+def forward_flops(model: Model) -> int:
+    """FLOPs of the forward pass of one sample, as XLA counts them."""
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    inputs = jax.eval_shape(
+        lambda key: gaussian_inputs(model, key, 1, model.frozen(key)), jax.random.key(0)
+    )
+    analysis = jax.jit(lambda p, x: model.apply(p, x)[0]).lower(params, inputs).cost_analysis()
+    return int(analysis["flops"])
+
+
+def making_flops(config: Config, model: Model) -> int:
+    """FLOPs of making one sample of a synthesis, as XLA counts them: the generator's forward pass
+    over a whole batch, divided. 0 for methods that make none."""
+    if config.method != "fedrevive":
+        return 0
+    plain = dataclasses.replace(config, convolution="lax")
+    maker = reviver.make_maker(plain, model)
+
+    def start(key):
+        targets = jnp.zeros(config.synthesis_batch, jnp.int32)
+        return maker.init(key), *maker.draw(key, key, targets, model.frozen(key))
+
+    shapes = jax.eval_shape(start, jax.random.key(0))
+    analysis = jax.jit(maker.make).lower(*shapes).cost_analysis()
+    return int(analysis.get("flops", 0)) // config.synthesis_batch
+
+
+def flops_of_an_arrival(config: Config, forward: int, making: int) -> dict[str, int]:
+    """FLOPs of a client's job, and of a distillation and a synthesis of FedRevive.
+
+    Args:
+      config: the sizes.
+      forward: FLOPs of one sample's forward pass.
+      making: FLOPs of making one sample.
+    """
+    samples = config.distillation_steps * config.distillation_batch * config.num_teachers
+    made = config.synthesis_batch * config.synthesis_steps
+    return {
+        "client": 3 * forward * config.local_iterations * config.batch_size,
+        # A teacher's forward pass, a student's training step.
+        "distillation": samples * 4 * forward,
+        # Each teacher and the student: forward, and back to the samples; a training step of what
+        # makes the samples.
+        "synthesis": made * (2 * forward * (config.num_teachers + 1) + 3 * making),
+    }
+
+
+def _flops(config: Config, clock: schedule.Schedule, forward: int, making: int) -> dict[str, int]:
+    parts = flops_of_an_arrival(config, forward, making)
+    client = parts["client"]
+    total = client * clock.num_arrivals
+    if config.method in REVIVING:
+        distilled = np.asarray(blending.create(config)(jnp.asarray(clock.staleness)) > 0)
+        if config.method == "fedrevive":
+            versions = clock.base_version[clock.job] + clock.staleness  # at the arrival
+            distilled = distilled & (versions > config.warmup_versions)
+        distillation = parts["distillation"]
+        total += distillation * int(distilled.sum())
+        synthesis = 0
+        if config.method == "fedrevive":
+            synthesis = parts["synthesis"]
+            versions = range(clock.num_versions)[config.freeze_versions :]
+            total += synthesis * sum(v % config.generation_interval == 0 for v in versions)
+        return {
+            "flops_client_job": client,
+            "flops_distillation": distillation,
+            "flops_synthesis": synthesis,
+            "flops_total": total,
+        }
+    return {"flops_client_job": client, "flops_total": total}

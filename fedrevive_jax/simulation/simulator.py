@@ -1,0 +1,467 @@
+"""The simulation: windows -> local training -> server steps, in exactly the planned order."""
+
+import functools
+import hashlib
+import time
+from collections.abc import Iterator, Set
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedrevive_jax import data, methods, models
+from fedrevive_jax.clients import feed as feeds
+from fedrevive_jax.clients.evaluation import Evaluation, make_evaluator
+from fedrevive_jax.clients.local_training import make_window_trainer
+from fedrevive_jax.clock import schedule
+from fedrevive_jax.clock.windows import plan_windows
+from fedrevive_jax.compute import devices, trees
+from fedrevive_jax.compute.streams import Stream, jax_key
+from fedrevive_jax.config import Config, ConfigError
+from fedrevive_jax.data import seed_text
+from fedrevive_jax.data.partition import Shards, partition
+from fedrevive_jax.dfkd.prompts import SeedText
+from fedrevive_jax.messages import Upload
+from fedrevive_jax.methods import Method
+from fedrevive_jax.models import Model, t5_weights
+from fedrevive_jax.models.model import Params, initial_taps
+from fedrevive_jax.record.derived import Derived
+from fedrevive_jax.running.restore import read_params
+from fedrevive_jax.server import client_cache
+from fedrevive_jax.server.admission import Rejection
+from fedrevive_jax.server.core import Receipt, Server
+from fedrevive_jax.server.shelf import Shelf
+from fedrevive_jax.simulation import sizing
+
+NOTHING = Derived()
+# Every so manieth server step is timed. Timing waits for the device; the number shares no factor
+# with the intervals at which synthesis usually runs, so that it is timed as often as it is due.
+TIMED_EVERY = 37
+
+
+class Simulation:
+    """One run in memory: the plan, the population, the server, and the uploads under way.
+
+    Attributes:
+      config, dataset, model: what it was built from.
+      origin: where the first parameters, and for text the tokenizer, come from; for the record.
+      feed: the data set on the device and the way from it to the model.
+      frozen: arrays of the model that nobody trains.
+      client_batch: jobs that are trained in one call of a device at most.
+      schedule, windows: the plan.
+      mesh: the devices that compute together, or None.
+      server: the server core.
+      position: arrivals processed so far.
+      step_seconds: what a sample of the server steps took since this object was made.
+      jobs_restarted: jobs that were in flight when the run was continued from a checkpoint that
+        does not hold them, and started again. 0: the run is exactly what was planned.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        dataset: data.Dataset | None = None,
+        model: Model | None = None,
+        derived: Derived = NOTHING,
+    ):
+        """Builds everything from a configuration.
+
+        Args:
+          config: what to simulate.
+          dataset, model: stand in for those that the configuration names.
+          derived: what an earlier part of the same run has derived from its data.
+        """
+        self.config = config
+        self.mesh = devices.create_mesh(config.mesh)
+        self.dataset = dataset if dataset is not None else data.load(config, derived.tokenizer)
+        shape, classes = self.dataset.input_shape, self.dataset.num_classes
+        if model is None:
+            model = models.from_config(config, shape, classes)
+        self.model = models.with_precision(model, config.precision)
+        _check_fit(config, self.model, self.dataset)
+        for split in ("train", config.eval_split):
+            self.dataset.positions(split)
+        self._shards = _usable(derived.shards, self.dataset) or partition(
+            config.partition,
+            self.dataset.splits["train"],
+            self.dataset.labels,
+            num_classes=self.dataset.num_classes,
+            num_clients=config.num_clients,
+            samples_per_client=config.samples_per_client,
+            alpha=config.alpha,
+            seed=config.seed,
+            groups=self.dataset.groups,
+        )
+        self.position = 0
+        self.step_seconds: list[float] = []
+        self.jobs_restarted = 0
+        self._planned = schedule.from_config(config)
+        self._follow(self._planned, [])
+        self._uploads: dict[int, Upload] = {}
+
+        init_key = jax_key(config.seed, Stream.MODEL_INIT)
+        params = self.model.init(init_key)
+        frozen = devices.replicate(self.mesh, self.model.frozen(init_key))
+        self.origin = derived.origin
+        if self.origin is None:
+            self.origin = _origin(config, self.dataset)
+            if config.pretrained:
+                folder = Path(config.pretrained)
+                version, params = read_params(folder, self.model, flag="pretrained")
+                self.origin["start"] = f"version {version} of {config.pretrained}"
+        seed = _read_seed_text(config, self.dataset)
+        self.frozen = frozen
+        self._inputs = (frozen, seed)
+        self.feed = feed = feeds.create(self.dataset, frozen)
+        self._store = devices.replicate(self.mesh, feed.store)
+        self._labels = devices.replicate(self.mesh, self.dataset.labels)
+        kept = self.dataset.splits["distillation"]
+        ingredients = methods.Ingredients(
+            model=self.model,
+            augment=feed.augment,
+            frozen=frozen,
+            class_mixes=self._shards.class_mixes(self.dataset.labels, self.dataset.num_classes),
+            real_samples=(self.dataset.samples[kept], self.dataset.labels[kept]),
+            seed_text=seed,
+            mesh=self.mesh,
+        )
+        taps = initial_taps(self.model)
+        method = methods.create(config, ingredients)
+        entry = jax.eval_shape(method.entry, params)
+        at_once = self.schedule.live_versions_max() + config.concurrency
+        waiting = at_once * trees.nbytes(params)
+        self._shelf, self.client_batch = self._use_of_memory(method, params, waiting)
+        self._size_calls()
+        beside = waiting if self._shelf.name == "device" else 0
+        cache = client_cache.create(config, entry, self.mesh, beside)
+        self.server = Server(
+            method,
+            params,
+            taps,
+            config.seed,
+            self.mesh,
+            self._shelf,
+            cache,
+            num_clients=config.num_clients,
+            max_update_norm=config.max_update_norm,
+        )
+        self._train = make_window_trainer(
+            self.model,
+            feed.training,
+            config.client_lr,
+            lambda job, step: jax_key(config.seed, Stream.AUGMENTATION, job, step),
+            self.mesh,
+        )
+        self._evaluate = make_evaluator(self.model, feed.evaluation, config.eval_batch, self.mesh)
+        self._hand_out(self.schedule.initial_jobs)
+
+    @property
+    def derived(self) -> Derived:
+        """What was derived from the data, to be kept with the run."""
+        tokenizer = self.dataset.tokenizer
+        return Derived(tokenizer.serialised if tokenizer else "", self._shards, self.origin)
+
+    @property
+    def version_memory(self) -> str:
+        """Where stale versions and uploads wait, `device` or `host`."""
+        return self._shelf.name
+
+    @property
+    def uploads(self) -> dict[int, Upload]:
+        """Uploads that are trained and have not arrived, by job."""
+        return dict(self._uploads)
+
+    @property
+    def finished(self) -> bool:
+        return self.position == self.schedule.num_arrivals
+
+    @property
+    def window_starts(self) -> Set[int]:
+        """Arrivals before which a window of jobs is trained."""
+        return self._first_of_window.keys()
+
+    @property
+    def bytes_sent(self) -> int:
+        """What clients and server have sent so far: a model down for each job that was handed out,
+        a model with its feature statistics up for each arrival."""
+        model = trees.nbytes(self.server.params)
+        statistics = trees.nbytes(initial_taps(self.model))
+        return self.server.next_job * model + self.position * (model + statistics)
+
+    def arrivals(self) -> Iterator[Receipt]:
+        """Processes arrivals one by one until the plan is done."""
+        while not self.finished:
+            yield self.advance()
+
+    def train_ahead(self) -> None:
+        """Trains the window of the next arrival, if that arrival needs it and has none yet."""
+        window = self._first_of_window.get(self.position)
+        if window is not None and int(window.jobs[0]) not in self._uploads:
+            trained = self.train_jobs(window.jobs)
+            self._uploads.update((job, self._shelf.store(own)) for job, own in trained.items())
+
+    def advance(self) -> Receipt:
+        """Processes the next arrival, training its window first when it needs one."""
+        self.train_ahead()
+        index = self.position
+        job = int(self.schedule.job[index])
+        upload = self._shelf.fetch(self._uploads.pop(job))
+        if self.schedule.fault[job] == schedule.Fault.NAN:
+            upload = _broken(upload)
+        timed = index % TIMED_EVERY == TIMED_EVERY - 1  # not the first step, which compiles
+        if timed:
+            jax.block_until_ready((upload, self.server.params, self.server.method_state))
+            began = time.perf_counter()
+        receipt = self.server.submit(job, upload)
+        if timed:
+            jax.block_until_ready((self.server.params, self.server.method_state))
+            self.step_seconds.append(time.perf_counter() - began)
+        if isinstance(receipt, Rejection):
+            raise ValueError(f"{receipt.reason}: {receipt.detail}")  # of the simulation's own
+        self._hand_out(int(self.schedule.jobs_started[index]))
+        self.position = index + 1
+        return receipt
+
+    def evaluate(self, params: Params | None = None, split: str | None = None) -> Evaluation:
+        """Evaluates parameters (the newest by default) on a split (the configured by default)."""
+        params = self.server.params if params is None else params
+        positions = self.dataset.positions(split or self.config.eval_split)
+        return self._evaluate(params, self._store, self._labels, positions)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A digest of the plan, of who holds what, of the data, and of the files that are read."""
+        digest = hashlib.sha256()
+        plan = self._planned
+        for array in (
+            plan.job,
+            plan.time,
+            plan.client,
+            plan.base_version,
+            plan.fault,
+            self._shards.indices,
+            self._shards.offsets,
+            self.dataset.labels,
+            self.dataset.samples,
+            *(self.dataset.splits[name] for name in sorted(self.dataset.splits)),
+            *map(np.asarray, jax.tree.leaves(self._inputs)),
+        ):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        digest.update(repr(self.dataset.preprocessing).encode())
+        return digest.hexdigest()
+
+    def snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Everything a continuation needs: (plain record, pytree of arrays).
+
+        With `checkpoint_mode=params` it is the snapshot of a simulation whose jobs in flight have
+        just started again from the newest version, so that no other version and no upload is part
+        of it; this simulation itself goes on as it was.
+        """
+        exact = self.config.checkpoint_mode == "exact"
+        record, arrays = self.server.snapshot(exact)
+        uploads = {job: upload._asdict() for job, upload in self._uploads.items() if exact}
+        now = [] if exact else [[self.position, self.server.version]]
+        record = {
+            **record,
+            "position": self.position,
+            "uploads": sorted(uploads),
+            "restarts": self._restarts + now,
+            "fingerprint": self.fingerprint,
+        }
+        return record, {**arrays, "uploads": {str(job): tree for job, tree in uploads.items()}}
+
+    def check(self, record: dict[str, Any]) -> None:
+        """Whether a snapshot is one of this simulation.
+
+        Raises:
+          ConfigError: it belongs to another plan or to other data.
+        """
+        if record.get("fingerprint") != self.fingerprint:
+            raise ConfigError(
+                f"--workdir={self.config.run_dir}: the checkpoint belongs to another plan or other "
+                "data (a file that the run reads has changed); use --overwrite to start afresh"
+            )
+
+    def shapes(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The structure and shapes of a snapshot's arrays, told from its record."""
+        steps = (self.config.local_iterations, self.config.batch_size)
+        (upload,) = self._train.eval_shape(
+            (self.server.params,),
+            self._store,
+            self._labels,
+            jax.ShapeDtypeStruct((1, *steps), jnp.int32),
+            jax.ShapeDtypeStruct((1,), jnp.int32),
+        )
+        uploads = {str(job): upload._asdict() for job in record["uploads"]}
+        return {**self.server.shapes(record), "uploads": uploads}
+
+    def restore(self, record: dict[str, Any], params: Params, arrays: dict[str, Any]) -> None:
+        """Continues from a snapshot of this simulation, see `check`.
+
+        Args:
+          record: the snapshot's plain record.
+          params: the parameters of its newest version, arrays of JAX or NumPy.
+          arrays: all its other arrays.
+        """
+        self._follow(self._planned, record["restarts"])
+        self._size_calls()
+        self.server.restore(record, params, arrays)
+        # One by one: on their way to the host they need not all fit on the device.
+        self._uploads = {
+            int(job): self._shelf.store(devices.replicate(self.mesh, Upload(**upload)))
+            for job, upload in arrays["uploads"].items()
+        }
+        self.position = record["position"]
+
+    def _follow(self, plan: schedule.Schedule, restarts: list[list[int]]) -> None:
+        """Takes over a plan, with what (position, version) the jobs in flight were restarted at."""
+        self._restarts, self.jobs_restarted = restarts, 0
+        for position, version in restarts:
+            self.jobs_restarted += int(schedule.in_flight(plan, position).sum())
+            plan = schedule.restart_in_flight(plan, position, version)
+        self.schedule = plan
+        start = restarts[-1][0] if restarts else 0
+        self.windows = plan_windows(plan, self.config.window_limit, start)
+        self._first_of_window = {window.first_arrival: window for window in self.windows}
+
+    def _hand_out(self, up_to: int) -> None:
+        """Dispatches planned jobs until `up_to` are handed out.
+
+        Those whose uploads will be lost are given up at once: nothing needs their versions.
+        """
+        plan = self.schedule
+        for job in range(self.server.next_job, int(up_to)):
+            self.server.dispatch(int(plan.client[job]))
+            if plan.fault[job] == schedule.Fault.LOST:
+                self.server.give_up(job)
+
+    def _use_of_memory(self, method: Method, params: Params, waiting: int) -> tuple[Shelf, int]:
+        """Where versions and uploads, `waiting` bytes, wait; how many jobs are trained at once."""
+        config = self.config
+        used = waiting + trees.nbytes(
+            (jax.eval_shape(method.init, params), self.dataset.samples, self.frozen)
+        )
+        if config.cache_memory == "device":
+            used += config.num_clients * trees.nbytes(jax.eval_shape(method.entry, params))
+        job = sizing.job_bytes(self.model, params, config.batch_size)
+        working = max(job, sizing.revival_bytes(config, self.model, params))
+        shelf = sizing.choose_shelf(config, working, used, self.mesh)
+        if shelf.name == "host":
+            used -= waiting
+        batch = config.client_batch or sizing.default_client_batch(self.model, config, job, used)
+        return shelf, batch
+
+    @property
+    def jobs_in_a_call(self) -> int:
+        """Jobs that all devices together train in one call."""
+        return self._jobs_in_a_call
+
+    def _size_calls(self) -> None:
+        """Chooses how many jobs are trained in a call, for the windows that are left."""
+        sizes = np.asarray([len(window.jobs) for window in self.windows], np.int64)
+        devices_used = 1 if self.mesh is None else self.mesh.size
+        self._jobs_in_a_call = sizing.jobs_in_a_call(sizes, self.client_batch, devices_used)
+
+    def train_jobs(self, jobs: np.ndarray) -> dict[int, Upload]:
+        """Trains jobs in calls of a fixed size; the last call is padded by repetition.
+
+        Every call is the same compiled program whatever the window, and each job's result depends
+        on its own inputs alone.
+
+        Args:
+          jobs: int [n], numbers of jobs whose starting versions are live.
+
+        Returns:
+          Their uploads, by job.
+        """
+        trained, size = {}, self._jobs_in_a_call
+        for start in range(0, len(jobs), size):
+            together = jobs[start : start + size]
+            padded = np.resize(together, size)
+            indices = [
+                self._shards.batches(
+                    int(self.schedule.client[job]),
+                    int(self.schedule.visit[job]),
+                    steps=self.config.local_iterations,
+                    batch_size=self.config.batch_size,
+                    seed=self.config.seed,
+                )
+                for job in padded
+            ]
+            bases = tuple(
+                self.server.params_of(int(self.schedule.base_version[job])) for job in padded
+            )
+            uploads = self._train(
+                bases,
+                self._store,
+                self._labels,
+                np.stack(indices).astype(np.int32),
+                padded.astype(np.int32),
+            )
+            trained.update(zip(together.tolist(), uploads, strict=False))
+        return trained
+
+
+@jax.jit
+def _broken(upload: Upload) -> Upload:
+    """An upload whose parameters are not numbers, as a failed client may send it."""
+    return upload._replace(
+        params=jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), upload.params)
+    )
+
+
+def _check_fit(config: Config, model: Model, dataset: data.Dataset) -> None:
+    """Whether a model reads what a data set holds.
+
+    Raises:
+      ConfigError: it does not.
+    """
+    shape, classes = dataset.input_shape, dataset.num_classes
+    if (model.input_shape, model.num_classes) != (shape, classes):
+        raise ConfigError(
+            f"--model={config.model}: takes {model.input_shape} and tells {model.num_classes} "
+            f"classes; the data set has {shape} and {classes}"
+        )
+    if dataset.is_text != (model.vocabulary is not None):
+        raise ConfigError(
+            f"--model={config.model}: does not read {'text' if dataset.is_text else 'images'}"
+        )
+    if dataset.is_text:
+        known = dataset.tokenizer.size if dataset.tokenizer else dataset.samples.max() + 1
+        # A device would clamp ids beyond the table silently.
+        if known > model.vocabulary.size:
+            where = f"--t5_weights={config.t5_weights}" if config.t5_weights else "the model"
+            raise ConfigError(
+                f"{where}: the token table has {model.vocabulary.size} rows; the tokenizer of "
+                f"{dataset.name} has {known} entries"
+            )
+
+
+def _origin(config: Config, dataset: data.Dataset) -> dict[str, str]:
+    """Where the first parameters come from, and the tokenizer of a text data set."""
+    if config.t5_weights:
+        return {
+            "start": config.t5_weights,
+            "weights_sha256": t5_weights.digest(config.t5_weights),
+            "tokenizer": config.t5_weights,
+        }
+    tokenizer = dataset.tokenizer
+    if tokenizer is None:
+        return {"start": "random"}
+    where = "trained on the training split" if tokenizer.serialised else "given with the data set"
+    return {"start": "random", "tokenizer": f"{where}, {tokenizer.size} entries"}
+
+
+def _usable(shards: Shards | None, dataset: data.Dataset) -> Shards | None:
+    """Kept tables, unless they point outside the data, which must have changed then."""
+    fits = shards is not None and len(shards.indices) and shards.indices.max() < len(dataset.labels)
+    return shards if fits else None
+
+
+def _read_seed_text(config: Config, dataset: data.Dataset) -> SeedText | None:
+    if not config.seed_text:
+        return None
+    ids, labels = seed_text.read(config.seed_text, dataset)
+    return SeedText(jnp.asarray(ids), jnp.asarray(labels))

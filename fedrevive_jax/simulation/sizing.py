@@ -1,0 +1,155 @@
+"""Where stale versions and uploads wait, and how many jobs fit on a device at once.
+
+What a call needs beside the arrays that live between calls is estimated from what its way back
+keeps of every sample. XLA fuses and reuses: at the paper's sizes it reserves less, on a CPU with
+its own convolutions 15% (ConvNet), 29% (ResNet-18) and 48% (T5) for a server step of FedRevive, and
+5%, 7% and 16% for a job.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from fedrevive_jax.compute import trees
+from fedrevive_jax.config import REVIVING, Config
+from fedrevive_jax.dfkd import reviver
+from fedrevive_jax.models import Model
+from fedrevive_jax.models.model import gaussian_inputs, per_call
+from fedrevive_jax.server.shelf import Shelf, device_bytes, shelf
+
+# Copies of the parameters that a job under training needs: its start, itself, the gradient, the two
+# moments of Adam, and the upload.
+COPIES = 6
+# More jobs in one call have not been measured to be faster.
+JOBS_IN_A_CALL = 32
+# What a call takes beside its jobs, in jobs: an accelerator starts the same kernels for any number
+# of them. An estimate, not a measurement.
+CALL_COST = 2
+
+
+def job_bytes(model: Model, params: Any, batch_size: int) -> int:
+    """Device memory of one job under training: copies of the parameters, and what a training step
+    keeps for its way back.
+
+    Args:
+      model: the model.
+      params: its parameters, or their shapes.
+      batch_size: samples of a step.
+    """
+
+    return COPIES * trees.nbytes(params) + batch_size * _kept_bytes(model, params)
+
+
+def revival_bytes(config: Config, model: Model, params: Any) -> int:
+    """Device memory of a server step that makes samples and distils, beside the arrays that live
+    between calls: the larger of what a step of synthesis keeps for its way back through every
+    teacher, the student and what makes the samples, and of what a step of the student needs. 0 for
+    other methods.
+
+    Args:
+      config: the sizes.
+      model, params: see `job_bytes`.
+    """
+    if config.method not in REVIVING:
+        return 0
+    size = config.teacher_batch or per_call(
+        config.num_teachers, config.distillation_batch, model.input_shape
+    )
+    student = job_bytes(model, params, size * config.distillation_batch)
+    if config.method != "fedrevive":
+        return student
+    per_sample = (config.num_teachers + 1) * _kept_bytes(model, params) + _making_bytes(
+        config, model
+    )
+    return max(student, config.synthesis_batch * per_sample)
+
+
+def _kept_bytes(model: Model, params: Any) -> int:
+    """Bytes that the forward pass of one sample keeps for the way back."""
+
+    def forward(batch_size, params):
+        key = jax.random.key(0)
+        inputs = gaussian_inputs(model, key, batch_size, model.frozen(key))
+        return jax.vjp(lambda p: model.apply(p, inputs)[0].sum(), params)[1]
+
+    return _growth(forward, params)
+
+
+def _making_bytes(config: Config, model: Model) -> int:
+    """Bytes that making one sample keeps for the way back."""
+    maker = reviver.make_maker(config, model)
+
+    def make(batch_size, params):
+        key, targets = jax.random.key(0), jnp.zeros(batch_size, jnp.int32)
+        drawn = maker.draw(key, key, targets, model.frozen(key))
+        return jax.vjp(lambda p: maker.make(p, *drawn), params)[1]
+
+    return _growth(make, jax.eval_shape(maker.init, jax.random.key(0)))
+
+
+def _growth(function: Callable, *given: Any) -> int:
+    """By how many bytes a result grows with each sample: (batch size, *given) -> pytree. What does
+    not grow, such as parameters, is no working memory of its own."""
+    one, two = (
+        trees.nbytes(jax.eval_shape(partial(function, batch_size), *given)) for batch_size in (1, 2)
+    )
+    return two - one
+
+
+def choose_shelf(config: Config, working: int, used: int, mesh: Mesh | None = None) -> Shelf:
+    """The shelf of a configuration; `auto` is the device while it has room.
+
+    Args:
+      config: names the place.
+      working: bytes that a job under training or a server step needs.
+      used: bytes that arrays take between calls if all of them live on the device.
+      mesh: the devices of the run, where they are several.
+    """
+    place = config.version_memory
+    if place == "auto":
+        room = device_bytes()
+        place = "device" if room is None or used + working <= room else "host"
+    return shelf(place, mesh)
+
+
+def default_client_batch(model: Model, config: Config, job: int, used: int) -> int:
+    """Jobs trained in one call of a device where the configuration leaves it open.
+
+    On a CPU one job of texts or large images already fills the cores and the caches; of small
+    images two are a tenth faster. An accelerator takes as many as fit beside what lives there.
+
+    Args:
+      model: the model.
+      config: tells the batch size.
+      job: bytes of one job under training.
+      used: bytes that arrays take between calls.
+    """
+    if jax.default_backend() == "cpu":
+        if model.vocabulary is not None:
+            return 1
+        return per_call(2, config.batch_size, model.input_shape)
+    free = (device_bytes() or 0) - used
+    return min(max(free // max(job, 1), 1), JOBS_IN_A_CALL)
+
+
+def jobs_in_a_call(windows: np.ndarray, limit: int, devices: int = 1) -> int:
+    """Jobs that all devices together train in one call of a fixed size, such that all windows, the
+    last call of each padded, take the least time.
+
+    Args:
+      windows: numbers of jobs.
+      limit: the most jobs of one device.
+      devices: how many share a call.
+    """
+    sizes, counts = np.unique(windows, return_counts=True)
+
+    def cost(each: int) -> int:
+        return (counts * -(-sizes // (each * devices))).sum() * (each + CALL_COST)
+
+    most = -(-int(sizes.max(initial=1)) // devices)
+    return devices * min(range(1, min(limit, most) + 1), key=cost)
