@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import flags as config_flags
-from fedrevive_jax.config import ConfigError
+from fedrevive_jax.errors import ConfigError
 
 PEER = flags.DEFINE_string("peer", None, "what to compare with: torch")
 REPEATS = flags.DEFINE_integer("repeats", 5, "calls of every stage")
@@ -34,27 +34,27 @@ def main() -> None:
     given = {name: value for name, value in config_flags.given_values().items() if value}
     name = given.pop("model", None) or "convnet"
     if name not in stages.WORKLOADS:
-        raise ConfigError(f"--model={name}: must be one of {', '.join(stages.WORKLOADS)}")
+        raise ConfigError("model", name, f"must be one of {', '.join(stages.WORKLOADS)}")
     for field in ("dataset", "method", "workdir"):
         if field in given:
-            raise ConfigError(f"--{field}={given[field]}: is fixed here; --model chooses the work")
+            raise ConfigError(field, given[field], "is fixed here; --model chooses the work")
     if PEER.value not in (None, "torch"):
-        raise ConfigError(f"--peer={PEER.value}: must be torch")
+        raise ConfigError("peer", PEER.value, "must be torch")
     for flag in (REPEATS, ARRIVALS):
         if flag.value < 1:
-            raise ConfigError(f"--{flag.name}={flag.value}: must be at least 1")
+            raise ConfigError(flag.name, flag.value, "must be at least 1")
     if PEAK.value is not None and not PEAK.value > 0:
-        raise ConfigError(f"--peak_tflops={PEAK.value}: must be above 0")
+        raise ConfigError("peak_tflops", PEAK.value, "must be above 0")
     config, dataset = stages.workload(name, **given)
     mesh = create_mesh(config.mesh)
     devices = 1 if mesh is None else mesh.size
     if PEER.value:
         if devices > 1:
-            raise ConfigError(f"--mesh={config.mesh}: must be 1 with --peer=torch, on one device")
+            raise ConfigError("mesh", config.mesh, "must be 1 with --peer=torch, on one device")
         _require_torch(name)
     if CONVOLUTIONS.value:
         if dataset.is_text:
-            raise ConfigError("--convolutions: t5 has none")
+            raise ConfigError("convolutions", None, "t5 has none")
         rows = convolution_table.measure(config, dataset, REPEATS.value, _say)
         print(convolution_table.table(rows), end="", flush=True)
         _write(rows)
@@ -84,7 +84,7 @@ def _require_torch(name: str) -> None:
 
     for package in ("torch", *(["transformers"] if name == "t5" else [])):
         if importlib.util.find_spec(package) is None:
-            raise ConfigError(f"--peer=torch: needs {package}, pip install -e '.[parity]'")
+            raise ConfigError("peer", "torch", f"needs {package}, pip install -e '.[parity]'")
 
     import jax
 
@@ -99,9 +99,7 @@ def _write(told) -> None:
         try:
             Path(JSON.value).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
-            raise ConfigError(
-                f"--json={JSON.value}: cannot be written ({error.strerror})"
-            ) from None
+            raise ConfigError("json", JSON.value, f"cannot be written ({error.strerror})") from None
 
 
 def _say(line: str) -> None:

@@ -22,7 +22,8 @@ from pathlib import Path
 from absl import flags
 
 from experiments import flags as config_flags
-from fedrevive_jax.config import METHODS, PUBLISHED_METHODS, ConfigError, without_tilde
+from fedrevive_jax.config import METHODS, PUBLISHED_METHODS, without_tilde
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.record.interruption import InterruptedRunError, Interruption
 
 METHOD_LIST = flags.DEFINE_string(
@@ -133,18 +134,20 @@ def _checked() -> tuple[Path, list[str], list[float]]:
       ConfigError: a flag is not what it must be. Nothing has been written then.
     """
     if not OUT.value:
-        raise ConfigError("--out=: must name a folder")
+        raise ConfigError("out", "", "must name a folder")
     for flag in (SEEDS, JOBS, TUNE_SEEDS):
         if flag.value < 1:
-            raise ConfigError(f"--{flag.name}={flag.value}: must be at least 1")
+            raise ConfigError(flag.name, flag.value, "must be at least 1")
     modes = (("workdirs", WORKDIRS.value), ("tune", TUNE.value or None), ("ablate", ABLATE.value))
     chosen = [name for name, value in modes if value is not None]
     if len(chosen) > 1:
-        raise ConfigError(f"--{chosen[1]}: must not be given with --{chosen[0]}")
+        raise ConfigError(chosen[1], None, f"must not be given with --{chosen[0]}")
     if chosen and chosen != ["tune"] and METHOD_LIST.present:
         raise ConfigError(
-            f"--methods={METHOD_LIST.value}: must not be given with --{chosen[0]}"
-            + ("; an ablation is of --method" if chosen == ["ablate"] else "")
+            "methods",
+            METHOD_LIST.value,
+            f"must not be given with --{chosen[0]}"
+            + ("; an ablation is of --method" if chosen == ["ablate"] else ""),
         )
     if WORKDIRS.value is not None:
         fields = config_flags.given_values()
@@ -152,33 +155,33 @@ def _checked() -> tuple[Path, list[str], list[float]]:
         for name, value in {**fields, **runs_alone}.items():
             if value is not None:
                 raise ConfigError(
-                    f"--{name}={value}: must not be given with --workdirs, which runs nothing"
+                    name, value, "must not be given with --workdirs, which runs nothing"
                 )
     for flag in (TUNE_SERVER, TUNE_CLIENT, TUNE_TIME, TUNE_SEEDS):
         if flag.present and not TUNE.value:
-            raise ConfigError(f"--{flag.name}={flag.value}: goes with --tune")
+            raise ConfigError(flag.name, flag.value, "goes with --tune")
     try:
         time_is_right = TUNE_TIME.value is None or float(TUNE_TIME.value) > 0
     except ValueError:
         time_is_right = False
     if not time_is_right:
-        raise ConfigError(f"--tune_time={TUNE_TIME.value}: must be a number above 0")
+        raise ConfigError("tune_time", TUNE_TIME.value, "must be a number above 0")
     methods = METHODS
     if METHOD_LIST.value != "all":
         methods = [name.strip() for name in METHOD_LIST.value.split(",")]
     for name in methods:
         if name not in METHODS:
             raise ConfigError(
-                f"--methods={METHOD_LIST.value}: {name!r} must be one of {', '.join(METHODS)}"
+                "methods", METHOD_LIST.value, f"{name!r} must be one of {', '.join(METHODS)}"
             )
     if len(set(methods)) < len(methods):
-        raise ConfigError(f"--methods={METHOD_LIST.value}: holds a method twice")
+        raise ConfigError("methods", METHOD_LIST.value, "holds a method twice")
     try:
         targets = [float(part) for part in TARGETS.value.split(",") if part]
     except ValueError:
         targets = [-1.0]
     if not all(0 < target <= 1 for target in targets):
-        raise ConfigError(f"--targets={TARGETS.value}: must be accuracies above 0 and at most 1")
+        raise ConfigError("targets", TARGETS.value, "must be accuracies above 0 and at most 1")
     return Path(without_tilde("out", OUT.value)), list(methods), targets
 
 
@@ -186,10 +189,10 @@ def _folders(text: str) -> list[Path]:
     found = []
     for part in map(str.strip, text.split(",")):
         if not part:
-            raise ConfigError(f"--workdirs={text}: holds an empty name")
+            raise ConfigError("workdirs", text, "holds an empty name")
         paths = sorted(glob.glob(without_tilde("workdirs", part)))
         if not paths:
-            raise ConfigError(f"--workdirs={text}: there is no {part}")
+            raise ConfigError("workdirs", text, f"there is no {part}")
         found += map(Path, paths)
     return found
 

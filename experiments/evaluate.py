@@ -9,7 +9,8 @@ from pathlib import Path
 from absl import flags
 
 from experiments import flags as config_flags
-from fedrevive_jax.config import ConfigError, without_tilde
+from fedrevive_jax.config import without_tilde
+from fedrevive_jax.errors import ConfigError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run")
 STEP = flags.DEFINE_integer("step", None, "global version; default: the newest checkpoint")
@@ -22,7 +23,7 @@ T5_WEIGHTS = flags.DEFINE_string(
 
 def main() -> None:
     if not WORKDIR.value:
-        raise ConfigError("--workdir=: must name the folder of a run")
+        raise ConfigError("workdir", "", "must name the folder of a run")
     from fedrevive_jax.running.restore import evaluate_checkpoint
 
     figures = evaluate_checkpoint(

@@ -6,6 +6,7 @@ import hashlib
 import logging as standard_logging
 import os
 import platform
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,7 +15,8 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from fedrevive_jax.compute import processes
-from fedrevive_jax.config import Config, ConfigError, UserError, without_tilde
+from fedrevive_jax.config import Config, without_tilde
+from fedrevive_jax.errors import ConfigError, FileError, UserError
 from fedrevive_jax.presets import SCALES
 
 COMPILATION_CACHE = flags.DEFINE_string(
@@ -40,6 +42,8 @@ def define() -> None:
         # the same kind of message.
         default = "empty" if field.default == "" else field.default
         flags.DEFINE_string(field.name, None, f"{words}. Default: the preset's, else {default}.")
+    for field in dataclasses.fields(Config):
+        flags.FLAGS[field.name].help = in_flags(flags.FLAGS[field.name].help)
     flags.DEFINE_alias("conv", "convolution")
     flags.DEFINE_string(
         "preset_scale", None, f"size of the preset ({', '.join(SCALES)}). Default: {SCALES[0]}."
@@ -50,6 +54,27 @@ def given_values() -> dict[str, str | None]:
     """What the command line says of every field and of the preset's scale; None where nothing."""
     names = [*(field.name for field in dataclasses.fields(Config)), "preset_scale"]
     return {name: flags.FLAGS[name].value for name in names}
+
+
+def worded(error: UserError) -> str:
+    """An error of the library in the words of the command line."""
+    if isinstance(error, FileError):
+        return f"{error.value}: {in_flags(error.reason)}"
+    if isinstance(error, ConfigError):
+        given = error.field if error.value is None else f"{error.field}={error.value}"
+        return f"--{given}: {in_flags(error.reason)}"
+    return in_flags(str(error))
+
+
+def in_flags(text: str) -> str:
+    """The library's `name`, name=value and overwrite=True as flags, where there is such a flag."""
+
+    def flag(found: re.Match) -> str:
+        return f"--{found['name']}" if found["name"] in flags.FLAGS else found[0]
+
+    text = text.replace("overwrite=True", "--overwrite")
+    text = re.sub(r"`(?P<name>\w+)`", flag, text)
+    return re.sub(r"(?<![\w.=/`-])(?P<name>\w+)(?==)", flag, text)
 
 
 def define_grace() -> flags.FlagHolder[float]:
@@ -82,7 +107,7 @@ def run(main: Callable[[], int | None]) -> None:
             keep_programs()
             return main()
         except UserError as error:
-            return fail(str(error))
+            return fail(worded(error))
         except Exception as error:
             if processes.is_lost_contact(error):
                 return fail(f"lost contact with the other processes ({str(error).splitlines()[0]})")
@@ -102,10 +127,17 @@ def run(main: Callable[[], int | None]) -> None:
     app.run(guarded, flags_parser=parse)
 
 
+class _Worded(standard_logging.Formatter):
+    """Shows the library's messages in the words of the command line."""
+
+    def format(self, record: standard_logging.LogRecord) -> str:
+        return in_flags(super().format(record))
+
+
 def _show_warnings() -> None:
     """The package's own warnings are for the user: one line each on standard error."""
     handler = standard_logging.StreamHandler()
-    handler.setFormatter(standard_logging.Formatter("warning: %(message)s"))
+    handler.setFormatter(_Worded("warning: %(message)s"))
     logger = standard_logging.getLogger("fedrevive_jax")
     logger.setLevel(standard_logging.WARNING)
     logger.addHandler(handler)
@@ -125,7 +157,7 @@ def keep_programs() -> None:
     if given is None and "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     if given == "":
-        raise ConfigError("--compilation_cache_dir=: must be a folder, or off")
+        raise ConfigError("compilation_cache_dir", "", "must be a folder, or off")
     caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     try:
         folder = without_tilde("compilation_cache_dir", given or str(caches / "fedrevive_jax"))
@@ -143,7 +175,7 @@ def keep_programs() -> None:
     except OSError as error:
         if given:
             raise ConfigError(
-                f"--compilation_cache_dir={given}: cannot be written ({error.strerror})"
+                "compilation_cache_dir", given, f"cannot be written ({error.strerror})"
             ) from None
         return  # nobody asked for it, and a run does without
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)

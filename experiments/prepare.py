@@ -12,9 +12,10 @@ from pathlib import Path
 from absl import flags
 
 from experiments import flags as config_flags
-from fedrevive_jax.config import ConfigError, without_tilde
+from fedrevive_jax.config import without_tilde
 from fedrevive_jax.data import tfds_reader
 from fedrevive_jax.data.errors import one_line
+from fedrevive_jax.errors import ConfigError
 
 DATASET = flags.DEFINE_string("dataset", None, "data set to prepare")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "folder to write to")
@@ -37,13 +38,13 @@ def prepare(name: str, data_dir: str, manual_dir: str = "") -> str:
         a run would take for a prepared data set.
     """
     if name not in NAMES:
-        raise ConfigError(f"--dataset={name}: must be one of {', '.join(NAMES)}")
+        raise ConfigError("dataset", name, f"must be one of {', '.join(NAMES)}")
     if not data_dir:
-        raise ConfigError("--data_dir=: must name the folder to write to")
+        raise ConfigError("data_dir", "", "must name the folder to write to")
     data_dir = without_tilde("data_dir", data_dir)
     manual = Path(without_tilde("manual_dir", manual_dir)) if manual_dir else None
     if manual and not (manual.is_dir() and any(manual.iterdir())):
-        raise ConfigError(f"--manual_dir={manual_dir}: no such folder, or it is empty")
+        raise ConfigError("manual_dir", manual_dir, "no such folder, or it is empty")
     words = "is prepared already"
     if not tfds_reader.version_folders(name, data_dir):
         _write(name, Path(data_dir), manual)
@@ -75,8 +76,10 @@ def _write(name: str, root: Path, manual: Path | None) -> None:
     except Exception as error:  # of downloads, of archives, of disks: TFDS passes all kinds on
         by_hand = builder_class.MANUAL_DOWNLOAD_INSTRUCTIONS
         raise ConfigError(
-            f"--dataset={name}: cannot be prepared ({one_line(error)})"
-            + (f"; without a download: --manual_dir with {by_hand}" if by_hand else "")
+            "dataset",
+            name,
+            f"cannot be prepared ({one_line(error)})"
+            + (f"; without a download: --manual_dir with {by_hand}" if by_hand else ""),
         ) from error
     finally:
         for path in _unfinished(root, name) - before:
@@ -95,8 +98,9 @@ def _builder_class(name: str) -> type:
         return Newsgroups
     if importlib.util.find_spec("tensorflow") is None:
         raise ConfigError(
-            f"--dataset={name}: to prepare it takes TensorFlow, pip install -e '.[tfds]'; runs do "
-            "without"
+            "dataset",
+            name,
+            "to prepare it takes TensorFlow, pip install -e '.[tfds]'; runs do without",
         )
     import tensorflow_datasets as tfds
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import flags as config_flags
-from fedrevive_jax.config import ConfigError
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.presets import resolve
 
 OUT = flags.DEFINE_string("out", "runs/tour", "folder for the pictures")
@@ -26,14 +26,14 @@ SHORT = {
 def main() -> None:
     given = config_flags.given_values()
     if given["workdir"] is not None:
-        raise ConfigError(f"--workdir={given['workdir']}: the tour keeps no record; see --out")
+        raise ConfigError("workdir", given["workdir"], "the tour keeps no record; see --out")
     if given["method"] is None:
         given = {name: SHORT.get(name) if v is None else v for name, v in given.items()}
     config = resolve(**given)
     if config.method != "fedrevive":
-        raise ConfigError(f"--method={config.method}: the tour walks through fedrevive")
+        raise ConfigError("method", config.method, "the tour walks through fedrevive")
     if config.model == "t5":
-        raise ConfigError(f"--dataset={config.dataset}: the tour shows images, not texts")
+        raise ConfigError("dataset", config.dataset, "the tour shows images, not texts")
     walk(config, Path(OUT.value))
 
 
@@ -55,7 +55,7 @@ def walk(config, out: Path) -> None:
     simulation = Simulation(config)
     dataset, plan = simulation.dataset, simulation.schedule
     if not plan.num_arrivals:
-        raise ConfigError(f"--max_time={config.max_time:g}: ends before the first arrival")
+        raise ConfigError("max_time", f"{config.max_time:g}", "ends before the first arrival")
     print(f"  {dataset.name}: {len(dataset.labels)} samples of shape {dataset.input_shape}")
     print("  splits: " + ", ".join(f"{len(p)} {name}" for name, p in dataset.splits.items()))
 

@@ -8,7 +8,7 @@ import importlib
 
 _WHERE = {
     "Config": "config",
-    "ConfigError": "config",
+    "ConfigError": "errors",
     "Dataset": "data.dataset",
     "Model": "models.model",
     "Preprocessing": "data.dataset",

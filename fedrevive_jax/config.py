@@ -11,14 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
-class UserError(Exception):
-    """Something that is the user's to mend. The message is one line for that user."""
-
-
-class ConfigError(UserError, ValueError):
-    """A value, file or folder that a user gave is not allowed."""
-
+from fedrevive_jax.errors import ConfigError
 
 # The comparison of arXiv 2511.00655, and methods of other papers.
 PUBLISHED_METHODS = ("fedavg", "fedbuff", "afl_dw", "fedrevive", "dd_fedrevive")
@@ -94,7 +87,7 @@ class Config:
     mesh: str = _field(
         "0",
         "devices that compute together: a number, or auto for all there are; 0 or 1: one. "
-        "--client_batch is for each of them",
+        "`client_batch` is for each of them",
     )
 
     # The simulated world
@@ -115,9 +108,9 @@ class Config:
     )
     delay_download: float = _field(0.1, "download time of the constant ... delays", at_least=0)
     delay_upload: float = _field(0.2, "upload time of the constant ... delays", at_least=0)
-    delay_trace: str = _field("", "CSV file of measured durations, for --delays=trace")
+    delay_trace: str = _field("", "CSV file of measured durations, for delays=trace")
     fault_rate: float = _field(
-        0.0, "share of the jobs that fail, drawn from --fault_kinds", at_least=0, at_most=1
+        0.0, "share of the jobs that fail, drawn from `fault_kinds`", at_least=0, at_most=1
     )
     fault_kinds: str = _field(
         ",".join(FAULTS),
@@ -200,7 +193,7 @@ class Config:
         "float32", "numbers in which it is kept", choices=("float32", "bfloat16")
     )
     cache_dir: str = _field(
-        "", "folder for the file of --cache_memory=disk; empty: the system's temporary folder"
+        "", "folder for the file of cache_memory=disk; empty: the system's temporary folder"
     )
     max_update_norm: float = _field(
         0.0, "largest L2 norm of an update that is taken in; 0: any finite norm", at_least=0
@@ -257,7 +250,7 @@ class Config:
     distillation_batch: int = _field(32, "images per teacher and student step", at_least=1)
     teacher_batch: int = _field(
         0, "teachers whose images pass through the student in one call, a divisor of "
-        "--num_teachers; 0: few on CPU, all elsewhere", at_least=0,
+        "`num_teachers`; 0: few on CPU, all elsewhere", at_least=0,
     )  # fmt: skip
     distillation_lr: float = _field(1e-4, "lr_kd, rate of the student", above=0)
     distillation_temperature: float = _field(1.0, "temperature of the distillation", above=0)
@@ -291,74 +284,88 @@ class Config:
             if getattr(self, name):
                 object.__setattr__(self, name, without_tilde(name, getattr(self, name)))
         if self.mesh != "auto" and not self.mesh.isdecimal():
-            raise ConfigError(f"--mesh={self.mesh}: must be auto or a whole number of devices")
+            raise ConfigError("mesh", self.mesh, "must be auto or a whole number of devices")
         if self.t5_weights and self.model != "t5":
             raise ConfigError(
-                f"--t5_weights={self.t5_weights}: needs --model=t5, not --model={self.model}"
+                "t5_weights", self.t5_weights, f"needs model=t5, not model={self.model}"
             )
         if self.pretrained and self.model == "t5":
             raise ConfigError(
-                f"--pretrained={self.pretrained}: starts models of images; a model of text can "
-                "start from --t5_weights"
+                "pretrained",
+                self.pretrained,
+                "starts models of images; a model of text can start from `t5_weights`",
             )
         if self.concurrency > self.num_clients:
             raise ConfigError(
-                f"--concurrency={self.concurrency}: must be at most --num_clients="
-                f"{self.num_clients} (K clients out of N work at the same time)"
+                "concurrency",
+                self.concurrency,
+                f"must be at most num_clients="
+                f"{self.num_clients} (K clients out of N work at the same time)",
             )
         if self.open_slots > self.concurrency:
             raise ConfigError(
-                f"--open_slots={self.open_slots}: must be at most --concurrency={self.concurrency}"
+                "open_slots", self.open_slots, f"must be at most concurrency={self.concurrency}"
             )
         for name in ("buffer_size", "open_slots") if self.method == "fedavg" else ():
             if getattr(self, name) != self.concurrency:
                 raise ConfigError(
-                    f"--{name}={getattr(self, name)}: must be --concurrency={self.concurrency} "
-                    "with --method=fedavg, whose round waits for all; --method=fedbuff takes others"
+                    name,
+                    getattr(self, name),
+                    f"must be concurrency={self.concurrency} "
+                    "with method=fedavg, whose round waits for all; method=fedbuff takes others",
                 )
         if self.warmup_versions < self.freeze_versions:
             raise ConfigError(
-                f"--warmup_versions={self.warmup_versions}: must be at least --freeze_versions="
-                f"{self.freeze_versions} (distillation needs a synthesised pool)"
+                "warmup_versions",
+                self.warmup_versions,
+                f"must be at least freeze_versions="
+                f"{self.freeze_versions} (distillation needs a synthesised pool)",
             )
         if self.teacher_batch and self.num_teachers % self.teacher_batch:
             raise ConfigError(
-                f"--teacher_batch={self.teacher_batch}: must divide --num_teachers="
-                f"{self.num_teachers}"
+                "teacher_batch",
+                self.teacher_batch,
+                f"must divide num_teachers={self.num_teachers}",
             )
         if self.pool_size < self.synthesis_batch:
             raise ConfigError(
-                f"--pool_size={self.pool_size}: must be at least --synthesis_batch="
-                f"{self.synthesis_batch}"
+                "pool_size",
+                self.pool_size,
+                f"must be at least synthesis_batch={self.synthesis_batch}",
             )
         if self.model == "t5" and not self.t5_weights and self.model_width % self.model_heads:
             raise ConfigError(
-                f"--model_heads={self.model_heads}: must divide --model_width={self.model_width}"
+                "model_heads", self.model_heads, f"must divide model_width={self.model_width}"
             )
         if self.staleness_weight != "none" and self.method in ("afl_dw", "fedfa"):
             raise ConfigError(
-                f"--staleness_weight={self.staleness_weight}: must be none with --method="
+                "staleness_weight",
+                self.staleness_weight,
+                f"must be none with method="
                 f"{self.method}, which "
-                + ("weighs by beta" if self.method == "afl_dw" else "averages whole models")
+                + ("weighs by beta" if self.method == "afl_dw" else "averages whole models"),
             )
         if self.step_method == "fadas" and self.server_optimizer != "sgd":
             raise ConfigError(
-                f"--server_optimizer={self.server_optimizer}: must be left out with fadas, which "
-                "is an optimiser of its own"
+                "server_optimizer",
+                self.server_optimizer,
+                "must be left out with fadas, which is an optimiser of its own",
             )
         if self.delays == "uniform" and self.delay_spread >= self.delay_mean:
             raise ConfigError(
-                f"--delay_spread={self.delay_spread}: must be below --delay_mean="
-                f"{self.delay_mean} (a training time is positive)"
+                "delay_spread",
+                self.delay_spread,
+                f"must be below delay_mean={self.delay_mean} (a training time is positive)",
             )
         kinds = self.fault_kinds.split(",")
         if len(set(kinds)) < len(kinds) or not set(kinds) <= set(FAULTS):
             raise ConfigError(
-                f"--fault_kinds={self.fault_kinds}: must be some of {','.join(FAULTS)}, each once, "
-                "separated by commas"
+                "fault_kinds",
+                self.fault_kinds,
+                f"must be some of {','.join(FAULTS)}, each once, separated by commas",
             )
         if self.delays == "trace" and not self.delay_trace:
-            raise ConfigError("--delay_trace=: must name a CSV file with --delays=trace")
+            raise ConfigError("delay_trace", "", "must name a CSV file with delays=trace")
 
     @property
     def step_method(self) -> str:
@@ -399,7 +406,7 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
     bounds = [f"{words} {limits[name]}" for name, words in LIMITS.items() if name in limits]
 
     def refused(*allowed: str, joined: str = ", ") -> ConfigError:
-        return ConfigError(f"--{field.name}={_shown(value)}: must be {joined.join(allowed)}")
+        return ConfigError(field.name, _shown(value), f"must be {joined.join(allowed)}")
 
     try:
         result = field.type(value)
@@ -435,7 +442,7 @@ def without_tilde(name: str, path: str) -> str:
     try:
         return str(Path(path).expanduser())
     except RuntimeError:
-        raise ConfigError(f"--{name}={path}: must not name the home of an unknown user") from None
+        raise ConfigError(name, path, "must not name the home of an unknown user") from None
 
 
 def _shown(value: Any, limit: int = 100) -> str:

@@ -10,7 +10,8 @@ minutes on two cores.
 import dataclasses
 from typing import Any
 
-from fedrevive_jax.config import REVIVING, Config, ConfigError
+from fedrevive_jax.config import REVIVING, Config
+from fedrevive_jax.errors import ConfigError
 
 # --- the constants of arXiv 2511.00655 and its published experiments ------------------------------
 
@@ -316,10 +317,10 @@ def resolve(
     known = {field.name: field for field in dataclasses.fields(Config)}
     unknown = sorted(set(given) - set(known))
     if unknown:
-        raise ConfigError(f"--{unknown[0]}: there is no such field; see --help")
+        raise ConfigError(unknown[0], None, "there is no such field")
     scale = SCALES[0] if preset_scale is None else preset_scale
     if scale not in SCALES:
-        raise ConfigError(f"--preset_scale={scale}: must be one of {', '.join(SCALES)}")
+        raise ConfigError("preset_scale", scale, f"must be one of {', '.join(SCALES)}")
     dataset = known["dataset"].default if dataset is None else dataset
     method = known["method"].default if method is None else method
     preset = _preset(dataset, method)

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from fedrevive_jax.compute import devices
-from fedrevive_jax.config import METHODS, PUBLISHED_METHODS, ConfigError
+from fedrevive_jax.config import METHODS, PUBLISHED_METHODS
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.simulation.simulator import Simulation
 from tests.test_simulator import assert_same_params, rows, small
 
@@ -156,5 +157,5 @@ def test_split_is_the_plain_function_with_the_plain_gradients(count):
 def test_meshes():
     assert devices.create_mesh("auto").size == jax.device_count() == 8
     assert devices.create_mesh("0") is devices.create_mesh("1") is None
-    with pytest.raises(ConfigError, match="--mesh=9: there are 8 devices"):
+    with pytest.raises(ConfigError, match="mesh=9: there are 8 devices"):
         devices.create_mesh("9")

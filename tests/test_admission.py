@@ -92,7 +92,7 @@ def test_every_reason_by_hand(caplog):
     with caplog.at_level(logging.WARNING, "fedrevive_jax.server.admission"):
         (found,) = server.review()
     assert found[:4] == (3, 3, 0, Reason.UPDATE_NORM)
-    assert found.detail == "update norm 3.5 above --max_update_norm=3"
+    assert found.detail == "update norm 3.5 above max_update_norm=3"
     assert found.detail in caplog.records[-1].getMessage()
     assert server.rejected["update_norm"] == 1
     assert server.review() == []

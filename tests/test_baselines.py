@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedrevive_jax.config import Config, ConfigError
+from fedrevive_jax.config import Config
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.methods import blending, staleness
 from fedrevive_jax.methods.fedrevive import revived
 from fedrevive_jax.presets import resolve
@@ -400,7 +401,7 @@ def test_a_cache_that_cannot_fit_is_refused_at_once(tmp_path, monkeypatch):
         with pytest.raises(ConfigError) as refused:
             client_cache.check_fit(config, needed)
     assert str(refused.value).startswith(
-        "--cache_memory=device: the last updates of --num_clients=1000 and what lives beside them "
+        "cache_memory=device: the last updates of num_clients=1000 and what lives beside them "
         "need 44.7 GB there, of 40.0 GB"
     )
     client_cache.check_fit(config, needed // 2)
@@ -414,10 +415,10 @@ def test_a_cache_that_cannot_fit_is_refused_at_once(tmp_path, monkeypatch):
         client_cache.check_fit(config, needed // 2, beside=10**9)
     client_cache.check_fit(config, needed // 3)
     host = dataclasses.replace(config, cache_memory="host")
-    with pytest.raises(ConfigError, match=r"--cache_memory=host: .* need 44\.7 GB"):
+    with pytest.raises(ConfigError, match=r"cache_memory=host: .* need 44\.7 GB"):
         client_cache.check_fit(host, needed // 2)  # a checkpoint holds a copy
     disk = dataclasses.replace(config, cache_memory="disk")
-    with pytest.raises(ConfigError, match=r"--cache_dir=.*: the last updates of"):
+    with pytest.raises(ConfigError, match=r"cache_dir=.*: the last updates of"):
         client_cache.check_fit(disk, 10**18)
     lost = dataclasses.replace(disk, cache_dir=str(tmp_path / "none"))
     with pytest.raises(ConfigError, match="is not a folder that can be written to"):
@@ -426,7 +427,7 @@ def test_a_cache_that_cannot_fit_is_refused_at_once(tmp_path, monkeypatch):
 
 def test_contradictions_are_told():
     for method, settings, message in (
-        ("afl_dw", {"staleness_weight": "sqrt"}, "must be none with --method=afl_dw"),
+        ("afl_dw", {"staleness_weight": "sqrt"}, "must be none with method=afl_dw"),
         ("fedfa", {"staleness_weight": "hinge"}, "averages whole models"),
         ("fadas", {"server_optimizer": "adam"}, "an optimiser of its own"),
         ("fedrevive", {"revive_on": "fadas", "server_optimizer": "adam"}, "left out with fadas"),

@@ -23,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from fedrevive_jax.config import ConfigError
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.record import archive
 from fedrevive_jax.record.archive import CorruptError
 from fedrevive_jax.record.checkpoint import CheckpointError, Checkpoints, has_checkpoint
@@ -220,7 +220,7 @@ def test_corruptions_are_found(saved, tmp_path, caplog):
         what = corrupt(folder, rng, [flip, flip, flip, zero, truncate, delete])
         caplog.clear()
         assert outcome(folder) in (0, 4), what
-        assert f"--workdir={folder}: checkpoint 5 is corrupt (" in caplog.messages[0]
+        assert f"workdir={folder}: checkpoint 5 is corrupt (" in caplog.messages[0]
         shutil.rmtree(folder)
 
 
@@ -274,7 +274,7 @@ def test_without_a_good_checkpoint_nothing_is_changed(saved, tmp_path):
     for step in "45":
         (folder / "checkpoints" / step / "state.npz").unlink()
     with contextlib.closing(Checkpoints(folder)) as checkpoints:
-        message = rf"--workdir={folder}: no checkpoint is whole; corrupt: 5, 4"
+        message = rf"workdir={folder}: no checkpoint is whole; corrupt: 5, 4"
         with pytest.raises(ConfigError, match=message):
             load(checkpoints)
     assert names(folder / "checkpoints") == {"4", "5"}
@@ -408,7 +408,7 @@ def test_a_full_disk_is_told_and_nothing_is_lost(saved, tmp_path, size):
         with files_of_at_most(size):
             checkpoints.save(record_of(6), params_of(6), arrays_of(record_of(6)))
             message = (
-                rf"^--workdir={folder}: the checkpoint of version 6 could not be written "
+                rf"^workdir={folder}: the checkpoint of version 6 could not be written "
                 rf"\({os.strerror(errno.EFBIG)}\); the newest on disk is of version 5$"
             )
             with pytest.raises(CheckpointError, match=message):

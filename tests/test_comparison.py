@@ -19,7 +19,7 @@ import pytest
 from fedrevive_jax.comparison import campaign, report, statistics, tuning
 from fedrevive_jax.comparison.statistics import Run
 from fedrevive_jax.comparison.tuning import Point
-from fedrevive_jax.config import ConfigError
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.record import plots
 from tests.test_cli import call, flags, started
@@ -302,7 +302,7 @@ def test_accuracy_by_staleness(tmp_path):
     report.write(out, report.Study("one", "", groups(*runs(5))))
     assert not (out / "by_staleness.png").exists()  # of an earlier comparison
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"--out=.*file: cannot be made"):
+    with pytest.raises(ConfigError, match=r"out=.*file: cannot be made"):
         report.write(tmp_path / "file", report.Study("one", "", groups(*runs(5))))
 
 
@@ -316,9 +316,9 @@ def test_the_grid():
         (0.09, 0.01, (0, 0)), (0.2, 0.01, (1, 0)), (0.9, 0.01, (2, 0)),
     ]  # fmt: skip
     for text in ("x", "0.1,,2", "-1", "nan", "0"):
-        with pytest.raises(ConfigError, match=r"--tune_server_lr=.*: must be positive numbers"):
+        with pytest.raises(ConfigError, match=r"tune_server_lr=.*: must be positive numbers"):
             tuning.grid(text, "x1", config)
-    with pytest.raises(ConfigError, match=r"--tune_client_lr=0\.01,x1: holds a rate twice"):
+    with pytest.raises(ConfigError, match=r"tune_client_lr=0\.01,x1: holds a rate twice"):
         tuning.grid("x1", "0.01,x1", config)
 
 
@@ -368,7 +368,7 @@ def test_finished_runs_on_other_folders_are_not_taken(tmp_path):
     assert campaign._is_done(config)
     elsewhere = dataclasses.replace(config, data_dir=str(tmp_path / "b"))
     for finished in (campaign.runner.is_finished, campaign._is_done):
-        with pytest.raises(ConfigError, match=r"--data_dir=.*b: .*run holds a run on .*a; give an"):
+        with pytest.raises(ConfigError, match=r"data_dir=.*b: .*run holds a run on .*a; give an"):
             finished(elsewhere)
 
 
@@ -439,7 +439,7 @@ def test_ablations(tmp_path):
 def test_one_process_holds_an_accelerator(tmp_path, monkeypatch):
     configs = campaign.of_methods({"dataset": "digits"}, ["fedbuff"], 2, tmp_path)
     monkeypatch.setattr(campaign.jax, "default_backend", lambda: "tpu")
-    with pytest.raises(ConfigError, match="--jobs=2: must be 1 on an accelerator"):
+    with pytest.raises(ConfigError, match="jobs=2: must be 1 on an accelerator"):
         campaign.run_all(configs, jobs=2)
 
 
@@ -519,10 +519,10 @@ def test_a_memory_that_cannot_fit_is_refused_before_the_first_run(tmp_path, monk
     campaign._check_caches(two, 2)
     monkeypatch.setattr(campaign.client_cache, "host_memory", lambda: 2 * one - 1)
     campaign._check_caches(two, 1)
-    with pytest.raises(ConfigError, match=r"--jobs=2: too many at once\. --cache_memory=device"):
+    with pytest.raises(ConfigError, match=r"jobs=2: too many at once\. cache_memory=device"):
         campaign.run_all(two, jobs=2)
     monkeypatch.setattr(campaign.client_cache, "host_memory", lambda: 10**6)
-    with pytest.raises(ConfigError, match="--cache_memory=device: the last updates of"):
+    with pytest.raises(ConfigError, match="cache_memory=device: the last updates of"):
         campaign.run_all(configs)
     assert list(tmp_path.iterdir()) == []
 

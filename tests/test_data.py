@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from fedrevive_jax import data, models
-from fedrevive_jax.config import DATASETS, METHODS, MODELS, ConfigError
+from fedrevive_jax.config import DATASETS, METHODS, MODELS
 from fedrevive_jax.data import augment, digits, fashion_mnist
 from fedrevive_jax.data.dataset import Preprocessing, split_training
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.presets import BY_DATASET, BY_METHOD
 
 
@@ -157,7 +158,7 @@ def test_bad_idx_files(idx_folder, name, damage, message):
 
 
 def test_fashion_mnist_needs_a_folder():
-    with pytest.raises(ConfigError, match="--data_dir="):
+    with pytest.raises(ConfigError, match="data_dir="):
         fashion_mnist.load("", 0)
 
 

@@ -5,7 +5,8 @@ import pytest
 import scipy.stats
 
 from fedrevive_jax.clock import delays
-from fedrevive_jax.config import Config, ConfigError
+from fedrevive_jax.config import Config
+from fedrevive_jax.errors import ConfigError
 
 N = 20_000
 # Kolmogorov-Smirnov with fixed seeds: a true law falls below this level once in a thousand tests.

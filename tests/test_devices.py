@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedrevive_jax.config import ConfigError
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.record import files
 from tests.test_simulator import small
 
@@ -33,5 +33,5 @@ def test_the_mesh_is_no_part_of_what_a_run_is(tmp_path):
 
 @pytest.mark.parametrize("value", ["all", "-1", "1.5", ""])
 def test_a_mesh_is_a_number_or_auto(value):
-    with pytest.raises(ConfigError, match=f"--mesh={value}: must be auto or a whole number"):
+    with pytest.raises(ConfigError, match=f"mesh={value}: must be auto or a whole number"):
         small("fedbuff", mesh=value)

@@ -10,7 +10,7 @@ from fedrevive_jax.clock import schedule
 from fedrevive_jax.clock.schedule import LATE, Fault
 from fedrevive_jax.clock.windows import plan_windows
 from fedrevive_jax.compute.streams import Stream
-from fedrevive_jax.config import ConfigError
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.record import files
 from fedrevive_jax.record.health import (
@@ -155,7 +155,7 @@ def test_a_world_in_which_nothing_ever_comes():
 
 def test_too_long_a_plan_is_refused(monkeypatch):
     monkeypatch.setattr(schedule, "MOST_JOBS", 1000)
-    with pytest.raises(ConfigError, match=r"--max_time=1e\+300: plans more than 1000 jobs; must"):
+    with pytest.raises(ConfigError, match=r"max_time=1e\+300: plans more than 1000 jobs; must"):
         plan_of(max_time=1e300)
 
 
@@ -226,7 +226,7 @@ def test_too_many_rejections_end_the_run_and_leave_a_good_checkpoint(tmp_path, m
         checkpoint_every=1000,
     )  # fmt: skip
     message = (
-        r"^--reject_limit=0.5: 100 of the last 100 uploads up to version \d+ were rejected "
+        r"^reject_limit=0.5: 100 of the last 100 uploads up to version \d+ were rejected "
         r"\(in the whole run \d+ not_finite\); at most 50 may be$"
     )
     with pytest.raises(RejectLimitError, match=message):

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from fedrevive_jax.config import ConfigError
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.record import lock
 
 HOLD = """
@@ -48,9 +48,7 @@ def without_locks(monkeypatch):
 
 
 def test_the_second_is_refused_and_told_who_holds_it(tmp_path, holder, monkeypatch):
-    who = (
-        rf"--workdir={tmp_path}: is in use by process {holder.pid} on {socket.gethostname()} since"
-    )
+    who = rf"workdir={tmp_path}: is in use by process {holder.pid} on {socket.gethostname()} since"
     with pytest.raises(ConfigError, match=who), lock.exclusive(tmp_path):
         pass
     without_locks(monkeypatch)

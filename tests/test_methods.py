@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from fedrevive_jax import methods
-from fedrevive_jax.config import METHODS, PUBLISHED_METHODS, SERVER_OPTIMIZERS, ConfigError
+from fedrevive_jax.config import METHODS, PUBLISHED_METHODS, SERVER_OPTIMIZERS
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.methods import blending
 from fedrevive_jax.methods import method as interface
 from fedrevive_jax.methods.fedrevive import blend

@@ -10,7 +10,7 @@ import pytest
 
 from fedrevive_jax import models
 from fedrevive_jax.compute import devices
-from fedrevive_jax.config import ConfigError
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.models import convolutions, layers
 
 CASES = {

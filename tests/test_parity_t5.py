@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedrevive_jax.config import ConfigError
 from fedrevive_jax.data import tokens
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.models import t5, t5_weights
 from fedrevive_jax.models.model import Embedded, Text
 from fedrevive_jax.presets import resolve

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from fedrevive_jax import models
-from fedrevive_jax.config import ConfigError
 from fedrevive_jax.dfkd import distillation, loss_guard
+from fedrevive_jax.errors import ConfigError
 from tests.test_benchmark import TINY
 from tests.test_cli import call, flags
 
@@ -140,7 +140,7 @@ def test_the_peer_computes_in_our_precision():
 
 def test_a_peer_on_another_device_is_refused(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    with pytest.raises(ConfigError, match="--peer=torch: JAX computes on a tpu"):
+    with pytest.raises(ConfigError, match="peer=torch: JAX computes on a tpu"):
         torch_peer.device_of_peer()
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from fedrevive_jax.config import ConfigError
 from fedrevive_jax.data.partition import partition
+from fedrevive_jax.errors import ConfigError
 
 LABELS = np.repeat(np.arange(10), 60).astype(np.int32)
 SAMPLES = np.flatnonzero(np.arange(600) % 6 > 0)  # 50 training samples of every class
@@ -74,9 +74,9 @@ def test_natural_groups():
 
 
 def test_natural_needs_groups_and_enough_of_them():
-    with pytest.raises(ConfigError, match=r"--partition=natural.*no natural groups"):
+    with pytest.raises(ConfigError, match=r"partition=natural.*no natural groups"):
         split("natural")
-    with pytest.raises(ConfigError, match=r"--num_clients=8.*at most 7"):
+    with pytest.raises(ConfigError, match=r"num_clients=8.*at most 7"):
         split("natural", groups=np.arange(600) % 7, num_clients=8)
 
 

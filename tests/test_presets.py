@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from fedrevive_jax.config import METHODS, PUBLISHED_METHODS, ConfigError
+from fedrevive_jax.config import METHODS, PUBLISHED_METHODS
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.presets import BY_DATASET, PAPER, SMALL, resolve
 
 # The published table, typed from the paper's experiments; a row per constant. Columns: CIFAR-10,
@@ -128,7 +129,7 @@ def test_a_flag_beats_the_small_scale():
 
 
 def test_an_unknown_scale_is_named():
-    with pytest.raises(ConfigError, match="--preset_scale=tiny: must be one of full, small"):
+    with pytest.raises(ConfigError, match="preset_scale=tiny: must be one of full, small"):
         resolve("digits", preset_scale="tiny")
 
 

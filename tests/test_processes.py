@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fedrevive_jax.compute import processes
-from fedrevive_jax.config import ConfigError
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.models import create
 from fedrevive_jax.record import files
 from fedrevive_jax.running import restore, runner

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from fedrevive_jax import data
-from fedrevive_jax.config import ConfigError
 from fedrevive_jax.data import tokens
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.record import derived, files
 from fedrevive_jax.record.checkpoint import CheckpointError, Checkpoints
@@ -209,7 +209,7 @@ def test_small_checkpoints_continue_with_jobs_that_start_again(tmp_path, monkeyp
     assert not list((config.run_dir / "live").iterdir())
     result = finish(config)
     assert result.resumed_version == 14
-    assert "with --checkpoint_mode=params: not exact" in caplog.text
+    assert "with checkpoint_mode=params: not exact" in caplog.text
     assert result.summary["jobs_restarted"] == 2 * config.concurrency
 
     rows = files.read_rows(config.run_dir / files.ARRIVALS)
@@ -246,7 +246,7 @@ def test_a_folder_that_fails_under_a_run_ends_it_with_one_line(tmp_path, monkeyp
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     message = str(raised.value)
-    assert message.startswith(f"--workdir={config.run_dir}: ")
+    assert message.startswith(f"workdir={config.run_dir}: ")
     assert len(message.splitlines()) == 1
     if what == "removed":
         assert message.endswith("there is none on disk")
@@ -275,7 +275,7 @@ def test_a_finished_run_is_left_alone(whole):
 def test_another_configuration_is_refused_and_shown(whole):
     config, _ = whole
     other = dataclasses.replace(config, server_lr=0.7, seed=5)
-    with pytest.raises(ConfigError, match=r"--seed: 0 in the record, 5 now; --server_lr: .*0\.7"):
+    with pytest.raises(ConfigError, match=r"`seed`: 0 in the record, 5 now; `server_lr`: .*0\.7"):
         finish(other)
     # Where the data and the folder lie is no part of what is computed.
     assert runner.is_finished(dataclasses.replace(config, data_dir="/elsewhere"))
@@ -459,7 +459,7 @@ def test_a_damaged_tokenizer_counts_as_not_there(tmp_path):
 def test_another_input_file_is_another_run(whole):
     config, _ = whole
     other = dataclasses.replace(config, pretrained=str(config.run_dir))
-    with pytest.raises(ConfigError, match="--pretrained: '' in the record"):
+    with pytest.raises(ConfigError, match="`pretrained`: '' in the record"):
         runner.is_finished(other)
     with pytest.raises(ConfigError, match="did not start from such weights"):
         restore.evaluate_checkpoint(config.run_dir, t5_weights="/any")
@@ -512,9 +512,9 @@ def test_a_run_starts_from_an_earlier_model(whole, tmp_path):
 def test_an_earlier_model_that_does_not_fit_is_named(whole, tmp_path):
     config, _ = whole
     for changes, message in (
-        ({"model_width": 5}, rf"--pretrained={config.run_dir}: its parameter conv1/bias is \["),
+        ({"model_width": 5}, rf"pretrained={config.run_dir}: its parameter conv1/bias is \["),
         ({"model": "resnet18", "model_width": 2}, "this model's is absent"),
-        ({"pretrained": str(tmp_path)}, f"--pretrained={tmp_path}: holds no folder checkpoints"),
+        ({"pretrained": str(tmp_path)}, f"pretrained={tmp_path}: holds no folder checkpoints"),
     ):
         with pytest.raises(ConfigError, match=message):
             Simulation(small("fedbuff", **{"pretrained": str(config.run_dir), **changes}))

@@ -9,7 +9,8 @@ import pytest
 
 from fedrevive_jax import models
 from fedrevive_jax.clients.local_training import train
-from fedrevive_jax.config import METHODS, ConfigError
+from fedrevive_jax.config import METHODS
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.simulation import sizing
 from fedrevive_jax.simulation.simulator import Simulation

@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 
 from experiments.prepare import prepare
-from fedrevive_jax.config import ConfigError
 from fedrevive_jax.data import augment, image_folder, text_folder, tfds_reader
 from fedrevive_jax.data.builders import femnist as femnist_builder
 from fedrevive_jax.data.builders import newsgroups as newsgroups_builder
@@ -24,6 +23,7 @@ from fedrevive_jax.data.femnist import CHARACTERS, split_writers
 from fedrevive_jax.data.newsgroups import CLASS_NAMES
 from fedrevive_jax.data.partition import partition
 from fedrevive_jax.data.texts import Texts
+from fedrevive_jax.errors import ConfigError
 from tests import prepared
 
 IMAGES = {"cifar10": (32, 32, 3), "cifar100": (32, 32, 3), "fashion_mnist": (28, 28, 1)}
@@ -212,7 +212,7 @@ def test_prepared_data_of_another_kind(tmp_path, change, message):
 @pytest.mark.parametrize("name", prepared.NAMES)
 def test_data_that_are_not_prepared(tmp_path, name):
     command = f"python -m experiments.prepare --dataset={name} --data_dir="
-    with pytest.raises(ConfigError, match=f"--data_dir=: must name the folder .*{command}DIR"):
+    with pytest.raises(ConfigError, match=f"data_dir=: must name the folder .*{command}DIR"):
         load(name, "")
     # What a preparation that was killed leaves behind.
     unfinished = tmp_path / name / "incomplete.ABCDEF_1.0.0"
@@ -526,12 +526,12 @@ def test_preparing_again_tells_damage(tmp_path):
 
 
 def test_what_prepare_needs(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="--data_dir=: must name"):
+    with pytest.raises(ConfigError, match="data_dir=: must name"):
         prepare("femnist", "")
     for folders in (("~nobody_here/a",), (str(tmp_path), "~nobody_here/a")):
         with pytest.raises(ConfigError, match=r"_dir=~nobody_here/a: must not name the home"):
             prepare("femnist", *folders)
-    with pytest.raises(ConfigError, match=r"--manual_dir=.*nowhere: no such folder"):
+    with pytest.raises(ConfigError, match=r"manual_dir=.*nowhere: no such folder"):
         prepare("femnist", str(tmp_path), str(tmp_path / "nowhere"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for name in IMAGES:
@@ -545,9 +545,7 @@ def test_a_download_that_fails(tmp_path, monkeypatch):
     # Nothing listens there; without the limit TFDS would try for minutes.
     monkeypatch.setattr(downloader, "MAX_RETRIES", 0)
     monkeypatch.setattr(femnist_builder, "URL", "http://127.0.0.1:9/train.parquet")
-    with pytest.raises(
-        ConfigError, match=r"--dataset=femnist: cannot be prepared \(.*127"
-    ) as caught:
+    with pytest.raises(ConfigError, match=r"dataset=femnist: cannot be prepared \(.*127") as caught:
         prepare("femnist", str(tmp_path))
     assert "\n" not in str(caught.value)
     assert "--manual_dir with The parquet files" in str(caught.value)
@@ -701,7 +699,7 @@ def test_bad_image_folders(tmp_path, damage, message):
 
 @pytest.mark.parametrize("source", [image_folder, text_folder])
 def test_folders_that_are_none(tmp_path, source):
-    with pytest.raises(ConfigError, match="--data_dir=: must name the folder with"):
+    with pytest.raises(ConfigError, match="data_dir=: must name the folder with"):
         source.load("", 0)
     with pytest.raises(ConfigError, match="nowhere: no such folder"):
         source.load(str(tmp_path / "nowhere"), 0)

@@ -12,9 +12,9 @@ import scipy.stats
 from fedrevive_jax import data, models
 from fedrevive_jax.clients.local_training import DROPOUT, train
 from fedrevive_jax.compute.streams import Stream, jax_key
-from fedrevive_jax.config import ConfigError
 from fedrevive_jax.data import seed_text, tokens
 from fedrevive_jax.dfkd import loss_guard, prompts, proxy, reviver, synthesis
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.messages import Upload
 from fedrevive_jax.models import t5
 from fedrevive_jax.models.model import (
@@ -445,9 +445,9 @@ def test_seed_text_that_is_not_there_or_not_for_text(corpus, tmp_path):
 
 
 def test_a_model_of_images_is_refused(corpus):
-    with pytest.raises(ConfigError, match="--model=convnet: does not read text; must be t5"):
+    with pytest.raises(ConfigError, match="model=convnet: does not read text; must be t5"):
         Simulation(small_config(model="convnet"), corpus)
-    with pytest.raises(ConfigError, match="--model=t5: does not read images; must be one of"):
+    with pytest.raises(ConfigError, match="model=t5: does not read images; must be one of"):
         Simulation(resolve("digits", "fedbuff", model="t5"))
 
 

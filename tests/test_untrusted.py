@@ -17,10 +17,11 @@ from PIL import Image
 
 from experiments.prepare import prepare
 from fedrevive_jax.clock import delays
-from fedrevive_jax.config import Config, ConfigError
+from fedrevive_jax.config import Config
 from fedrevive_jax.data import cifar10, idx, image_folder, json_lines, text_folder
 from fedrevive_jax.data.builders import femnist as femnist_builder
 from fedrevive_jax.data.builders import newsgroups as newsgroups_builder
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.models import t5_weights
 from fedrevive_jax.record import derived
 from tests import prepared

@@ -17,9 +17,10 @@ from fedrevive_jax import data, models
 from fedrevive_jax.clock import schedule
 from fedrevive_jax.clock.windows import plan_windows
 from fedrevive_jax.compute import devices
-from fedrevive_jax.config import Config, ConfigError
+from fedrevive_jax.config import Config
 from fedrevive_jax.data.dataset import official_splits
 from fedrevive_jax.dfkd import distillation, loss_guard, reviver, synthesis
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.models import Model
 from fedrevive_jax.models.model import initial_taps
 from fedrevive_jax.presets import resolve
@@ -166,15 +167,17 @@ def measure(
     interval = config.generation_interval
     if interval < 2:
         raise ConfigError(
-            f"--generation_interval={interval}: must be at least 2, so that a server step can be "
-            "timed with and without synthesis"
+            "generation_interval",
+            interval,
+            "must be at least 2, so that a server step can be timed with and without synthesis",
         )
     made = schedule.from_config(config).num_versions
     needed = interval + 2 + 2 * arrivals + config.concurrency
     if made < needed:
         raise ConfigError(
-            f"--max_versions={config.max_versions}: the plan makes {made} versions; at least "
-            f"{needed} are needed here"
+            "max_versions",
+            config.max_versions,
+            f"the plan makes {made} versions; at least {needed} are needed here",
         )
     say("planning the preset's whole schedule")
     plan_seconds, plan = _time_schedule(config)

@@ -25,9 +25,10 @@ from experiments.benchmarking.torch_networks import (
     TorchResNet18,
     TorchT5,
 )
-from fedrevive_jax.config import Config, ConfigError
+from fedrevive_jax.config import Config
 from fedrevive_jax.data import Dataset
 from fedrevive_jax.dfkd.prompts import PROMPTS
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.models import t5_shape
 from fedrevive_jax.models.model import per_call
 
@@ -45,7 +46,9 @@ def device_of_peer() -> str:
         return "cpu"
     if backend == "gpu" and torch.cuda.is_available():
         return "cuda"
-    raise ConfigError(f"--peer=torch: JAX computes on a {backend}, which PyTorch here does not see")
+    raise ConfigError(
+        "peer", "torch", f"JAX computes on a {backend}, which PyTorch here does not see"
+    )
 
 
 def device_name() -> str:

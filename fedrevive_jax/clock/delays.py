@@ -14,7 +14,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from fedrevive_jax.compute.streams import Stream, numpy_generator
-from fedrevive_jax.config import Config, ConfigError
+from fedrevive_jax.config import Config
+from fedrevive_jax.errors import ConfigError
 
 
 class Durations(NamedTuple):
@@ -142,8 +143,10 @@ def _read_trace(path: str) -> tuple[np.ndarray, np.ndarray | None]:
             missing = [name for name in columns if name not in header]
             if missing:
                 raise ConfigError(
-                    f"--delay_trace={path}: no column {missing[0]!r}; "
-                    "the header must name download, train, upload and may name client"
+                    "delay_trace",
+                    path,
+                    f"no column {missing[0]!r}; "
+                    "the header must name download, train, upload and may name client",
                 )
             rows, owners = [], []
             for row in reader:
@@ -155,15 +158,17 @@ def _read_trace(path: str) -> tuple[np.ndarray, np.ndarray | None]:
                     values = [math.nan]
                 if not all(math.isfinite(v) and v >= 0 for v in values) or values[1] <= 0:
                     raise ConfigError(
-                        f"--delay_trace={path}: line {reader.line_num}: durations must be finite "
-                        "numbers, download and upload >= 0, train > 0"
+                        "delay_trace",
+                        path,
+                        f"line {reader.line_num}: durations must be finite "
+                        "numbers, download and upload >= 0, train > 0",
                     )
                 rows.append(values)
                 owners.append(row.get("client"))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"--delay_trace={path}: cannot be read as CSV ({error})") from error
+        raise ConfigError("delay_trace", path, f"cannot be read as CSV ({error})") from error
     if not rows:
-        raise ConfigError(f"--delay_trace={path}: no rows; at least one is needed")
+        raise ConfigError("delay_trace", path, "no rows; at least one is needed")
     return np.asarray(rows), np.asarray(owners) if "client" in header else None
 
 

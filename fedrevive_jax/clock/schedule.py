@@ -36,7 +36,8 @@ import numpy as np
 
 from fedrevive_jax.clock import delays
 from fedrevive_jax.compute.streams import Stream, numpy_generator
-from fedrevive_jax.config import Config, ConfigError
+from fedrevive_jax.config import Config
+from fedrevive_jax.errors import ConfigError
 
 LATE = 5.0
 # A plan of more jobs is refused: it takes seconds and gigabytes before anything is trained.
@@ -44,7 +45,7 @@ MOST_JOBS = 3_000_000
 
 
 class Fault(enum.IntEnum):
-    """What goes wrong with a job; names in lower case are those of `--fault_kinds`."""
+    """What goes wrong with a job; names in lower case are those of `fault_kinds`."""
 
     NONE = 0
     LOST = 1
@@ -108,7 +109,7 @@ class Schedule:
 
     @property
     def faults(self) -> dict[str, int]:
-        """Failures until the end of the run by kind, the kinds of `--fault_kinds`."""
+        """Failures until the end of the run by kind, the kinds of `fault_kinds`."""
         arrived = self.fault[self.job]
         late, nan = (int((arrived == kind).sum()) for kind in (Fault.LATE, Fault.NAN))
         return {"lost": self.lost, "late": late, "nan": nan}
@@ -227,8 +228,10 @@ def simulate(
             number = len(client)
             if number == MOST_JOBS:
                 raise ConfigError(
-                    f"--max_time={max_time}: plans more than {MOST_JOBS} jobs; must be smaller, or "
-                    f"--max_versions={max_versions} must be"
+                    "max_time",
+                    max_time,
+                    f"plans more than {MOST_JOBS} jobs; must be smaller, or "
+                    f"max_versions={max_versions} must be",
                 )
             place = int(choice[number] * len(free))
             who = free[place]

@@ -22,7 +22,8 @@ import jax
 from fedrevive_jax.comparison import statistics, tuning
 from fedrevive_jax.comparison.statistics import Run
 from fedrevive_jax.comparison.tuning import Choice, Point
-from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS, Config, ConfigError, UserError
+from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS, Config
+from fedrevive_jax.errors import ConfigError, UserError
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.record import files
 from fedrevive_jax.record.interruption import InterruptedRunError, Interruption
@@ -60,8 +61,8 @@ def of_methods(
       out: folder for the runs' folders.
       chosen: what tuning chose, by method.
     """
-    _refuse(given, "method", "by --methods")
-    _refuse(given, "workdir", "by --out")
+    _refuse(given, "method", "by `methods`")
+    _refuse(given, "workdir", "by `out`")
     first = resolve(**given).seed
     configs = []
     for method in methods:
@@ -89,14 +90,14 @@ def of_ablation(
       seeds: how many, counted up from the given or the preset's.
       out: folder for the runs' folders.
     """
-    _refuse(given, "workdir", "by --out")
+    _refuse(given, "workdir", "by `out`")
     together = len(ablations) > 1
     swept: dict[str, list[str]] = {}
     for ablation in ablations:
         field, values = _ablated(ablation, at_least=1 if together else 2)
-        _refuse(given, field, "by --ablate")
+        _refuse(given, field, "by `ablate`")
         if field in swept:
-            raise ConfigError(f"--ablate={ablation}: must not name a field twice")
+            raise ConfigError("ablate", ablation, "must not name a field twice")
         swept[field] = values
 
     def settled(field, **fields):  # auto may stand for another value of the list
@@ -107,14 +108,16 @@ def of_ablation(
     for field, values in swept.items():
         told = [settled(field, **{field: value}) for value in values]
         if len(set(told)) < len(told):
-            raise ConfigError(f"--ablate={field}={','.join(values)}: must not hold a value twice")
+            raise ConfigError(
+                "ablate", f"{field}={','.join(values)}", "must not hold a value twice"
+            )
         for value, meant in zip(values, told, strict=True):
             if together and meant == settled(field):
                 continue
             word = f"_{field}={value.replace('/', '_')}"
             if word in changes:
                 raise ConfigError(
-                    f"--ablate={field}={','.join(values)}: {word[1:]} would name two folders"
+                    "ablate", f"{field}={','.join(values)}", f"{word[1:]} would name two folders"
                 )
             changes[word] = {field: value}
     configs = []
@@ -132,14 +135,16 @@ def _ablated(text: str, at_least: int) -> tuple[str, list[str]]:
     if field in ("seed", "method", "workdir") or len(set(parts)) < at_least:
         count = "two or more values" if at_least > 1 else "values"
         raise ConfigError(
-            f"--ablate={text}: must be FIELD=v1,v2,... with {count} of a field other than method "
-            "and seed"
+            "ablate",
+            text,
+            f"must be FIELD=v1,v2,... with {count} of a field other than method and seed",
         )
     known = {known.name for known in dataclasses.fields(Config)}
     if field not in known - {*LOCATION_FIELDS, *DEVICE_FIELDS}:
         raise ConfigError(
-            f"--ablate={text}: {field} must be a setting of the run, not a place, a device or "
-            "preset_scale; see --help"
+            "ablate",
+            text,
+            f"{field} must be a setting of the run, not a place, a device or `preset_scale`",
         )
     return field, parts
 
@@ -164,7 +169,7 @@ def grid_runs(
       out: folder of the comparison.
     """
     for name in ("server_lr", "client_lr", "eval_split"):
-        _refuse(given, name, "by --tune")
+        _refuse(given, name, "by `tune`")
     first = resolve(**given).seed + TUNING_SEEDS
     fields = {**given, "eval_split": "validation"}
     if max_time is not None:
@@ -234,7 +239,7 @@ def run_all(
       InterruptedRunError: the runs were asked to stop, and have saved.
     """
     if jobs > 1 and jax.default_backend() != "cpu":
-        raise ConfigError(f"--jobs={jobs}: must be 1 on an accelerator, which one process holds")
+        raise ConfigError("jobs", jobs, "must be 1 on an accelerator, which one process holds")
     # Folders and memories are checked before the first run, so that a wrong one is told at once.
     waiting = [config for config in configs if overwrite or not _is_done(config)]
     _check_caches(waiting, jobs)
@@ -283,7 +288,7 @@ def _run_side_by_side(
                         future.result()
                     except concurrent.futures.process.BrokenProcessPool:
                         raise LostWorkerError(
-                            "a process of --jobs has died, killed or out of memory; the same "
+                            "a process of `jobs` has died, killed or out of memory; the same "
                             "command continues"
                         ) from None
                     notify(_line(config))
@@ -362,7 +367,7 @@ def _check_caches(configs: Sequence[Config], jobs: int) -> None:
         try:
             client_cache.check_fit(config, sum(size for size, _ in together))
         except ConfigError as error:
-            raise ConfigError(f"--jobs={jobs}: too many at once. {error}") from None
+            raise ConfigError("jobs", jobs, f"too many at once. {error}") from None
 
 
 def _is_done(config: Config) -> bool:
@@ -384,4 +389,4 @@ def _line(config: Config) -> str:
 
 def _refuse(given: dict[str, Any], name: str, by: str) -> None:
     if given.get(name) is not None:
-        raise ConfigError(f"--{name}={given[name]}: is chosen {by} here")
+        raise ConfigError(name, given[name], f"is chosen {by} here")

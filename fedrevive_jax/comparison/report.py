@@ -12,7 +12,8 @@ import numpy as np
 from fedrevive_jax.comparison import statistics, tuning
 from fedrevive_jax.comparison.statistics import Run, Spread
 from fedrevive_jax.comparison.tuning import Choice
-from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS, ConfigError
+from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.record import files, plots
 
 NOTES = (
@@ -36,7 +37,7 @@ NOTES = (
     "concurrency, delays, faults, simulated time), so that the same seed does not mean the same.",
     "server ms: milliseconds of a server step, a sample of the arrivals; seconds: wall time with "
     "compilation. Both depend on what else the machine did.",
-    "failed: training diverged, or more uploads than --reject_limit allows were rejected; the "
+    "failed: training diverged, or more uploads than `reject_limit` allows were rejected; the "
     "figures are of the other seeds.",
     "sent MB: models that were sent down and up, with feature statistics, in float32.",
 )
@@ -88,7 +89,7 @@ def prepare(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--out={out}: cannot be made ({error.strerror})") from None
+        raise ConfigError("out", out, f"cannot be made ({error.strerror})") from None
 
 
 def write(out: Path, study: Study) -> str:

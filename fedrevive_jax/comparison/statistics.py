@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS, Config, ConfigError
+from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS, Config
+from fedrevive_jax.errors import ConfigError, FileError
 from fedrevive_jax.record import files
 from fedrevive_jax.running.recorder import read_evaluations
 from fedrevive_jax.running.restore import read_config
@@ -68,8 +69,10 @@ def read_run(folder: Path, failed: bool = False) -> Run:
         sound &= isinstance(summary, dict) and summary.keys() >= NEEDED and bool(evaluations)
     if not sound:
         raise ConfigError(
-            f"--workdir={folder}: {files.SUMMARY}, {files.METRICS} or {files.ARRIVALS} is "
-            "damaged or of another version of fedrevive_jax"
+            "workdir",
+            folder,
+            f"{files.SUMMARY}, {files.METRICS} or {files.ARRIVALS} is "
+            "damaged or of another version of fedrevive_jax",
         )
     staleness = np.asarray([row["staleness"] for row in arrivals], np.int64)
     return Run(config, evaluations, summary, staleness, folder)
@@ -100,8 +103,8 @@ def grouped(runs: Iterable[Run]) -> dict[str, list[Run]]:
         own.sort(key=lambda run: run.config.seed)
         for one, other in itertools.pairwise(own):
             if one.config.seed == other.config.seed:
-                raise ConfigError(
-                    f"{one.folder} and {other.folder}: are both {name}, seed {one.config.seed}"
+                raise FileError(
+                    f"{one.folder} and {other.folder}", f"are both {name}, seed {one.config.seed}"
                 )
     return groups
 

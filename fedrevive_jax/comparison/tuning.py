@@ -8,7 +8,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from fedrevive_jax.config import Config, ConfigError
+from fedrevive_jax.config import Config
+from fedrevive_jax.errors import ConfigError
 
 
 class Point(NamedTuple):
@@ -39,12 +40,14 @@ def grid(text_server: str, text_client: str, config: Config) -> list[Point]:
                 value = math.nan
             if not 0 < value < math.inf:
                 raise ConfigError(
-                    f"--tune_{name}={text}: must be positive numbers separated by commas, as rates "
-                    "or as factors of the preset like x3"
+                    f"tune_{name}",
+                    text,
+                    "must be positive numbers separated by commas, as rates "
+                    "or as factors of the preset like x3",
                 )
             found.append(float(f"{value:.6g}"))
         if len(set(found)) < len(found):
-            raise ConfigError(f"--tune_{name}={text}: holds a rate twice")
+            raise ConfigError(f"tune_{name}", text, "holds a rate twice")
         return sorted(found)
 
     server, client = values("server_lr", text_server), values("client_lr", text_client)
@@ -80,7 +83,7 @@ def choose(method: str, scores: Mapping[Point, Sequence[float]]) -> Choice:
     best = max(sorted(means, key=lambda p: p.place), key=means.get)
     if means[best] == -math.inf:
         raise ConfigError(
-            f"--tune: a run of every point of the grid of {method} failed; give smaller rates"
+            "tune", None, f"a run of every point of the grid of {method} failed; give smaller rates"
         )
     edges = []
     for axis, name in enumerate(("server_lr", "client_lr")):

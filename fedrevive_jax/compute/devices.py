@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from fedrevive_jax.config import ConfigError
+from fedrevive_jax.errors import ConfigError
 
 AXIS = "clients"
 
@@ -32,10 +32,10 @@ def create_mesh(devices: str) -> Mesh | None:
     available, processes = jax.device_count(), jax.process_count()
     count = available if devices == "auto" else max(int(devices), 1)
     if count > available:
-        raise ConfigError(f"--mesh={devices}: there are {available} devices")
+        raise ConfigError("mesh", devices, f"there are {available} devices")
     if count % processes:
         raise ConfigError(
-            f"--mesh={devices}: must be auto or a multiple of {processes}, the number of processes"
+            "mesh", devices, f"must be auto or a multiple of {processes}, the number of processes"
         )
     if count == 1:
         return None

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fedrevive_jax.config import ConfigError, UserError
+from fedrevive_jax.errors import ConfigError, UserError
 
 MODES = ("auto", "on", "off")
 # Bytes that travel in one call; a longer message takes several calls of one compiled program.
@@ -48,7 +48,7 @@ def join(
       ConfigError: a value is not allowed, or the cluster does not tell what is not given.
     """
     if mode not in MODES:
-        raise ConfigError(f"--distributed={mode}: must be one of {', '.join(MODES)}")
+        raise ConfigError("distributed", mode, f"must be one of {', '.join(MODES)}")
     given: dict[str, Any] = {
         "coordinator_address": coordinator_address,
         "num_processes": _whole("num_processes", num_processes),
@@ -58,12 +58,12 @@ def join(
     if mode == "off":
         if given:
             name, value = next(iter(given.items()))
-            raise ConfigError(f"--{name}={value}: needs --distributed=auto or on")
+            raise ConfigError(name, value, "needs distributed=auto or on")
         return
     address = given.get("coordinator_address", os.environ.get("JAX_COORDINATOR_ADDRESS"))
     host, _, port = (address or "").rpartition(":")
     if address is not None and not (host and port.isdecimal()):
-        raise ConfigError(f"--coordinator_address={address}: must be host:port")
+        raise ConfigError("coordinator_address", address, "must be host:port")
     alone = address is None and not given
     if mode == "auto" and alone and os.environ.get("SLURM_NTASKS") == "1":
         return  # jax would give this single task a single one of its GPUs
@@ -80,11 +80,13 @@ def join(
         if mode == "auto" and alone:
             return
         raise ConfigError(
-            f"--distributed={mode}: {_line(error)} (no cluster was recognised that tells; give "
-            "--coordinator_address, --num_processes and --process_id)"
+            "distributed",
+            mode,
+            f"{_line(error)} (no cluster was recognised that tells; give "
+            "`coordinator_address`, `num_processes` and `process_id`)",
         ) from None
     except RuntimeError as error:
-        raise ConfigError(f"--distributed={mode}: {_line(error)}") from None
+        raise ConfigError("distributed", mode, f"{_line(error)}") from None
 
 
 def joined() -> bool:
@@ -187,7 +189,7 @@ def agree(describe: Callable[[], dict[str, Any]]) -> None:
     def check():
         for name, value in own.items():
             if value != expected[name]:
-                raise ConfigError(f"{name}: {value!r}, but {expected[name]!r} on process 0")
+                raise ConfigError(name, None, f"{value!r}, but {expected[name]!r} on process 0")
 
     together(check)
 
@@ -223,7 +225,7 @@ def _whole(name: str, value: str | None) -> int | None:
     if value is None:
         return None
     if not str(value).isdecimal():
-        raise ConfigError(f"--{name}={value}: must be a whole number")
+        raise ConfigError(name, value, "must be a whole number")
     return int(value)
 
 

@@ -3,7 +3,7 @@
 import importlib
 from types import ModuleType
 
-from fedrevive_jax.config import Config, ConfigError
+from fedrevive_jax.config import Config
 from fedrevive_jax.data import tokens
 from fedrevive_jax.data.dataset import (
     Dataset,
@@ -13,6 +13,7 @@ from fedrevive_jax.data.dataset import (
     split_training,
 )
 from fedrevive_jax.data.texts import Texts
+from fedrevive_jax.errors import ConfigError
 
 __all__ = [
     "SOURCES", "Dataset", "DatasetSpec", "Preprocessing", "Texts", "load", "preprocessing", "spec",
@@ -88,7 +89,8 @@ def preprocessing(config: Config) -> Preprocessing:
 def _source(config: Config) -> ModuleType:
     if config.dataset not in SOURCES:
         raise ConfigError(
-            f"--dataset={config.dataset}: is given from Python, run(config, dataset=...); by name: "
-            + ", ".join(SOURCES)
+            "dataset",
+            config.dataset,
+            "is given to `run` from Python; by name: " + ", ".join(SOURCES),
         )
     return importlib.import_module(SOURCES[config.dataset])

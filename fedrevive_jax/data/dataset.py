@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fedrevive_jax.compute.streams import Stream, numpy_generator
-from fedrevive_jax.config import ConfigError
 from fedrevive_jax.data.tokens import Tokenizer
+from fedrevive_jax.errors import ConfigError, FileError
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,9 @@ class Dataset:
         """
         if split not in self.splits:
             allowed = ", ".join(sorted(self.splits))
-            raise ConfigError(f"--split={split}: must be one of {allowed}")
+            raise ConfigError("split", split, f"must be one of {allowed}")
         if not len(self.splits[split]):
-            raise ConfigError(f"data set {self.name}: its split {split!r} holds no samples")
+            raise FileError(f"data set {self.name}", f"its split {split!r} holds no samples")
         return self.splits[split]
 
     @property

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fedrevive_jax.config import ConfigError
 from fedrevive_jax.data.dataset import Dataset, DatasetSpec, Preprocessing, official_splits
 from fedrevive_jax.data.idx import read_idx
 from fedrevive_jax.data.tfds_reader import command, image_dataset, version_folders
+from fedrevive_jax.errors import ConfigError
 
 SPEC = DatasetSpec((28, 28, 1), 10, 60_000)
 
@@ -19,17 +19,21 @@ def load(data_dir: str, seed: int) -> Dataset:
     """
     if not data_dir:
         raise ConfigError(
-            "--data_dir=: must name the folder with the Fashion-MNIST IDX files "
+            "data_dir",
+            "",
+            "must name the folder with the Fashion-MNIST IDX files "
             "(Debian: dataset-fashion-mnist, /usr/share/datasets/fashion-mnist), or that of "
-            + command("fashion_mnist", "DIR")
+            + command("fashion_mnist", "DIR"),
         )
     if any(Path(data_dir).glob("*-idx?-ubyte*")):
         return _from_idx(data_dir, seed)
     if version_folders("fashion_mnist", data_dir):
         return image_dataset("fashion_mnist", SPEC, Preprocessing(), data_dir, seed)
     raise ConfigError(
-        f"--data_dir={data_dir}: no file train-images-idx3-ubyte or its .gz there, nor is "
-        f"fashion_mnist prepared there; to prepare it: {command('fashion_mnist', data_dir)}"
+        "data_dir",
+        data_dir,
+        f"no file train-images-idx3-ubyte or its .gz there, nor is "
+        f"fashion_mnist prepared there; to prepare it: {command('fashion_mnist', data_dir)}",
     )
 
 
@@ -40,12 +44,13 @@ def _from_idx(data_dir: str, seed: int) -> Dataset:
         labels.append(read_idx(data_dir, f"{part}-labels-idx1-ubyte", 1))
         if len(images[-1]) != len(labels[-1]):
             raise ConfigError(
-                f"--data_dir={data_dir}: {len(images[-1])} {part} images but "
-                f"{len(labels[-1])} labels"
+                "data_dir",
+                data_dir,
+                f"{len(images[-1])} {part} images but {len(labels[-1])} labels",
             )
         if images[-1].shape[1:] != (28, 28) or not len(labels[-1]) or labels[-1].max() > 9:
             raise ConfigError(
-                f"--data_dir={data_dir}: the {part} files must hold 28x28 images, labels 0..9"
+                "data_dir", data_dir, f"the {part} files must hold 28x28 images, labels 0..9"
             )
     return Dataset(
         "fashion_mnist",

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedrevive_jax.config import ConfigError
 from fedrevive_jax.data.dataset import official_splits
+from fedrevive_jax.errors import ConfigError, FileError
 
 TEST_SHARE = 0.2
 
@@ -42,16 +42,16 @@ class Arranged(NamedTuple):
 
 
 def root(data_dir: str, what: str) -> Path:
-    """The folder that `--data_dir` names.
+    """The folder that `data_dir` names.
 
     Raises:
       ConfigError: it names none, or what is no folder.
     """
     if not data_dir:
-        raise ConfigError(f"--data_dir=: must name the folder with {what}")
+        raise ConfigError("data_dir", "", f"must name the folder with {what}")
     folder = Path(data_dir).expanduser()
     if not folder.is_dir():
-        raise ConfigError(f"--data_dir={data_dir}: no such folder")
+        raise ConfigError("data_dir", data_dir, "no such folder")
     return folder
 
 
@@ -69,7 +69,7 @@ def class_files(folder: Path) -> tuple[list[Item], list[Item] | None]:
         return _class_folders(folder), None
     for part, other in ((train, test), (test, train)):
         if not part.is_dir():
-            raise ConfigError(f"{folder}: has a folder {other.name!r} but no folder {part.name!r}")
+            raise FileError(folder, f"has a folder {other.name!r} but no folder {part.name!r}")
     return _class_folders(train), _class_folders(test)
 
 
@@ -82,13 +82,13 @@ def arrange(folder: Path, train: list[Item], test: list[Item] | None, seed: int)
     """
     class_names = tuple(sorted({item.class_name for item in train}))
     if len(class_names) < 2:
-        raise ConfigError(f"{folder}: holds the classes {list(class_names)}, must hold two or more")
+        raise FileError(folder, f"holds the classes {list(class_names)}, must hold two or more")
     if test is None:
         train, test = _set_aside(folder, train)
     numbers = {name: number for number, name in enumerate(class_names)}
     for item in test:
         if item.class_name not in numbers:
-            raise ConfigError(f"{item.where}: class {item.class_name!r} has no training sample")
+            raise FileError(item.where, f"class {item.class_name!r} has no training sample")
     items = [*train, *test]
     labels = np.asarray([numbers[item.class_name] for item in items], np.int32)
     return Arranged(class_names, items, labels, official_splits(len(train), len(test), seed))
@@ -102,12 +102,12 @@ def visible(folder: Path) -> list[Path]:
 def _class_folders(folder: Path) -> list[Item]:
     classes = [path for path in visible(folder) if path.is_dir()]
     if not classes:
-        raise ConfigError(f"{folder}: holds no folders, must hold one for each class")
+        raise FileError(folder, "holds no folders, must hold one for each class")
     items = []
     for path in classes:
         files = visible(path)
         if not files:
-            raise ConfigError(f"{path}: holds no files, must hold samples of class {path.name!r}")
+            raise FileError(path, f"holds no files, must hold samples of class {path.name!r}")
         items += [Item(str(file), path.name, file) for file in files]
     return items
 
@@ -124,9 +124,10 @@ def _set_aside(folder: Path, items: list[Item]) -> tuple[list[Item], list[Item]]
         members = generator.permutation(np.flatnonzero(labels == label))
         aside[members[: round(TEST_SHARE * len(members))]] = True
     if not aside.any():
-        raise ConfigError(
-            f"{folder}: no class holds the three samples that it takes to set one aside for "
-            "testing; must hold more, or a test part of its own"
+        raise FileError(
+            folder,
+            "no class holds the three samples that it takes to set one aside for "
+            "testing; must hold more, or a test part of its own",
         )
     train = [item for item, away in zip(items, aside, strict=True) if not away]
     return train, [item for item, away in zip(items, aside, strict=True) if away]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedrevive_jax.config import ConfigError
+from fedrevive_jax.errors import ConfigError
 
 
 def read_idx(folder: str, name: str, dimensions: int) -> np.ndarray:
@@ -25,19 +25,20 @@ def read_idx(folder: str, name: str, dimensions: int) -> np.ndarray:
         if path.suffix == ".gz":
             raw = gzip.decompress(raw)
     except FileNotFoundError:
-        raise ConfigError(f"--data_dir={folder}: no file {name} or {name}.gz") from None
+        raise ConfigError("data_dir", folder, f"no file {name} or {name}.gz") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise ConfigError(f"--data_dir={folder}: {path.name} cannot be read ({error})") from None
+        raise ConfigError("data_dir", folder, f"{path.name} cannot be read ({error})") from None
     header = 4 + 4 * dimensions
     if len(raw) < header or raw[:4] != bytes([0, 0, 8, dimensions]):
         raise ConfigError(
-            f"--data_dir={folder}: {path.name} is not an IDX file of bytes in {dimensions} "
-            "dimensions"
+            "data_dir",
+            folder,
+            f"{path.name} is not an IDX file of bytes in {dimensions} dimensions",
         )
     shape = struct.unpack(f">{dimensions}I", raw[4:header])
     expected = header + math.prod(shape)  # in whole numbers that do not wrap round
     if len(raw) != expected:
         raise ConfigError(
-            f"--data_dir={folder}: {path.name} holds {len(raw)} bytes, its header says {expected}"
+            "data_dir", folder, f"{path.name} holds {len(raw)} bytes, its header says {expected}"
         )
     return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fedrevive_jax.config import ConfigError
 from fedrevive_jax.data import folders
 from fedrevive_jax.data.dataset import Dataset
 from fedrevive_jax.data.errors import one_line
+from fedrevive_jax.errors import FileError
 
 # Pillow reads more, but hands some of it to other programs to be run (EPS).
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
@@ -51,13 +51,13 @@ def _common_format(files: list[Path]) -> tuple[str, tuple[int, int]]:
     for file in files:
         with _open(file) as image:
             if image.mode not in _GRAY + _COLOUR:
-                raise ConfigError(f"{file}: pixels are {image.mode}, must be 8 bits a channel")
+                raise FileError(file, f"pixels are {image.mode}, must be 8 bits a channel")
             if image.mode not in _GRAY:
                 mode = "RGB"
             size = size or image.size
             if image.size != size:
-                raise ConfigError(
-                    f"{file}: is {_by(image.size)} pixels, must be {_by(size)} as {files[0]}"
+                raise FileError(
+                    file, f"is {_by(image.size)} pixels, must be {_by(size)} as {files[0]}"
                 )
     return mode, size
 
@@ -67,16 +67,16 @@ def _pixels(file: Path, mode: str) -> np.ndarray:
         try:
             return np.asarray(image.convert(mode))
         except Exception as error:  # Pillow's readers pass all kinds on
-            raise ConfigError(f"{file}: cannot be read as an image ({one_line(error)})") from None
+            raise FileError(file, f"cannot be read as an image ({one_line(error)})") from None
 
 
 def _open(file: Path) -> Image.Image:
     if not file.is_file():  # a pipe would be waited for
-        raise ConfigError(f"{file}: cannot be read as an image (it is no file)")
+        raise FileError(file, "cannot be read as an image (it is no file)")
     try:
         return Image.open(file, formats=FORMATS)
     except Exception as error:  # as above
-        raise ConfigError(f"{file}: cannot be read as an image ({one_line(error)})") from None
+        raise FileError(file, f"cannot be read as an image ({one_line(error)})") from None
 
 
 def _by(size: tuple[int, int]) -> str:

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedrevive_jax.config import ConfigError
 from fedrevive_jax.data.errors import one_line
+from fedrevive_jax.errors import FileError
 
 
 class Row(NamedTuple):
@@ -25,23 +25,23 @@ def read(path: Path) -> list[Row]:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+        raise FileError(path, f"cannot be read ({error.strerror})") from None
     # Split as bytes: UTF-8 has more line ends than JSON lines.
     lines = enumerate(raw.split(b"\n"), start=1)
     rows = [_row(line, f"{path} line {number}") for number, line in lines if line.strip()]
     if not rows:
-        raise ConfigError(f"{path}: holds no texts")
+        raise FileError(path, "holds no texts")
     return rows
 
 
 def check_text(text: Any, where: str) -> str:
     """The text, if it is one, is not empty and can be written in UTF-8."""
     if not isinstance(text, str) or not text.strip():
-        raise ConfigError(f"{where}: must hold a 'text' that is a text and not empty")
+        raise FileError(where, "must hold a 'text' that is a text and not empty")
     try:
         text.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
-        raise ConfigError(f"{where}: its text is not valid Unicode") from None
+        raise FileError(where, "its text is not valid Unicode") from None
     return text
 
 
@@ -50,7 +50,7 @@ def decode(raw: bytes, where: str) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{where}: is not UTF-8 text ({one_line(error)})") from None
+        raise FileError(where, f"is not UTF-8 text ({one_line(error)})") from None
 
 
 def _row(line: bytes, where: str) -> Row:
@@ -60,7 +60,7 @@ def _row(line: bytes, where: str) -> Row:
         ValueError,
         RecursionError,
     ) as error:  # of long numbers, of deep nesting
-        raise ConfigError(f"{where}: is not JSON ({one_line(error)})") from None
+        raise FileError(where, f"is not JSON ({one_line(error)})") from None
     if not isinstance(row, dict) or row.get("label") in (None, ""):
-        raise ConfigError(f"{where}: must hold a 'label' that is not empty")
+        raise FileError(where, "must hold a 'label' that is not empty")
     return Row(where, row["label"], check_text(row.get("text"), where))

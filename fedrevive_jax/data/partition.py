@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedrevive_jax.compute.streams import Stream, numpy_generator
-from fedrevive_jax.config import ConfigError
+from fedrevive_jax.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def partition(
         return _iid(generator, samples, num_clients, samples_per_client)
     if groups is None:
         raise ConfigError(
-            f"--partition={kind}: this data set has no natural groups; allowed: dirichlet, iid"
+            "partition", kind, "this data set has no natural groups; allowed: dirichlet, iid"
         )
     return _natural(generator, samples, groups, num_clients)
 
@@ -142,8 +142,9 @@ def _natural(generator, samples, groups, num_clients) -> Shards:
     owners, which, sizes = np.unique(groups[samples], return_inverse=True, return_counts=True)
     if num_clients > len(owners):
         raise ConfigError(
-            f"--num_clients={num_clients}: must be at most {len(owners)}, the number of natural "
-            "groups in the training split"
+            "num_clients",
+            num_clients,
+            f"must be at most {len(owners)}, the number of natural groups in the training split",
         )
     chosen = np.sort(generator.permutation(len(owners))[:num_clients])
     by_owner = np.split(samples[np.argsort(which, kind="stable")], np.cumsum(sizes)[:-1])

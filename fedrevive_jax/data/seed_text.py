@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from fedrevive_jax.config import ConfigError
 from fedrevive_jax.data import json_lines, tokens
 from fedrevive_jax.data.dataset import Dataset
+from fedrevive_jax.errors import ConfigError, FileError
 
 
 def read(path: str, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
@@ -21,7 +21,7 @@ def read(path: str, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
       ConfigError: the file is missing or a row is not one; the line is named.
     """
     if dataset.tokenizer is None:
-        raise ConfigError(f"--seed_text={path}: {dataset.name} is not text")
+        raise ConfigError("seed_text", path, f"{dataset.name} is not text")
     rows = json_lines.read(Path(path).expanduser())
     labels = [_label(row.label, dataset, row.where) for row in rows]
     texts = [row.text for row in rows]
@@ -34,6 +34,6 @@ def _label(label: Any, dataset: Dataset, where: str) -> int:
         return dataset.class_names.index(label)
     if type(label) is int and 0 <= label < dataset.num_classes:
         return label
-    raise ConfigError(
-        f"{where}: has label {label!r}; must be a class name or 0..{dataset.num_classes - 1}"
+    raise FileError(
+        where, f"has label {label!r}; must be a class name or 0..{dataset.num_classes - 1}"
     )

@@ -8,10 +8,10 @@ is the test split.
 
 from pathlib import Path
 
-from fedrevive_jax.config import ConfigError
 from fedrevive_jax.data import folders, json_lines
 from fedrevive_jax.data.folders import Item
 from fedrevive_jax.data.texts import Texts
+from fedrevive_jax.errors import FileError
 
 
 def load(data_dir: str, seed: int) -> Texts:
@@ -41,21 +41,21 @@ def _read(items: list[Item]) -> list[Item]:
 def _text(item: Item) -> str:
     path = item.content
     if path.suffix != ".txt" or not path.is_file():
-        raise ConfigError(f"{item.where}: must be a .txt file, as all in a class folder")
+        raise FileError(item.where, "must be a .txt file, as all in a class folder")
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{item.where}: cannot be read ({error.strerror})") from None
+        raise FileError(item.where, f"cannot be read ({error.strerror})") from None
     text = json_lines.decode(raw, item.where)
     if not text.strip():
-        raise ConfigError(f"{item.where}: holds no text")
+        raise FileError(item.where, "holds no text")
     return text
 
 
 def _from_lines(folder: Path, files: list[Path]) -> tuple[list[Item], list[Item] | None]:
     train = [item for file in files if file.name != "test.jsonl" for item in _rows(file)]
     if not train:
-        raise ConfigError(f"{folder}: no training texts, must hold a .jsonl file beside test.jsonl")
+        raise FileError(folder, "no training texts, must hold a .jsonl file beside test.jsonl")
     test = folder / "test.jsonl"
     return train, _rows(test) if test in files else None
 
@@ -64,5 +64,5 @@ def _rows(file: Path) -> list[Item]:
     rows = json_lines.read(file)
     for row in rows:
         if not isinstance(row.label, str) or not row.label.strip():
-            raise ConfigError(f"{row.where}: must hold a 'label' that is a text and not empty")
+            raise FileError(row.where, "must hold a 'label' that is a text and not empty")
     return [Item(*row) for row in rows]

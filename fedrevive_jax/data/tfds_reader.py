@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedrevive_jax.config import ConfigError
 from fedrevive_jax.data.dataset import Dataset, DatasetSpec, Preprocessing, official_splits
 from fedrevive_jax.data.errors import one_line
+from fedrevive_jax.errors import ConfigError, FileError
 
 _BLOCK = 1000  # records fetched in one call
 _FEATURES = "tensorflow_datasets.core.features."
@@ -78,14 +78,17 @@ def find(name: str, data_dir: str) -> Prepared:
     """
     if not data_dir:
         raise ConfigError(
-            f"--data_dir=: must name the folder where {name} is prepared; to prepare it: "
-            + command(name, "DIR")
+            "data_dir",
+            "",
+            f"must name the folder where {name} is prepared; to prepare it: "
+            + command(name, "DIR"),
         )
     folders = version_folders(name, data_dir)
     if not folders:
         raise ConfigError(
-            f"--data_dir={data_dir}: {name} is not prepared there; to prepare it: "
-            + command(name, data_dir)
+            "data_dir",
+            data_dir,
+            f"{name} is not prepared there; to prepare it: " + command(name, data_dir),
         )
     folder = folders[-1]
     again = f"; remove {folder} and prepare it again: {command(name, data_dir)}"
@@ -94,19 +97,19 @@ def find(name: str, data_dir: str) -> Prepared:
     try:
         for name in _feature_classes(json.loads((folder / "features.json").read_bytes())):
             if not name.startswith(_FEATURES):
-                raise ConfigError(
-                    f"{folder}/features.json: names {name!r}; must be of {_FEATURES}*{again}"
+                raise FileError(
+                    f"{folder}/features.json", f"names {name!r}; must be of {_FEATURES}*{again}"
                 )
         builder = tfds.builder_from_directory(folder)
     except ConfigError:
         raise
     except Exception as error:  # whatever TFDS's readers of JSON and of features meet
-        raise ConfigError(
-            f"{folder}: dataset_info.json or features.json is damaged ({one_line(error)}){again}"
+        raise FileError(
+            folder, f"dataset_info.json or features.json is damaged ({one_line(error)}){again}"
         ) from None
     file_format = builder.info.file_format.value
     if file_format != "array_record":
-        raise ConfigError(f"{folder}: holds {file_format} files, must be array_record{again}")
+        raise FileError(folder, f"holds {file_format} files, must be array_record{again}")
     return Prepared(folder, builder, again)
 
 
@@ -136,23 +139,23 @@ def check_shards(prepared: Prepared, split: str) -> list[tuple[Path, int]]:
 
     known = prepared.builder.info.splits
     if split not in known:
-        raise ConfigError(
-            f"{prepared.folder}: no split {split!r}, has {', '.join(known) or 'none'}"
-            + prepared.again
+        raise FileError(
+            prepared.folder,
+            f"no split {split!r}, has {', '.join(known) or 'none'}" + prepared.again,
         )
     shards = [
         (Path(path), length)
         for path, length in zip(known[split].filepaths, known[split].shard_lengths, strict=True)
     ]
     if not shards:
-        raise ConfigError(f"{prepared.folder}: split {split!r} is empty{prepared.again}")
+        raise FileError(prepared.folder, f"split {split!r} is empty{prepared.again}")
     for path, length in shards:
         if not path.is_file():
-            raise ConfigError(f"{path}: no such file{prepared.again}")
+            raise FileError(path, f"no such file{prepared.again}")
         found = ArrayRecordReader(str(path)).num_records()  # 0 where the file's end is damaged
         if found != length:
-            raise ConfigError(
-                f"{path}: damaged, {found} of {length} records can be read{prepared.again}"
+            raise FileError(
+                path, f"damaged, {found} of {length} records can be read{prepared.again}"
             )
     return shards
 
@@ -173,9 +176,9 @@ def read_images(
     _check_features(prepared, ["image", label, *([group] if group else [])])
     stored = prepared.builder.info.features["image"].shape
     if stored != spec.input_shape:
-        raise ConfigError(
-            f"{prepared.folder}/features.json: images are {_by(stored)}, must be "
-            + _by(spec.input_shape)
+        raise FileError(
+            f"{prepared.folder}/features.json",
+            f"images are {_by(stored)}, must be " + _by(spec.input_shape),
         )
     shards = [check_shards(prepared, split) for split in splits]
     sizes = [sum(length for _, length in files) for files in shards]
@@ -210,8 +213,8 @@ def _check_features(prepared: Prepared, names: Sequence[str]) -> None:
     known = prepared.builder.info.features
     for name in names:
         if name not in known:
-            raise ConfigError(
-                f"{prepared.folder}/features.json: no feature {name!r}, has {', '.join(known)}"
+            raise FileError(
+                f"{prepared.folder}/features.json", f"no feature {name!r}, has {', '.join(known)}"
             )
 
 
@@ -232,9 +235,7 @@ def _examples(
                 try:
                     block = source.__getitems__(range(first, min(first + _BLOCK, end)))
                 except Exception as error:  # of ArrayRecord, of protocol buffers, of TFDS
-                    raise ConfigError(
-                        f"{path}: damaged ({one_line(error)}){prepared.again}"
-                    ) from None
+                    raise FileError(path, f"damaged ({one_line(error)}){prepared.again}") from None
                 for example in block:
                     yield path, example
 
@@ -246,18 +247,18 @@ def _decode(encoded: bytes, path: Path, shape: tuple[int, ...]) -> np.ndarray:
     try:
         pixels = np.asarray(Image.open(io.BytesIO(encoded), formats=("PNG", "JPEG")))
     except Exception as error:  # Pillow's readers pass all kinds on
-        raise ConfigError(f"{path}: an image cannot be decoded ({one_line(error)})") from None
+        raise FileError(path, f"an image cannot be decoded ({one_line(error)})") from None
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     if pixels.shape != shape or pixels.dtype != np.uint8:
-        raise ConfigError(
-            f"{path}: an image is {_by(pixels.shape)} {pixels.dtype}, must be {_by(shape)} uint8"
+        raise FileError(
+            path, f"an image is {_by(pixels.shape)} {pixels.dtype}, must be {_by(shape)} uint8"
         )
     return pixels
 
 
 def _label(label: Any, path: Path, num_classes: int) -> int:
     if not 0 <= label < num_classes:
-        raise ConfigError(f"{path}: label {label}, must be in 0..{num_classes - 1}")
+        raise FileError(path, f"label {label}, must be in 0..{num_classes - 1}")
     return label
 
 

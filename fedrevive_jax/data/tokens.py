@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedrevive_jax.config import ConfigError
 from fedrevive_jax.data.errors import one_line
+from fedrevive_jax.errors import ConfigError, FileError
 
 PADDING, END, UNKNOWN = 0, 1, 2
 # In a tokenizer trained here, the token that a model puts in front of every text.
@@ -86,9 +86,9 @@ def read(folder: str) -> Tokenizer:
         raise
     except Exception as error:  # both libraries raise plain exceptions of many kinds
         raise ConfigError(
-            f"--t5_weights={folder}: its tokenizer cannot be read ({one_line(error)})"
+            "t5_weights", folder, f"its tokenizer cannot be read ({one_line(error)})"
         ) from None
-    raise ConfigError(f"--t5_weights={folder}: holds neither {TOKENIZER} nor {SENTENCEPIECE}")
+    raise ConfigError("t5_weights", folder, f"holds neither {TOKENIZER} nor {SENTENCEPIECE}")
 
 
 def _wrap(tokenizer, serialised: str) -> Tokenizer:
@@ -107,4 +107,4 @@ def _package(name: str):
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise ConfigError(f"text needs the package {name}; pip install -e '.[text]'") from None
+        raise FileError("text", f"needs the package {name}; pip install -e '.[text]'") from None

@@ -9,12 +9,13 @@ from jax.sharding import Mesh
 
 from fedrevive_jax.compute import trees
 from fedrevive_jax.compute.streams import Stream, jax_key
-from fedrevive_jax.config import Config, ConfigError
+from fedrevive_jax.config import Config
 from fedrevive_jax.dfkd import distillation, loss_guard, pool, proxy, synthesis, teachers
 from fedrevive_jax.dfkd.generator import Generator, image_maker
 from fedrevive_jax.dfkd.loss_guard import LossGuard
 from fedrevive_jax.dfkd.maker import Maker
 from fedrevive_jax.dfkd.prompts import SeedText, prompt_maker
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.messages import Arrival, Upload
 from fedrevive_jax.models import Model
 from fedrevive_jax.models.model import Params, exactly, initial_taps
@@ -295,8 +296,10 @@ def make_maker(config: Config, model: Model, seed_text: SeedText | None = None) 
     height, width = model.input_shape[:2]
     if height % 4 or width % 4:
         raise ConfigError(
-            f"--method={config.method}: the generator makes images whose sides are multiples of 4; "
-            f"these are {height}x{width}"
+            "method",
+            config.method,
+            f"the generator makes images whose sides are multiples of 4; "
+            f"these are {height}x{width}",
         )
     generator = Generator(model.input_shape, config.generator_features, config.convolution)
     maker = image_maker(generator, config.latent_size, model.num_classes)

@@ -1,12 +1,13 @@
 """DD-FedRevive: FedRevive on held-out real samples, the data-dependent upper reference.
 
 Nothing is synthesised and nothing has to warm up; the comparison uses a constant beta, a higher
-distillation temperature and no weight decay (arXiv 2511.00655, appendix). `--revive_on` holds here
+distillation temperature and no weight decay (arXiv 2511.00655, appendix). `revive_on` holds here
 too.
 """
 
-from fedrevive_jax.config import Config, ConfigError
+from fedrevive_jax.config import Config
 from fedrevive_jax.dfkd import reviver
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.methods.fedrevive import revived
 from fedrevive_jax.methods.method import Ingredients, Method
 
@@ -14,7 +15,7 @@ from fedrevive_jax.methods.method import Ingredients, Method
 def create(config: Config, ingredients: Ingredients) -> Method:
     if ingredients.real_samples is None or not len(ingredients.real_samples[1]):
         raise ConfigError(
-            f"--method={config.method}: needs samples in the distillation split; there are none"
+            "method", config.method, "needs samples in the distillation split; there are none"
         )
     revive = reviver.create(
         config,

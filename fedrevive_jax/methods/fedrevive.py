@@ -1,6 +1,6 @@
 """FedRevive: Delta~ = (1 - beta(tau)) Delta + beta(tau) Delta^KD (arXiv 2511.00655).
 
-The step that takes Delta~ is FedBuff's, or by `--revive_on` FedAsync's or FADAS's: Delta is then
+The step that takes Delta~ is FedBuff's, or by `revive_on` FedAsync's or FADAS's: Delta is then
 what their rule makes of the raw update (weighted by staleness, or theta' - theta in FedAsync's
 mixing form), while Delta^KD, which is never stale, goes in as it is. beta = 0 is that method.
 """

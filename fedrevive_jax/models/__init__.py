@@ -2,8 +2,9 @@
 
 import importlib
 
-from fedrevive_jax.config import Config, ConfigError
+from fedrevive_jax.config import Config
 from fedrevive_jax.data.tokens import CLASSIFIER
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.models import t5, t5_weights
 from fedrevive_jax.models.model import (
     Model,
@@ -39,14 +40,17 @@ def from_config(config: Config, input_shape: tuple[int, ...], num_classes: int) 
     """The model that a configuration names, for a data set's inputs and classes."""
     if config.model not in (*NETWORKS, "t5"):
         raise ConfigError(
-            f"--model={config.model}: is given from Python, run(config, model=...); by name: "
-            + ", ".join((*NETWORKS, "t5"))
+            "model",
+            config.model,
+            "is given to `run` from Python; by name: " + ", ".join((*NETWORKS, "t5")),
         )
     is_text = len(input_shape) == 1
     if is_text != (config.model == "t5"):
         raise ConfigError(
-            f"--model={config.model}: does not read {'text' if is_text else 'images'}; must be "
-            + ("t5" if is_text else f"one of {', '.join(NETWORKS)}")
+            "model",
+            config.model,
+            f"does not read {'text' if is_text else 'images'}; must be "
+            + ("t5" if is_text else f"one of {', '.join(NETWORKS)}"),
         )
     if config.model == "t5":
         return _t5(config, input_shape[0], num_classes)

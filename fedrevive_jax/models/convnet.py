@@ -2,7 +2,7 @@
 
 import flax.linen as nn
 
-from fedrevive_jax.config import ConfigError
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.models import layers
 
 
@@ -22,7 +22,7 @@ class ConvNet(nn.Module):
         height, width = images.shape[1:3]
         if min(height, width) < 12:
             raise ConfigError(
-                f"--model=convnet: images of {height}x{width} are too small; 12x12 is the least"
+                "model", "convnet", f"images of {height}x{width} are too small; 12x12 is the least"
             )
         taps = []
         x = images

@@ -2,7 +2,7 @@
 
 import flax.linen as nn
 
-from fedrevive_jax.config import ConfigError
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.models import layers
 
 
@@ -19,7 +19,7 @@ class DigitsNet(nn.Module):
         height, width = images.shape[1:3]
         if min(height, width) < 4:
             raise ConfigError(
-                f"--model=digitsnet: images of {height}x{width} are too small; 4x4 is the least"
+                "model", "digitsnet", f"images of {height}x{width} are too small; 4x4 is the least"
             )
         taps = []
         x = images

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fedrevive_jax.config import ConfigError
 from fedrevive_jax.data.errors import one_line
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.models.model import Params
 from fedrevive_jax.models.t5 import T5Shape
 
@@ -29,20 +29,20 @@ def read_shape(folder: str) -> T5Shape:
     """
     path = Path(folder).expanduser() / SIZES
     if not path.parent.is_dir():
-        raise ConfigError(f"--t5_weights={folder}: no such folder")
+        raise ConfigError("t5_weights", folder, "no such folder")
     try:
         sizes = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"--t5_weights={folder}: holds no {SIZES}") from None
+        raise ConfigError("t5_weights", folder, f"holds no {SIZES}") from None
     except (OSError, ValueError, RecursionError) as error:
         message = one_line(error)
-        raise ConfigError(f"--t5_weights={folder}: {SIZES} cannot be read ({message})") from None
+        raise ConfigError("t5_weights", folder, f"{SIZES} cannot be read ({message})") from None
     if not isinstance(sizes, dict):
-        raise ConfigError(f"--t5_weights={folder}: {SIZES} holds no sizes")
+        raise ConfigError("t5_weights", folder, f"{SIZES} holds no sizes")
     kind = sizes.get("feed_forward_proj", "relu")
     if kind != "relu":
         raise ConfigError(
-            f"--t5_weights={folder}: {SIZES} says feed_forward_proj={kind}; must be relu"
+            "t5_weights", folder, f"{SIZES} says feed_forward_proj={kind}; must be relu"
         )
     names = {
         "vocabulary": "vocab_size",
@@ -59,24 +59,30 @@ def read_shape(folder: str) -> T5Shape:
     sizes = {"relative_attention_max_distance": 128, "layer_norm_epsilon": 1e-6, **sizes}
     missing = sorted(set(names.values()) - set(sizes))
     if missing:
-        raise ConfigError(f"--t5_weights={folder}: {SIZES} has no {missing[0]}")
+        raise ConfigError("t5_weights", folder, f"{SIZES} has no {missing[0]}")
     for name in names.values():
         kinds = (int, float) if name == "layer_norm_epsilon" else int
         if not isinstance(sizes[name], kinds) or sizes[name] < LEAST.get(name, 1):
             raise ConfigError(
-                f"--t5_weights={folder}: {SIZES} says {name}={sizes[name]!r}; must be a number, at "
-                f"least {LEAST.get(name, 1)}"
+                "t5_weights",
+                folder,
+                f"{SIZES} says {name}={sizes[name]!r}; must be a number, at "
+                f"least {LEAST.get(name, 1)}",
             )
     shape = T5Shape(**{ours: sizes[theirs] for ours, theirs in names.items()})
     if shape.max_distance <= shape.buckets // 4:
         raise ConfigError(
-            f"--t5_weights={folder}: {SIZES} says relative_attention_max_distance="
-            f"{shape.max_distance}; must be above a quarter of {shape.buckets} buckets"
+            "t5_weights",
+            folder,
+            f"{SIZES} says relative_attention_max_distance="
+            f"{shape.max_distance}; must be above a quarter of {shape.buckets} buckets",
         )
     if shape.vocabulary <= shape.classifier_token:
         raise ConfigError(
-            f"--t5_weights={folder}: {SIZES} says vocab_size={shape.vocabulary}; must be above "
-            f"{shape.classifier_token}, the token in front of every text"
+            "t5_weights",
+            folder,
+            f"{SIZES} says vocab_size={shape.vocabulary}; must be above "
+            f"{shape.classifier_token}, the token in front of every text",
         )
     return shape
 
@@ -91,17 +97,17 @@ def read(folder: str, shape: T5Shape) -> tuple[Params, Any]:
         from safetensors import SafetensorError, safe_open
     except ImportError:
         raise ConfigError(
-            f"--t5_weights={folder}: needs the package safetensors; pip install -e '.[text]'"
+            "t5_weights", folder, "needs the package safetensors; pip install -e '.[text]'"
         ) from None
     path = Path(folder).expanduser() / WEIGHTS
     if not path.is_file():
-        raise ConfigError(f"--t5_weights={folder}: holds no {WEIGHTS}")
+        raise ConfigError("t5_weights", folder, f"holds no {WEIGHTS}")
     try:
         with safe_open(path, framework="flax") as file:
             return _read_encoder(file, folder, shape)
     except (SafetensorError, OSError) as error:
         message = one_line(error)
-        raise ConfigError(f"--t5_weights={folder}: {WEIGHTS} cannot be read ({message})") from None
+        raise ConfigError("t5_weights", folder, f"{WEIGHTS} cannot be read ({message})") from None
 
 
 def digest(folder: str) -> str:
@@ -114,7 +120,7 @@ def digest(folder: str) -> str:
         with (Path(folder).expanduser() / WEIGHTS).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
-        raise ConfigError(f"--t5_weights={folder}: holds no {WEIGHTS}") from None
+        raise ConfigError("t5_weights", folder, f"holds no {WEIGHTS}") from None
 
 
 def _read_encoder(file: Any, folder: str, shape: T5Shape) -> tuple[Params, Any]:
@@ -122,11 +128,11 @@ def _read_encoder(file: Any, folder: str, shape: T5Shape) -> tuple[Params, Any]:
 
     def tensor(name: str, *expected: int):
         if name not in present:
-            raise ConfigError(f"--t5_weights={folder}: {WEIGHTS} has no tensor {name}")
+            raise ConfigError("t5_weights", folder, f"{WEIGHTS} has no tensor {name}")
         found = tuple(file.get_slice(name).get_shape())
         if found != expected:
             raise ConfigError(
-                f"--t5_weights={folder}: {name} is {list(found)}; {SIZES} says {list(expected)}"
+                "t5_weights", folder, f"{name} is {list(found)}; {SIZES} says {list(expected)}"
             )
         return jnp.asarray(file.get_tensor(name), jnp.float32)
 

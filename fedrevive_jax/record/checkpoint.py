@@ -26,7 +26,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from fedrevive_jax.config import ConfigError, UserError
+from fedrevive_jax.errors import ConfigError, UserError
 from fedrevive_jax.models.model import Params
 from fedrevive_jax.record import archive
 from fedrevive_jax.record.archive import CorruptError
@@ -91,7 +91,7 @@ class Checkpoints:
         self._once: dict[str, archive.Sums] = {}
         if read_only:
             if not self._folder.is_dir():
-                raise ConfigError(f"--{flag}={run_dir}: holds no folder {FOLDER}")
+                raise ConfigError(flag, run_dir, f"holds no folder {FOLDER}")
             return
         for folder in (self._folder, self._live):
             folder.mkdir(exist_ok=True)
@@ -121,7 +121,7 @@ class Checkpoints:
                     return self.newest_good(read)
                 bad.append(step)
                 _LOG.warning(
-                    "--%s=%s: checkpoint %d is corrupt (%s); trying the one before it",
+                    "%s=%s: checkpoint %d is corrupt (%s); trying the one before it",
                     self._flag, self._run_dir, step, error,
                 )  # fmt: skip
                 continue
@@ -133,8 +133,9 @@ class Checkpoints:
             return step, result
         if bad:
             raise ConfigError(
-                f"--{self._flag}={self._run_dir}: no checkpoint is whole; corrupt: "
-                + ", ".join(map(str, bad))
+                self._flag,
+                self._run_dir,
+                "no checkpoint is whole; corrupt: " + ", ".join(map(str, bad)),
             )
         return None
 
@@ -155,8 +156,10 @@ class Checkpoints:
         """
         if step not in self.steps():
             raise ConfigError(
-                f"--step={step}: no such checkpoint in {self._run_dir}; there is "
-                + (", ".join(map(str, self.steps())) or "none")
+                "step",
+                step,
+                f"no such checkpoint in {self._run_dir}; there is "
+                + (", ".join(map(str, self.steps())) or "none"),
             )
         sums = self._contents(step)["sums"][PARAMS]
         self._check_shapes(sums["leaves"], shapes)
@@ -235,7 +238,7 @@ class Checkpoints:
             writing.result()
         except Exception as error:  # orbax raises anything when a disk is full
             raise CheckpointError(
-                f"--{self._flag}={self._run_dir}: the checkpoint of version "
+                f"{self._flag}={self._run_dir}: the checkpoint of version "
                 f"{self._step_in_writing} could not be written ({_reason(error)}); "
                 f"{describe_newest(self._run_dir)}"
             ) from error
@@ -274,8 +277,9 @@ class Checkpoints:
             found, expected = (side.get(name, "absent") for side in (stored, wanted))
             if found != expected:
                 raise ConfigError(
-                    f"--{self._flag}={self._run_dir}: its parameter {name} is {found}; "
-                    f"this model's is {expected}"
+                    self._flag,
+                    self._run_dir,
+                    f"its parameter {name} is {found}; this model's is {expected}",
                 )
 
     def _read_params(self, step: int, shapes: Params, sums: archive.Sums) -> Params:

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedrevive_jax.config import ConfigError
 from fedrevive_jax.data.partition import Shards
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.record.files import write_json, write_whole
 
 TOKENIZER = "tokenizer.json"
@@ -70,4 +70,4 @@ def write(folder: Path, derived: Derived) -> None:
         write_whole(folder / CLIENTS, lambda stream: np.savez(stream, **tables))
         write_json(folder / ORIGIN, derived.origin)
     except OSError as error:
-        raise ConfigError(f"--workdir={folder}: cannot be written ({error.strerror})") from None
+        raise ConfigError("workdir", folder, f"cannot be written ({error.strerror})") from None

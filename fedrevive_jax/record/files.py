@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS, Config, ConfigError, UserError
+from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS, Config
+from fedrevive_jax.errors import ConfigError, UserError
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -53,8 +54,8 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        message = f"--workdir={path.parent}: {path.name} cannot be read ({error})"
-        raise ConfigError(message) from None
+        reason = f"{path.name} cannot be read ({error})"
+        raise ConfigError("workdir", path.parent, reason) from None
 
 
 class Rows:
@@ -76,8 +77,10 @@ class Rows:
         if self._stream.seek(0, os.SEEK_END) < size:
             self._stream.close()
             raise ConfigError(
-                f"--workdir={path.parent}: {path.name} is shorter than its checkpoint says; use "
-                "--overwrite to start afresh"
+                "workdir",
+                path.parent,
+                f"{path.name} is shorter than its checkpoint says; "
+                "use overwrite=True to start afresh",
             )
         self._stream.truncate(size)
         self._stream.seek(0)
@@ -170,8 +173,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             row = None
         if not isinstance(row, dict):
             raise ConfigError(
-                f"--workdir={path.parent}: {path.name} line {number} is damaged; use --overwrite "
-                "to start afresh"
+                "workdir",
+                path.parent,
+                f"{path.name} line {number} is damaged; use overwrite=True to start afresh",
             )
         rows.append(row)
     return rows
@@ -181,11 +185,11 @@ def configured_differently(run_dir: Path, config: Config) -> list[str]:
     """How the configuration recorded in a folder differs from `config`, one line a field."""
     recorded = read_json(run_dir / CONFIG)
     if not isinstance(recorded, dict):
-        raise ConfigError(f"--workdir={run_dir}: {CONFIG} is not a configuration")
+        raise ConfigError("workdir", run_dir, f"{CONFIG} is not a configuration")
     wanted = config.as_dict()
     names = sorted((set(recorded) | set(wanted)) - {*LOCATION_FIELDS, *DEVICE_FIELDS})
     return [
-        f"--{name}: {recorded.get(name)!r} in the record, {wanted.get(name)!r} now"
+        f"`{name}`: {recorded.get(name)!r} in the record, {wanted.get(name)!r} now"
         for name in names
         if recorded.get(name) != wanted.get(name)
     ]

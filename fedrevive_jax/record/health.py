@@ -8,12 +8,12 @@ import statistics
 from collections import Counter, deque
 from typing import Any
 
-from fedrevive_jax.config import UserError
 from fedrevive_jax.dfkd import loss_guard
+from fedrevive_jax.errors import UserError
 
 # Losses in a row that are not finite before a run counts as diverged.
 DIVERGED_AFTER = 10
-# The uploads among which `--reject_limit` counts.
+# The uploads among which `reject_limit` counts.
 RECENT = 100
 
 
@@ -59,7 +59,7 @@ class Health:
             reasons = ", ".join(f"{count} {name}" for name, count in self._reasons.items())
             self._stop(
                 RejectLimitError(
-                    f"--reject_limit={self._reject_limit:g}: {bad} of the last {RECENT} uploads up "
+                    f"reject_limit={self._reject_limit:g}: {bad} of the last {RECENT} uploads up "
                     f"to version {row['version']} were rejected (in the whole run {reasons}); at "
                     f"most {self._reject_limit * RECENT:g} may be"
                 )
@@ -82,7 +82,7 @@ class Health:
             self._stop(
                 DivergenceError(
                     f"training has diverged: the last {DIVERGED_AFTER} {kind} losses up to version "
-                    f"{row['version']} are not finite; try a smaller --client_lr or --server_lr"
+                    f"{row['version']} are not finite; try a smaller `client_lr` or `server_lr`"
                 )
             )
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from fedrevive_jax.config import ConfigError, UserError
+from fedrevive_jax.errors import ConfigError, UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -75,7 +75,7 @@ class Interruption:
           ConfigError: no run can save in such a time.
         """
         if not 0 < grace <= 3600:
-            raise ConfigError(f"--grace={grace:g}: must be above 0 and at most 3600 seconds")
+            raise ConfigError("grace", f"{grace:g}", "must be above 0 and at most 3600 seconds")
         self.grace = grace
         self._signals = signals
         self._signal: signal.Signals | None = None

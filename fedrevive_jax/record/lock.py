@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fedrevive_jax.config import ConfigError
+from fedrevive_jax.errors import ConfigError
 
 NAME = "run.lock"
 # What a file system says that has no locks, as some network file systems have none.
@@ -35,7 +35,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(_in_use(folder, _holder(path))) from None
+            raise ConfigError("workdir", folder, _in_use(_holder(path))) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
@@ -71,24 +71,26 @@ def _holder(path: Path) -> dict[str, Any]:
     return holder if known else {}
 
 
-def _in_use(folder: Path, holder: dict[str, Any]) -> str:
+def _in_use(holder: dict[str, Any]) -> str:
     who = (
         f"process {holder['pid']} on {holder['host']} since {holder['since']}"
         if holder
         else "another process"
     )
-    return f"--workdir={folder}: is in use by {who}; wait for it or give another folder"
+    return f"is in use by {who}; wait for it or give another folder"
 
 
 def _check_holder(folder: Path, holder: dict[str, Any]) -> None:
     if not holder:
         return
     if holder["host"] == socket.gethostname() and not _is_alive(holder["pid"]):
-        _LOG.warning("--workdir=%s: taken over from process %s", folder, holder["pid"])
+        _LOG.warning("workdir=%s: taken over from process %s", folder, holder["pid"])
         return
     raise ConfigError(
-        f"{_in_use(folder, holder)}, or delete {NAME} if that process is gone (this file system "
-        "has no locks that would tell)"
+        "workdir",
+        folder,
+        f"{_in_use(holder)}, or delete {NAME} if that process is gone (this file system "
+        "has no locks that would tell)",
     )
 
 

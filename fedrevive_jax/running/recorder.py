@@ -83,7 +83,7 @@ class Recorder:
             self._saved_position = simulation.position
             if simulation.jobs_restarted and self._run_dir is not None:
                 _LOG.warning(
-                    "continued from version %d with --checkpoint_mode=params: not exact, the jobs "
+                    "continued from version %d with checkpoint_mode=params: not exact, the jobs "
                     "in flight start again from it (%d in the whole run)",
                     self._resumed,
                     simulation.jobs_restarted,
@@ -168,7 +168,7 @@ class Recorder:
             if share > 0.5:
                 _LOG.warning(
                     "the loss guard rejected the %s loss in %.0f%% of its steps, so that it hardly "
-                    "moved anything; see --loss_guard",
+                    "moved anything; see `loss_guard`",
                     term,
                     100 * share,
                 )

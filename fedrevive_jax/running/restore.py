@@ -11,7 +11,8 @@ from fedrevive_jax import data, models
 from fedrevive_jax.clients import feed as feeds
 from fedrevive_jax.clients.evaluation import make_evaluator
 from fedrevive_jax.compute.streams import Stream, jax_key
-from fedrevive_jax.config import Config, ConfigError
+from fedrevive_jax.config import Config
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.models import Model
 from fedrevive_jax.models.model import Params
 from fedrevive_jax.models.t5_weights import digest, read_shape
@@ -30,8 +31,9 @@ def read_config(folder: Path) -> Config:
     names = {field.name for field in dataclasses.fields(Config)}
     if not isinstance(recorded, dict) or set(recorded) != names:
         raise ConfigError(
-            f"--workdir={folder}: {files.CONFIG} is not a configuration of this version of "
-            "fedrevive_jax"
+            "workdir",
+            folder,
+            f"{files.CONFIG} is not a configuration of this version of fedrevive_jax",
         )
     return Config(**recorded)
 
@@ -52,15 +54,13 @@ def read_params(
     if step is None:
         found = checkpoints.newest_good(lambda step: checkpoints.params(step, shapes))
         if found is None:
-            raise ConfigError(f"--{flag}={folder}: holds no checkpoint")
+            raise ConfigError(flag, folder, "holds no checkpoint")
         step, params = found
     else:
         try:
             params = checkpoints.params(step, shapes)
         except CorruptError as error:
-            raise ConfigError(
-                f"--{flag}={folder}: checkpoint {step} is corrupt ({error})"
-            ) from None
+            raise ConfigError(flag, folder, f"checkpoint {step} is corrupt ({error})") from None
     return step, jax.tree.map(jnp.asarray, params)
 
 
@@ -88,7 +88,7 @@ def evaluate_checkpoint(
     """
     config, kept = read_config(folder), derived.read(folder)
     if t5_weights and not config.t5_weights:
-        raise ConfigError(f"--t5_weights={t5_weights}: {folder} did not start from such weights")
+        raise ConfigError("t5_weights", t5_weights, f"{folder} did not start from such weights")
     moved = {"data_dir": data_dir, "t5_weights": t5_weights}
     moved = {name: value for name, value in moved.items() if value is not None}
     config = dataclasses.replace(config, **moved)
@@ -119,6 +119,7 @@ def _check_weights(folder: str, expected: str | None) -> None:
     read_shape(folder)  # tells what is wrong with the folder
     if digest(folder) != expected:
         raise ConfigError(
-            f"--t5_weights={folder}: are not the weights that the run started from (SHA-256 "
-            f"{expected})"
+            "t5_weights",
+            folder,
+            f"are not the weights that the run started from (SHA-256 {expected})",
         )

@@ -14,7 +14,8 @@ import jax
 
 from fedrevive_jax import data
 from fedrevive_jax.compute import processes
-from fedrevive_jax.config import INPUT_FIELDS, LOCATION_FIELDS, Config, ConfigError
+from fedrevive_jax.config import INPUT_FIELDS, LOCATION_FIELDS, Config
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.models import Model, convolutions, default_precision
 from fedrevive_jax.record import derived, files, lock
 from fedrevive_jax.record.checkpoint import FOLDER as CHECKPOINTS
@@ -79,8 +80,8 @@ def run(
         lambda: {
             "the plan, the data or a file that is read": simulation.fingerprint,
             # Chosen from the memory of the device where they are left open.
-            "--client_batch": simulation.client_batch,
-            "--version_memory": simulation.version_memory,
+            "client_batch": simulation.client_batch,
+            "version_memory": simulation.version_memory,
         }
     )
     if finished:
@@ -126,7 +127,7 @@ def _play(
                     progress.set_postfix_str(recorder.news(), refresh=False)
                 progress.update(1)
         if trace is not None and not (trace.taken or trace.running):
-            _LOG.warning("--profile: no window came after everything had run once; no trace")
+            _LOG.warning("profile: no window came after everything had run once; no trace")
         return recorder.finish()
 
 
@@ -158,24 +159,27 @@ def is_finished(config: Config, overwrite: bool = False) -> bool:
     config, folder = settle(config), config.run_dir
     try:
         if folder.exists() and not folder.is_dir():
-            raise ConfigError(f"--workdir={folder}: is not a folder")
+            raise ConfigError("workdir", folder, "is not a folder")
         contents = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     except OSError as error:
-        raise ConfigError(f"--workdir={folder}: cannot be read ({error.strerror})") from None
+        raise ConfigError("workdir", folder, f"cannot be read ({error.strerror})") from None
     recorded = files.CONFIG in contents
     foreign = contents - {files.CONFIG + ".partial", lock.NAME}
     if foreign and not recorded:
         raise ConfigError(
-            f"--workdir={folder}: holds {min(foreign)} but no {files.CONFIG}; give an empty or "
-            "a new folder"
+            "workdir",
+            folder,
+            f"holds {min(foreign)} but no {files.CONFIG}; give an empty or a new folder",
         )
     if not recorded or overwrite:
         return False
     differences = files.configured_differently(folder, config)
     if differences:
         raise ConfigError(
-            f"--workdir={folder}: holds a run with another configuration "
-            f"({'; '.join(differences)}); give another folder, or --overwrite to start afresh"
+            "workdir",
+            folder,
+            f"holds a run with another configuration "
+            f"({'; '.join(differences)}); give another folder, or overwrite=True to start afresh",
         )
     if files.SUMMARY not in contents:
         return False  # one that goes on is held to its data themselves
@@ -192,15 +196,17 @@ def check_place(config: Config) -> None:
     recorded = read_config(config.run_dir)
     if recorded.data_place != config.data_place:
         raise ConfigError(
-            f"--data_dir={config.data_dir}: {config.run_dir} holds a run on {recorded.data_dir}; "
-            "give another folder for the run, or --overwrite to start afresh"
+            "data_dir",
+            config.data_dir,
+            f"{config.run_dir} holds a run on {recorded.data_dir}; "
+            "give another folder for the run, or overwrite=True to start afresh",
         )
 
 
 def _computed(config: Config) -> dict[str, object]:
     """What processes that compute together must have in common, by flag."""
     values = config.as_dict()
-    return {f"--{name}": values[name] for name in values if name not in LOCATION_FIELDS}
+    return {name: values[name] for name in values if name not in LOCATION_FIELDS}
 
 
 @contextlib.contextmanager
@@ -219,10 +225,10 @@ def _opened(config: Config, overwrite: bool) -> Iterator[None]:
             stack.enter_context(lock.exclusive(folder))
             # Looked at before without the lock: another run may have begun or finished here since.
             if is_finished(config, overwrite):
-                raise ConfigError(f"--workdir={folder}: another process has just finished this run")
+                raise ConfigError("workdir", folder, "another process has just finished this run")
             _prepare(config, overwrite)
         except OSError as error:
-            raise ConfigError(f"--workdir={folder}: cannot be written ({error.strerror})") from None
+            raise ConfigError("workdir", folder, f"cannot be written ({error.strerror})") from None
         yield
 
 
@@ -237,7 +243,7 @@ def _told(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise files.RecordError(
-            f"--workdir={folder}: cannot be written any more ({error.strerror or error}); "
+            f"workdir={folder}: cannot be written any more ({error.strerror or error}); "
             f"{describe_newest(folder)}"
         ) from error
 

@@ -18,7 +18,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fedrevive_jax.compute import devices, trees
-from fedrevive_jax.config import Config, ConfigError
+from fedrevive_jax.config import Config
+from fedrevive_jax.errors import ConfigError
 
 # Entries on their way from the device: storing one waits for the step that computes it, so they are
 # taken down only when a few newer steps have been handed to the device.
@@ -189,16 +190,18 @@ def check_fit(config: Config, needed: int, beside: int = 0) -> None:
     folder, where = folder_of(config), config.cache_memory
     if folder is not None:
         if not (Path(folder).is_dir() and os.access(folder, os.W_OK | os.X_OK)):
-            raise ConfigError(f"--cache_dir={folder}: is not a folder that can be written to")
+            raise ConfigError("cache_dir", folder, "is not a folder that can be written to")
         room, needed = shutil.disk_usage(folder).free, 2 * needed
-        where = f"disk with --cache_dir={folder}"
+        where = f"disk with cache_dir={folder}"
     elif where == "device":
         room = device_memory()
         if room is not None and needed > host_memory():
             raise ConfigError(
-                f"--cache_memory=device: a checkpoint copies {needed / 1e9:.1f} GB to the host, "
-                f"which has {host_memory() / 1e9:.1f} GB; --cache_memory=disk or "
-                "--cache_dtype=bfloat16 may help"
+                "cache_memory",
+                "device",
+                f"a checkpoint copies {needed / 1e9:.1f} GB to the host, "
+                f"which has {host_memory() / 1e9:.1f} GB; cache_memory=disk or "
+                "cache_dtype=bfloat16 may help",
             )
         needed = needed + beside if room is not None else 2 * needed + beside
         room = host_memory() if room is None else room
@@ -206,9 +209,11 @@ def check_fit(config: Config, needed: int, beside: int = 0) -> None:
         room, needed = host_memory(), 2 * needed
     if needed > room:
         raise ConfigError(
-            f"--cache_memory={where}: the last updates of --num_clients={config.num_clients} and "
+            "cache_memory",
+            where,
+            f"the last updates of num_clients={config.num_clients} and "
             f"what lives beside them need {needed / 1e9:.1f} GB there, of {room / 1e9:.1f} GB; "
-            "another memory or --cache_dtype=bfloat16 may help"
+            "another memory or cache_dtype=bfloat16 may help",
         )
 
 

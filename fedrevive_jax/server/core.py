@@ -313,7 +313,7 @@ class Server:
 
     def _words(self, reason: Reason, norm: float) -> str:
         if reason is Reason.UPDATE_NORM:
-            return f"update norm {norm:.6g} above --max_update_norm={self._max_update_norm:g}"
+            return f"update norm {norm:.6g} above max_update_norm={self._max_update_norm:g}"
         return "a number, or the norm of the update, is not finite"
 
     def _check_envelope(self, job: Any, upload: Any, base_version: Any) -> Rejection | None:

@@ -19,10 +19,11 @@ from fedrevive_jax.clock import schedule
 from fedrevive_jax.clock.windows import plan_windows
 from fedrevive_jax.compute import devices, trees
 from fedrevive_jax.compute.streams import Stream, jax_key
-from fedrevive_jax.config import Config, ConfigError
+from fedrevive_jax.config import Config
 from fedrevive_jax.data import seed_text
 from fedrevive_jax.data.partition import Shards, partition
 from fedrevive_jax.dfkd.prompts import SeedText
+from fedrevive_jax.errors import ConfigError, FileError
 from fedrevive_jax.messages import Upload
 from fedrevive_jax.methods import Method
 from fedrevive_jax.models import Model, t5_weights
@@ -280,8 +281,10 @@ class Simulation:
         """
         if record.get("fingerprint") != self.fingerprint:
             raise ConfigError(
-                f"--workdir={self.config.run_dir}: the checkpoint belongs to another plan or other "
-                "data (a file that the run reads has changed); use --overwrite to start afresh"
+                "workdir",
+                self.config.run_dir,
+                "the checkpoint belongs to another plan or other "
+                "data (a file that the run reads has changed); use overwrite=True to start afresh",
             )
 
     def shapes(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -421,21 +424,24 @@ def _check_fit(config: Config, model: Model, dataset: data.Dataset) -> None:
     shape, classes = dataset.input_shape, dataset.num_classes
     if (model.input_shape, model.num_classes) != (shape, classes):
         raise ConfigError(
-            f"--model={config.model}: takes {model.input_shape} and tells {model.num_classes} "
-            f"classes; the data set has {shape} and {classes}"
+            "model",
+            config.model,
+            f"takes {model.input_shape} and tells {model.num_classes} "
+            f"classes; the data set has {shape} and {classes}",
         )
     if dataset.is_text != (model.vocabulary is not None):
         raise ConfigError(
-            f"--model={config.model}: does not read {'text' if dataset.is_text else 'images'}"
+            "model", config.model, f"does not read {'text' if dataset.is_text else 'images'}"
         )
     if dataset.is_text:
         known = dataset.tokenizer.size if dataset.tokenizer else dataset.samples.max() + 1
         # A device would clamp ids beyond the table silently.
         if known > model.vocabulary.size:
-            where = f"--t5_weights={config.t5_weights}" if config.t5_weights else "the model"
-            raise ConfigError(
-                f"{where}: the token table has {model.vocabulary.size} rows; the tokenizer of "
-                f"{dataset.name} has {known} entries"
+            where = f"t5_weights={config.t5_weights}" if config.t5_weights else "the model"
+            raise FileError(
+                where,
+                f"the token table has {model.vocabulary.size} rows; the tokenizer of "
+                f"{dataset.name} has {known} entries",
             )
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from fedrevive_jax.config import ConfigError
 from fedrevive_jax.data.builders import manual_folder
 from fedrevive_jax.data.errors import one_line
 from fedrevive_jax.data.femnist import CHARACTERS
+from fedrevive_jax.errors import ConfigError, FileError
 
 # A fixed revision: the address always gives the same bytes.
 URL = (
@@ -97,7 +97,7 @@ def manual_rows(folder: Path) -> Iterator[Row]:
     )
     if not parquet and not leaf:
         raise ConfigError(
-            f"--manual_dir={folder}: no .parquet files of flwrlabs/femnist, no .json files of LEAF"
+            "manual_dir", folder, "no .parquet files of flwrlabs/femnist, no .json files of LEAF"
         )
     for path in parquet or leaf:
         yield from parquet_rows(path) if parquet else leaf_rows(path)
@@ -113,22 +113,23 @@ def parquet_rows(path: Path) -> Iterator[Row]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise ConfigError(f"{path}: to read it, pip install -e '.[tfds]' (pyarrow)") from None
+        raise FileError(path, "to read it, pip install -e '.[tfds]' (pyarrow)") from None
     try:
         file = parquet.ParquetFile(path)
         known = file.schema_arrow.names
         for column in ("image", "writer_id", "character"):
             if column not in known:
-                raise ConfigError(f"{path}: no column {column!r}, has {', '.join(known)}")
+                raise FileError(path, f"no column {column!r}, has {', '.join(known)}")
         number = 0
         for batch in file.iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 yield _parquet_row(row, f"{path} row {number}")
                 number += 1
     except (OSError, pyarrow.ArrowException) as error:
-        raise ConfigError(
-            f"{path}: cannot be read as parquet ({one_line(error)}); if it was downloaded, remove "
-            "it and try again"
+        raise FileError(
+            path,
+            f"cannot be read as parquet ({one_line(error)}); if it was downloaded, remove "
+            "it and try again",
         ) from None
 
 
@@ -142,18 +143,18 @@ def leaf_rows(path: Path) -> Iterator[Row]:
         content = json.loads(path.read_bytes())
         writers = {user: content["user_data"][user] for user in content["users"]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read as LEAF's JSON ({one_line(error)})") from None
+        raise FileError(path, f"cannot be read as LEAF's JSON ({one_line(error)})") from None
     for writer, data in writers.items():
         where = f"{path} writer {writer!r}"
         try:
             images, labels = np.asarray(data["x"], np.float64), list(data["y"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{where}: must have x and y ({one_line(error)})") from None
+            raise FileError(where, f"must have x and y ({one_line(error)})") from None
         if not labels:
-            raise ConfigError(f"{where}: has no samples")
+            raise FileError(where, "has no samples")
         if images.shape != (len(labels), SIDE * SIDE) or not ((images >= 0) & (images <= 1)).all():
-            raise ConfigError(
-                f"{where}: x must be {len(labels)} lists of {SIDE * SIDE} numbers in 0..1"
+            raise FileError(
+                where, f"x must be {len(labels)} lists of {SIDE * SIDE} numbers in 0..1"
             )
         pixels = np.round(images * 255).astype(np.uint8).reshape(-1, SIDE, SIDE)
         for image, label in zip(pixels, labels, strict=True):
@@ -167,10 +168,10 @@ def _parquet_row(row: dict[str, Any], where: str) -> Row:
         image = Image.open(io.BytesIO(raw), formats=FORMATS)
         image.load()
     except Exception as error:  # Pillow's readers pass all kinds on
-        raise ConfigError(f"{where}: image cannot be decoded ({one_line(error)})") from None
+        raise FileError(where, f"image cannot be decoded ({one_line(error)})") from None
     if image.size != (SIDE, SIDE):
-        raise ConfigError(
-            f"{where}: image is {image.width}x{image.height} pixels, must be {SIDE}x{SIDE}"
+        raise FileError(
+            where, f"image is {image.width}x{image.height} pixels, must be {SIDE}x{SIDE}"
         )
     if (image.format, image.mode) != ("PNG", "L"):
         raw = _png(image.convert("L"))
@@ -179,9 +180,9 @@ def _parquet_row(row: dict[str, Any], where: str) -> Row:
 
 def _row(png: bytes, writer: Any, hsf: int, label: Any, where: str) -> Row:
     if not isinstance(writer, str) or not writer:
-        raise ConfigError(f"{where}: writer_id is {writer!r}, must name a writer")
+        raise FileError(where, f"writer_id is {writer!r}, must name a writer")
     if not isinstance(label, int) or not 0 <= label < len(CHARACTERS):
-        raise ConfigError(f"{where}: label {label!r}, must be in 0..{len(CHARACTERS) - 1}")
+        raise FileError(where, f"label {label!r}, must be in 0..{len(CHARACTERS) - 1}")
     return Row(png, writer, hsf, label)
 
 

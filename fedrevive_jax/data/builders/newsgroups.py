@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import tensorflow_datasets as tfds
 
-from fedrevive_jax.config import ConfigError
 from fedrevive_jax.data.builders import manual_folder
 from fedrevive_jax.data.errors import one_line
 from fedrevive_jax.data.newsgroups import CLASS_NAMES
+from fedrevive_jax.errors import ConfigError, FileError
 
 ARCHIVE = "20news-bydate.tar.gz"
 URL = "https://ndownloader.figshare.com/files/5975967"
@@ -72,7 +72,7 @@ class Newsgroups(tfds.core.GeneratorBasedBuilder):
                 text = strip(post.raw.decode("latin-1"))
                 yield f"{post.group}/{post.number}", {"text": text, "label": post.group}
         if not found:
-            raise ConfigError(f"{source}: no posts in {part}")
+            raise FileError(source, f"no posts in {part}")
 
 
 def posts(source: Path) -> Iterator[Post]:
@@ -85,7 +85,7 @@ def posts(source: Path) -> Iterator[Post]:
         parts = PurePosixPath(name).parts[-3:]
         if len(parts) == 3 and parts[0] in FOLDERS.values():
             if parts[1] not in CLASS_NAMES:
-                raise ConfigError(f"{source}: {name} is in none of the 20 groups")
+                raise FileError(source, f"{name} is in none of the 20 groups")
             yield Post(*parts, raw)
 
 
@@ -120,7 +120,7 @@ def _manual_source(folder: Path) -> Path:
     if any((folder / part).is_dir() for part in FOLDERS.values()):
         return folder
     raise ConfigError(
-        f"--manual_dir={folder}: holds neither {ARCHIVE} nor {' and '.join(FOLDERS.values())}"
+        "manual_dir", folder, f"holds neither {ARCHIVE} nor {' and '.join(FOLDERS.values())}"
     )
 
 
@@ -129,7 +129,7 @@ def _checked(archive: Path) -> Path:
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != SHA256:
         archive.unlink()
-        raise ConfigError(f"{URL}: SHA-256 of the download is {found}, must be {SHA256}")
+        raise FileError(URL, f"SHA-256 of the download is {found}, must be {SHA256}")
     return archive
 
 
@@ -143,10 +143,10 @@ def _check_member(archive: Path, member: tarfile.TarInfo) -> None:
     """Nothing is unpacked to disk; still, an archive that tries to get out of it is no data."""
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts:
-        raise ConfigError(f"{archive}: {member.name!r} points outside the archive; must not")
+        raise FileError(archive, f"{member.name!r} points outside the archive; must not")
     if not member.isfile() and not member.isdir():
-        raise ConfigError(
-            f"{archive}: {member.name!r} is a link or a device; must be a file or a folder"
+        raise FileError(
+            archive, f"{member.name!r} is a link or a device; must be a file or a folder"
         )
 
 
@@ -161,4 +161,4 @@ def _archive_files(archive: Path) -> Iterator[tuple[str, bytes]]:
                 if member.isfile():
                     yield member.name, opened.extractfile(member).read()
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise ConfigError(f"{archive}: cannot be read as an archive ({one_line(error)})") from None
+        raise FileError(archive, f"cannot be read as an archive ({one_line(error)})") from None
