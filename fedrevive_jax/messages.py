@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from fedrevive_jax.models.model import Params, Taps
 
@@ -37,3 +38,29 @@ class Arrival(NamedTuple):
     version: jax.Array
     staleness: jax.Array
     completes: jax.Array
+
+
+class Submission(NamedTuple):
+    """An upload as a method sees it, inside the compiled step.
+
+    Attributes:
+      upload: what was sent.
+      arrival: who sent it, and when.
+      base: theta_b, the parameters that its job started from.
+      params: theta, the global parameters at the arrival.
+      accepted: bool [], whether the server core found the upload sound. Otherwise it must leave no
+        trace but the place it takes in the buffer.
+      key: for the method's random draws at this arrival.
+    """
+
+    upload: Upload
+    arrival: Arrival
+    base: Params
+    params: Params
+    accepted: jax.Array
+    key: jax.Array
+
+    @property
+    def delta(self) -> Params:
+        """Delta = theta' - theta_b."""
+        return jax.tree.map(jnp.subtract, self.upload.params, self.base)

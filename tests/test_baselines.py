@@ -18,7 +18,7 @@ from fedrevive_jax.server import client_cache
 from fedrevive_jax.simulation.simulator import Simulation
 from tests.test_methods import ONE, TINY, create, drive, scalar_reviver
 from tests.test_simulator import small
-from tests.toys import KEY, arrival, scalar_upload
+from tests.toys import arrival, scalar_upload, submission
 
 # Deltas of clients 0 and 1, then twice of client 0, then of clients 2 and 1; all bases are 0.
 PAIRS = [
@@ -177,7 +177,7 @@ def test_ca2fl_with_every_entry_like_the_update_is_fedbuff():
         update = {"w": jnp.asarray(2.0)}
         state = state._replace(aggregation=state.aggregation._replace(average=update))
         params, _, entry, _ = method.step(
-            ONE, ONE, state, update, scalar_upload(3.0), arrival(), jnp.asarray(True), KEY
+            state, update, submission(scalar_upload(3.0), arrival(), ONE)
         )
         assert float(params["w"]) == 1 + 0.5 * 2
         assert float(entry["w"]) == 2.0
@@ -190,7 +190,7 @@ def test_the_memory_in_bfloat16_stays_consistent():
     state, entry = method.init(ONE), method.entry(ONE)
     assert entry["w"].dtype == jnp.bfloat16
     params, state, entry, _ = method.step(
-        ONE, ONE, state, entry, scalar_upload(1 + delta), arrival(), jnp.asarray(True), KEY
+        state, entry, submission(scalar_upload(1 + delta), arrival(), ONE)
     )
     assert float(params["w"]) == 1 + delta
     assert float(entry["w"]) == 1.0

@@ -16,7 +16,7 @@ from fedrevive_jax.dfkd.reviver import create
 from fedrevive_jax.models import create as create_model
 from fedrevive_jax.models.model import per_call, tap_statistics
 from fedrevive_jax.presets import resolve
-from tests.toys import KEY, arrival, scalar_model, scalar_upload
+from tests.toys import KEY, arrival, scalar_model, scalar_upload, submission
 
 # --- loss terms -----------------------------------------------------------------------------------
 
@@ -538,9 +538,15 @@ def test_gates(tiny):
     for i, version in enumerate([0, 1, 2, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10]):
         before = int(state.pool.added)
         state, revival = revive(
-            state, params, upload_of(model, params, i), arrival(i, i % 6, version, 5),
-            True, jnp.asarray(0.5), jax.random.key(i),
-        )  # fmt: skip
+            state,
+            jnp.asarray(0.5),
+            submission(
+                upload_of(model, params, i),
+                arrival(i, i % 6, version, 5),
+                params,
+                key=jax.random.key(i),
+            ),
+        )
         if int(state.pool.added) != before:
             synthesised.append(version)
         if bool(revival.distilled):
@@ -553,12 +559,8 @@ def test_gates(tiny):
     assert distilled == [7, 8, 9, 9, 10]
     _, revival = revive(
         state,
-        params,
-        upload_of(model, params, 0),
-        arrival(99, 0, 20, 0),
-        True,
         jnp.asarray(0.0),
-        KEY,
+        submission(upload_of(model, params, 0), arrival(99, 0, 20, 0), params),
     )
     assert not bool(revival.distilled)
 
@@ -573,12 +575,8 @@ def test_full_maml_runs_inside_the_reviver():
     before = reviver.init(params)
     after, revival = jax.jit(reviver.revive)(
         before,
-        params,
-        upload_of(model, params, 0),
-        arrival(0, 0, 6, 5),
-        True,
         jnp.asarray(0.5),
-        KEY,
+        submission(upload_of(model, params, 0), arrival(0, 0, 6, 5), params),
     )
     assert bool(revival.distilled)
     pairs = zip(
@@ -594,23 +592,25 @@ def test_a_rejected_upload_changes_nothing_of_the_reviver(tiny):
     state = reviver.init(params)
     for i in range(3):
         state, _ = revive(
-            state, params, upload_of(model, params, i), arrival(i, i, 9 + 3 * i, 5), True,
-            jnp.asarray(0.5), jax.random.key(i),
-        )  # fmt: skip
+            state,
+            jnp.asarray(0.5),
+            submission(
+                upload_of(model, params, i),
+                arrival(i, i, 9 + 3 * i, 5),
+                params,
+                key=jax.random.key(i),
+            ),
+        )
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, upload_of(model, params, 3))
     after, revival = revive(
-        state, params, broken, arrival(3, 3, 18, 5), False, jnp.asarray(0.5), KEY
+        state, jnp.asarray(0.5), submission(broken, arrival(3, 3, 18, 5), params, accepted=False)
     )
     jax.tree.map(np.testing.assert_array_equal, after, state)
     assert not bool(revival.distilled)
     control, revival = revive(
         state,
-        params,
-        upload_of(model, params, 3),
-        arrival(3, 3, 18, 5),
-        True,
         jnp.asarray(0.5),
-        KEY,
+        submission(upload_of(model, params, 3), arrival(3, 3, 18, 5), params),
     )
     assert bool(revival.distilled)
     assert int(control.pool.added) > int(state.pool.added)
@@ -619,9 +619,10 @@ def test_a_rejected_upload_changes_nothing_of_the_reviver(tiny):
 def test_nothing_is_distilled_from_an_empty_pool(tiny):
     reviver, revive, model, params = tiny
     state, revival = revive(
-        reviver.init(params), params, upload_of(model, params, 0), arrival(0, 0, 100, 5),
-        True, jnp.asarray(0.5), KEY,
-    )  # fmt: skip
+        reviver.init(params),
+        jnp.asarray(0.5),
+        submission(upload_of(model, params, 0), arrival(0, 0, 100, 5), params),
+    )
     assert int(state.pool.added) == 0
     assert not bool(revival.distilled)
 
@@ -635,12 +636,8 @@ def test_teachers_receive_no_gradient(tiny):
     for i, upload in enumerate(uploads):
         state, _ = revive(
             state,
-            params,
-            upload,
-            arrival(i, i, 9 + i, 5),
-            True,
             jnp.asarray(0.5),
-            jax.random.key(i),
+            submission(upload, arrival(i, i, 9 + i, 5), params, key=jax.random.key(i)),
         )
     for i, upload in enumerate(uploads):
         kept = jax.tree.map(lambda ring, i=i: ring[i], state.teachers.params)

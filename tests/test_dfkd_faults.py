@@ -15,7 +15,7 @@ from fedrevive_jax import methods
 from fedrevive_jax.dfkd import loss_guard, proxy
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.record.health import Health
-from tests.toys import KEY, arrival, scalar_model, scalar_upload
+from tests.toys import arrival, scalar_model, scalar_upload, submission
 
 CLIENTS, LR = 4, 0.5
 HUGE = 3e38
@@ -51,10 +51,14 @@ class World:
     def after(self, state, version=4, client=0, w=3.0):
         """(w, state, metrics) after an upload of theta' = w from theta_b = 1, with beta = 1/2."""
         params, state, _, metrics = self.step(
-            self.params, self.params, state, (), scalar_upload(w),
-            arrival(job=version, client=client, version=version, staleness=10),
-            jnp.asarray(True), KEY,
-        )  # fmt: skip
+            state,
+            (),
+            submission(
+                scalar_upload(w),
+                arrival(job=version, client=client, version=version, staleness=10),
+                self.params,
+            ),
+        )
         return float(params["w"]), state, {name: float(v) for name, v in metrics.items()}
 
 

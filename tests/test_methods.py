@@ -16,7 +16,7 @@ from fedrevive_jax.methods import method as interface
 from fedrevive_jax.methods.fedrevive import blend
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.server import client_cache
-from tests.toys import KEY, arrival, scalar_model, scalar_upload
+from tests.toys import arrival, scalar_model, scalar_upload, submission
 
 TINY = {
     "num_clients": 4, "concurrency": 2, "num_teachers": 2, "latent_size": 4,
@@ -44,9 +44,12 @@ def drive(method, params, uploads, accepted=True):
     step = jax.jit(method.step)
     for w, base, facts in uploads:
         params, state, entry, metrics = step(
-            params, {"w": jnp.asarray(base)}, state, cache.fetch(int(facts.client)),
-            scalar_upload(w), facts, jnp.asarray(accepted), KEY,
-        )  # fmt: skip
+            state,
+            cache.fetch(int(facts.client)),
+            submission(
+                scalar_upload(w), facts, params, {"w": jnp.asarray(base)}, accepted=accepted
+            ),
+        )
         cache.store(int(facts.client), entry)
         history.append(float(params["w"]))
         seen.append({name: float(value) for name, value in metrics.items()})
@@ -104,7 +107,7 @@ def scalar_reviver(delta, distilled=True):
     """A reviver that always offers the same Delta^KD."""
     from fedrevive_jax.dfkd.reviver import Revival, Reviver
 
-    def revive(state, params, upload, arrival, accepted, beta, key):
+    def revive(state, beta, submission):
         offer = Revival({"w": jnp.asarray(delta)}, jnp.asarray(distilled), {})
         return state, offer
 
@@ -190,9 +193,8 @@ def test_an_update_of_nothing_moves_nothing(optimizer):
     method = create("fedbuff", buffer_size=1, server_optimizer=optimizer)
     large = {"w": jnp.asarray(1000.0)}
     params, _, _, _ = method.step(
-        large, large, method.init(large), (), scalar_upload(1000.0), arrival(), jnp.asarray(True),
-        KEY,
-    )  # fmt: skip
+        method.init(large), (), submission(scalar_upload(1000.0), arrival(), large)
+    )
     assert float(params["w"]) == pytest.approx(1000, abs=0.001)
 
 
@@ -212,13 +214,12 @@ def test_a_rejected_upload_leaves_no_trace(name, optimizer):
     method = create(name, buffer_size=1, open_slots=1, concurrency=1, server_optimizer=optimizer)
     step = jax.jit(method.step)
     params, state, entry, _ = step(
-        ONE, ONE, method.init(ONE), method.entry(ONE), scalar_upload(2.0), arrival(),
-        jnp.asarray(True), KEY,
-    )  # fmt: skip
+        method.init(ONE), method.entry(ONE), submission(scalar_upload(2.0), arrival(), ONE)
+    )
     assert float(params["w"]) > 1.0
     kept = jax.tree.map(np.asarray, (state, entry))
     after, state, entry, _ = step(
-        params, ONE, state, entry, scalar_upload(math.nan), arrival(1), jnp.asarray(False), KEY
+        state, entry, submission(scalar_upload(math.nan), arrival(1), params, ONE, accepted=False)
     )
     assert float(after["w"]) == float(params["w"])
     for a, b in zip(*map(jax.tree.leaves, (kept, (state, entry))), strict=True):
@@ -232,7 +233,7 @@ def test_state_is_stable(name):
     state = method.init(ONE)
     before = method.entry(ONE)
     params, after, entry, metrics = jax.eval_shape(
-        method.step, ONE, ONE, state, before, scalar_upload(2.0), arrival(), jnp.asarray(True), KEY
+        method.step, state, before, submission(scalar_upload(2.0), arrival(), ONE)
     )
 
     def described(tree):

@@ -27,7 +27,7 @@ from fedrevive_jax.models.model import (
 )
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.simulation.simulator import Simulation
-from tests.toys import KEY, arrival
+from tests.toys import KEY, arrival, submission
 
 LENGTH = 16
 SHAPE = t5.T5Shape(64, 8, 16, 2, 2, 4, 8, 16, classifier_token=3)
@@ -278,7 +278,9 @@ def test_the_meta_step_of_prompts_covers_all_inner_steps(model, table):
     params = model.init(KEY)
     state = revive.init(params)
     upload = Upload(model.init(jax.random.key(3)), initial_taps(model), jnp.zeros(()))
-    after, _ = jax.jit(revive.revive)(state, params, upload, arrival(), True, jnp.asarray(0.5), KEY)
+    after, _ = jax.jit(revive.revive)(
+        state, jnp.asarray(0.5), submission(upload, arrival(), params)
+    )
     moved = jnp.abs(after.generator.params - state.generator.params)
     np.testing.assert_allclose(moved, 0.03, rtol=2e-3)
 
@@ -291,7 +293,7 @@ def test_synthesis_starts_from_the_seed_text(model, table):
     params = model.init(KEY)
     upload = Upload(model.init(jax.random.key(3)), initial_taps(model), jnp.zeros(()))
     state, _ = jax.jit(revive.revive)(
-        revive.init(params), params, upload, arrival(), True, jnp.asarray(0.5), KEY
+        revive.init(params), jnp.asarray(0.5), submission(upload, arrival(), params)
     )
     made = np.asarray(state.pool.samples.embeddings[:16, prompts.PROMPTS :])
     np.testing.assert_allclose(made, np.broadcast_to(table[9], made.shape), atol=1e-6)
@@ -307,7 +309,7 @@ def test_gates_of_text(model, table):
     seen = []
     for version in range(7):
         state, revival = step(
-            state, params, upload, arrival(version, 0, version, 2), True, jnp.asarray(0.5), KEY
+            state, jnp.asarray(0.5), submission(upload, arrival(version, 0, version, 2), params)
         )
         seen.append((int((state.pool.labels >= 0).sum()), bool(revival.distilled)))
     # 16 samples a synthesis, 64 places.

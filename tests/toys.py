@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from fedrevive_jax.messages import Arrival, Upload
+from fedrevive_jax.messages import Arrival, Submission, Upload
 from fedrevive_jax.models import Model
 
 
@@ -30,3 +30,9 @@ def arrival(job=0, client=0, version=0, staleness=0, completes=True):
 
 
 KEY = jax.random.key(0)
+
+
+def submission(upload, facts, params, base=None, *, accepted=True, key=KEY):
+    """What a method gets of an upload; its job started from `base`, or from the newest version."""
+    base = params if base is None else base
+    return Submission(upload, facts, base, params, jnp.asarray(accepted), key)

@@ -16,7 +16,7 @@ from fedrevive_jax.dfkd.loss_guard import LossGuard
 from fedrevive_jax.dfkd.maker import Maker
 from fedrevive_jax.dfkd.prompts import SeedText, prompt_maker
 from fedrevive_jax.errors import ConfigError
-from fedrevive_jax.messages import Arrival, Upload
+from fedrevive_jax.messages import Arrival, Submission
 from fedrevive_jax.models import Model
 from fedrevive_jax.models.model import Params, exactly, initial_taps
 
@@ -66,12 +66,12 @@ class Reviver(NamedTuple):
 
     Attributes:
       init: global params -> ReviverState.
-      revive: (state, global params, upload, arrival, accepted, beta, key) -> (state, Revival).
-        Where `accepted` is false the state stays as it is and nothing is distilled.
+      revive: (state, beta, submission) -> (state, Revival). Where `submission.accepted` is false
+        the state stays as it is and nothing is distilled.
     """
 
     init: Callable[[Params], ReviverState]
-    revive: Callable[..., tuple[ReviverState, Revival]]
+    revive: Callable[[ReviverState, jax.Array, Submission], tuple[ReviverState, Revival]]
 
 
 SYNTHESIS_METRICS = (
@@ -193,8 +193,10 @@ def create(
         values = tuple(jnp.asarray(value, jnp.float32) for value in values)
         return result.guard, delta, good, values
 
-    def revive(state: ReviverState, params, upload: Upload, arrival: Arrival, accepted, beta, key):
-        probe_key, synthesis_key, distillation_key = jax.random.split(key, 3)
+    def revive(state: ReviverState, beta, submission: Submission):
+        upload, arrival, params = submission.upload, submission.arrival, submission.params
+        accepted = submission.accepted
+        probe_key, synthesis_key, distillation_key = jax.random.split(submission.key, 3)
         # The arriving upload teaches first; its client's proxy is refined before it is used.
         state = state._replace(
             teachers=teachers.insert(state.teachers, upload, arrival.client, accepted),

@@ -53,8 +53,7 @@ def aggregation(config: Config, beta: float, over_all: bool = False) -> Aggregat
         zeros = jax.tree.map(jnp.zeros_like, params)
         return CachedState(zeros, zeros, zeros)
 
-    def take(state: CachedState, delta, upload, entry):
-        del upload
+    def take(state: CachedState, entry, delta, submission):
         # What is remembered is what the cache can hold, so that h stays the mean of its entries.
         fresh = jax.tree.map(lambda d: d.astype(dtype), delta)
         total = jax.tree.map(
@@ -69,7 +68,6 @@ def aggregation(config: Config, beta: float, over_all: bool = False) -> Aggregat
         return state._replace(total=total, change=change), fresh
 
     def direction(state: CachedState, taken, params):
-        del params
         count = clients if over_all else taken
         found = jax.tree.map(lambda h, t: beta * h + t / count, state.average, state.total)
         average = jax.tree.map(lambda h, c: h + c / clients, state.average, state.change)

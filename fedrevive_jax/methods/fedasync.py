@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fedrevive_jax.config import Config
+from fedrevive_jax.messages import Submission
 from fedrevive_jax.methods.method import (
     Base,
     Ingredients,
@@ -26,10 +27,9 @@ from fedrevive_jax.methods.method import (
 def mixing(rule: UpdateRule) -> UpdateRule:
     """The rule applied to theta' - theta instead of Delta."""
 
-    def apply(state, delta, params, upload, arrival, accepted, key):
-        del delta
-        towards = jax.tree.map(jnp.subtract, upload.params, params)
-        return rule.apply(state, towards, params, upload, arrival, accepted, key)
+    def apply(state, delta, submission: Submission):
+        towards = jax.tree.map(jnp.subtract, submission.upload.params, submission.params)
+        return rule.apply(state, towards, submission)
 
     return UpdateRule(rule.init, apply)
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from fedrevive_jax.config import Config
+from fedrevive_jax.messages import Submission
 from fedrevive_jax.methods.method import (
     Aggregation,
     Ingredients,
@@ -37,15 +38,15 @@ def recent_models(length: int) -> Aggregation:
         copies = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (length, *leaf.shape)), params)
         return Queue(copies, jnp.zeros((), jnp.int32))
 
-    def take(queue, delta, upload, entry):
-        del delta
+    def take(queue, entry, delta, submission: Submission):
         models = jax.tree.map(
-            lambda ring, leaf: ring.at[queue.oldest].set(leaf), queue.models, upload.params
+            lambda ring, leaf: ring.at[queue.oldest].set(leaf),
+            queue.models,
+            submission.upload.params,
         )
         return Queue(models, (queue.oldest + 1) % length), entry
 
     def direction(queue, taken, params):
-        del taken
         return jax.tree.map(
             lambda ring, leaf: ring.mean(axis=0) - leaf, queue.models, params
         ), queue

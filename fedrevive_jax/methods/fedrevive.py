@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from fedrevive_jax.config import Config
 from fedrevive_jax.dfkd import reviver
+from fedrevive_jax.messages import Submission
 from fedrevive_jax.methods import blending, fadas, fedasync, fedbuff
 from fedrevive_jax.methods.method import Ingredients, Method, UpdateRule, as_it_is
 
@@ -50,10 +51,10 @@ def blend(
     """
     plain = as_it_is() if plain is None else plain
 
-    def apply(state, delta, params, upload, arrival, accepted, key):
-        beta = jnp.asarray(beta_of(arrival.staleness), jnp.float32)
-        state, revival = revive.revive(state, params, upload, arrival, accepted, beta, key)
-        _, delta, _ = plain.apply((), delta, params, upload, arrival, accepted, key)
+    def apply(state, delta, submission: Submission):
+        beta = jnp.asarray(beta_of(submission.arrival.staleness), jnp.float32)
+        state, revival = revive.revive(state, beta, submission)
+        _, delta, _ = plain.apply((), delta, submission)
         beta = jnp.where(revival.distilled, beta, 0.0)
 
         def mix(raw, distilled):

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from fedrevive_jax.compute import trees
 from fedrevive_jax.config import Config
-from fedrevive_jax.messages import Arrival, Upload
+from fedrevive_jax.messages import Submission
 from fedrevive_jax.methods import staleness
 from fedrevive_jax.models import Model
 from fedrevive_jax.models.model import Params
@@ -56,12 +56,10 @@ class Method(NamedTuple):
     Attributes:
       buffer_size: B, arrivals that make a new version.
       init: global params -> state, any pytree.
-      step: (params, base, state, entry, upload, arrival, accepted, key) -> (params, state, entry,
-        metrics). Pure and jittable. `base` are the parameters the upload's job started from;
-        `entry` is what the method keeps of the arriving client, see `entry` below; `accepted` is
-        whether the server core found the upload sound: otherwise it must leave no trace but the
-        place it takes in the buffer. When `arrival.completes`, the returned parameters are the next
-        version; otherwise they are `params`. Metrics are float32 [] by name, `beta` among them.
+      step: (state, entry, submission) -> (params, state, entry, metrics), pure and jittable. The
+        entry is what the method keeps of the arriving client, see below. When `arrival.completes`,
+        the returned parameters are the next version; otherwise they are `submission.params`.
+        Metrics are float32 [] by name, `beta` among them.
       entry: global params -> what is kept of each client before its first upload, all zeros; ()
         for methods without a cache. The entries of all clients live outside the state, in a
         `client_cache.ClientCache`, because N of them may not fit on the device.
@@ -69,7 +67,7 @@ class Method(NamedTuple):
 
     buffer_size: int
     init: Callable[[Params], Any]
-    step: Callable[..., tuple[Params, Any, Any, Metrics]]
+    step: Callable[[Any, Any, Submission], tuple[Params, Any, Any, Metrics]]
     entry: Callable[[Params], Any] = lambda params: ()
 
 
@@ -78,12 +76,13 @@ class UpdateRule(NamedTuple):
 
     Attributes:
       init: global params -> state.
-      apply: (state, delta, params, upload, arrival, accepted, key) -> (state, delta, metrics),
-        pure. Where `accepted` is false the state must stay as it is; the rest is not used then.
+      apply: (state, delta, submission) -> (state, delta, metrics), pure. `delta` is the update so
+        far; a rule that wraps another hands it on. Where `submission.accepted` is false the state
+        must stay as it is; the rest is not used then.
     """
 
     init: Callable[[Params], Any]
-    apply: Callable[..., tuple[Any, Params, Metrics]]
+    apply: Callable[[Any, Params, Submission], tuple[Any, Params, Metrics]]
 
 
 class Aggregation(NamedTuple):
@@ -91,15 +90,15 @@ class Aggregation(NamedTuple):
 
     Attributes:
       init: global params -> state, its buffer empty.
-      take: (state, delta, upload, entry) -> (state, entry), pure: one more processed update.
+      take: (state, entry, delta, submission) -> (state, entry), pure: one more processed update.
       direction: (state, taken, params) -> (direction, state), pure: what the `taken` updates since
         the last version come to, a pytree like the parameters, and the state with an empty buffer.
       entry: what is kept of each client, see `Method`.
     """
 
     init: Callable[[Params], Any]
-    take: Callable[..., tuple[Any, Any]]
-    direction: Callable[..., tuple[Params, Any]]
+    take: Callable[[Any, Any, Params, Submission], tuple[Any, Any]]
+    direction: Callable[[Any, jax.Array, Params], tuple[Params, Any]]
     entry: Callable[[Params], Any] = lambda params: ()
 
 
@@ -142,8 +141,7 @@ class ComposedState(NamedTuple):
 def as_it_is() -> UpdateRule:
     """The plain update."""
 
-    def apply(state, delta, params, upload, arrival, accepted, key):
-        del params, upload, arrival, accepted, key
+    def apply(state, delta, submission):
         return state, delta, {"beta": jnp.zeros((), jnp.float32)}
 
     return UpdateRule(lambda params: (), apply)
@@ -152,9 +150,8 @@ def as_it_is() -> UpdateRule:
 def weighted(weight_of: Callable[[jax.Array], jax.Array]) -> UpdateRule:
     """Delta~ = s(tau) Delta; what is taken away, 1 - s(tau), is recorded as beta."""
 
-    def apply(state, delta, params, upload, arrival, accepted, key):
-        del params, upload, accepted, key
-        weight = jnp.asarray(weight_of(arrival.staleness), jnp.float32)
+    def apply(state, delta, submission: Submission):
+        weight = jnp.asarray(weight_of(submission.arrival.staleness), jnp.float32)
         return state, trees.scale(weight, delta), {"beta": 1 - weight}
 
     return UpdateRule(lambda params: (), apply)
@@ -170,12 +167,10 @@ def plain(config: Config) -> UpdateRule:
 def mean() -> Aggregation:
     """The mean of the buffered updates, whatever their weights."""
 
-    def take(total, delta, upload, entry):
-        del upload
+    def take(total, entry, delta, submission):
         return jax.tree.map(jnp.add, total, delta), entry
 
     def direction(total, taken, params):
-        del params
         return jax.tree.map(lambda t: t / taken, total), jax.tree.map(jnp.zeros_like, total)
 
     return Aggregation(lambda params: jax.tree.map(jnp.zeros_like, params), take, direction)
@@ -222,17 +217,15 @@ def compose(
             rule.init(params), gather.init(params), optimizer.init(params), nothing, nothing
         )
 
-    def step(params, base, state, entry, upload: Upload, arrival: Arrival, accepted, key):
+    def step(state: ComposedState, entry, submission: Submission):
+        arrival, accepted = submission.arrival, submission.accepted
         # What passes through a branch is copied there; the state of a rule, which may hold a pool
         # of gigabytes, passes through none.
-        delta = jax.tree.map(jnp.subtract, upload.params, base)
-        rule_state, delta, metrics = rule.apply(
-            state.rule, delta, params, upload, arrival, accepted, key
-        )
+        rule_state, delta, metrics = rule.apply(state.rule, submission.delta, submission)
         metrics = {name: jnp.where(accepted, value, jnp.nan) for name, value in metrics.items()}
         gathered, entry = jax.lax.cond(
             accepted,
-            lambda aggregation, entry: gather.take(aggregation, delta, upload, entry),
+            lambda aggregation, entry: gather.take(aggregation, entry, delta, submission),
             lambda aggregation, entry: (aggregation, entry),
             state.aggregation,
             entry,
@@ -255,7 +248,7 @@ def compose(
             arrival.completes & (taken > 0),
             next_version,
             lambda *unchanged: (*unchanged, taken, stalest),
-            params,
+            submission.params,
             gathered,
             state.optimizer,
         )

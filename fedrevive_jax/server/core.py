@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from fedrevive_jax.compute import devices
 from fedrevive_jax.compute.streams import Stream, jax_key
-from fedrevive_jax.messages import Arrival, Upload
+from fedrevive_jax.messages import Arrival, Submission, Upload
 from fedrevive_jax.methods import Method
 from fedrevive_jax.models.model import Params, Taps
 from fedrevive_jax.server.admission import (
@@ -142,9 +142,8 @@ class Server:
             self._traces += 1  # runs when traced, not when called
             key = jax_key(seed, Stream.SERVER, arrival.job)
             accepted, verdict, norm = judge(upload, base, max_update_norm)
-            params, state, entry, metrics = method.step(
-                params, base, state, entry, upload, arrival, accepted, key
-            )
+            submission = Submission(upload, arrival, base, params, accepted, key)
+            params, state, entry, metrics = method.step(state, entry, submission)
             return params, state, entry, (accepted, verdict, norm), metrics
 
         # Parameters are never donated: the version store holds them.
