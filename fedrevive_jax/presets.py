@@ -10,7 +10,7 @@ minutes on two cores.
 import dataclasses
 from typing import Any
 
-from fedrevive_jax.config import REVIVING, Config
+from fedrevive_jax.config import METHODS, Config
 from fedrevive_jax.errors import ConfigError
 
 # --- the constants of arXiv 2511.00655 and its published experiments ------------------------------
@@ -324,7 +324,8 @@ def resolve(
     dataset = known["dataset"].default if dataset is None else dataset
     method = known["method"].default if method is None else method
     preset = _preset(dataset, method)
-    if method in REVIVING and given.get("revive_on") not in (None, "fedbuff"):
+    revives = method in METHODS and METHODS[method].distils
+    if revives and given.get("revive_on") not in (None, "fedbuff"):
         # The step is another method's, and so are its buffer, its rate and its staleness weight.
         base = _preset(dataset, given["revive_on"])
         preset.update({field: base[field] for field in BASE_FIELDS if field in base})

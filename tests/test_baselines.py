@@ -427,10 +427,14 @@ def test_a_cache_that_cannot_fit_is_refused_at_once(tmp_path, monkeypatch):
 
 def test_contradictions_are_told():
     for method, settings, message in (
-        ("afl_dw", {"staleness_weight": "sqrt"}, "must be none with method=afl_dw"),
+        ("afl_dw", {"staleness_weight": "sqrt"}, "must be none with afl_dw: it weighs by beta"),
         ("fedfa", {"staleness_weight": "hinge"}, "averages whole models"),
         ("fadas", {"server_optimizer": "adam"}, "an optimiser of its own"),
-        ("fedrevive", {"revive_on": "fadas", "server_optimizer": "adam"}, "left out with fadas"),
+        (
+            "fedrevive",
+            {"revive_on": "fadas", "server_optimizer": "adam"},
+            "must be sgd with fadas: it is an optimiser",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             Config(method=method, **settings)

@@ -1,5 +1,6 @@
 """DFKD part by part, against numbers worked out by hand and laws with a negative control."""
 
+import dataclasses
 import math
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 import scipy.stats
 
 from fedrevive_jax.compute import devices
+from fedrevive_jax.config import Dfkd
 from fedrevive_jax.dfkd import distillation, loss_guard, losses, pool, proxy, synthesis, teachers
 from fedrevive_jax.dfkd.generator import Generator, image_maker
 from fedrevive_jax.dfkd.reviver import create
@@ -75,10 +77,10 @@ def test_adversarial_loss_counts_agreeing_samples_only():
 # --- loss guard -----------------------------------------------------------------------------------
 
 
-def guarded(values, term="feature", follow=False):
+def guarded(values, term="feature", form="published"):
     guard, flags = loss_guard.init(), []
     for value in values:
-        counts, guard = loss_guard.check(guard, term, jnp.asarray(float(value)), follow)
+        counts, guard = loss_guard.check(guard, term, jnp.asarray(float(value)), form)
         flags.append(bool(counts))
     return flags, guard
 
@@ -117,15 +119,15 @@ def test_guard_and_a_level_that_rises():
     rejected."""
     rise = [0.5] * 20 + [1.6] * 300
     assert guarded(rise)[0] == [True] * 20 + [False] * 300
-    assert guarded(rise, follow=True)[0] == [True] * 20 + [False] + [True] * 299
-    flags, guard = guarded([0.5] * 20 + [100.0, 0.5], follow=True)
+    assert guarded(rise, form="following")[0] == [True] * 20 + [False] + [True] * 299
+    flags, guard = guarded([0.5] * 20 + [100.0, 0.5], form="following")
     assert flags == [True] * 20 + [False, True]
     assert float(guard.values[0].max()) == 1.5
     # Each rejected value puts 3 m in the place of 0.5, m' = 1.15 m - 0.025, so that after k of them
     # m = (1 + 2 * 1.15^k) / 6; 5.0 counts once m >= 5/3, after 11.
-    assert guarded([0.5] * 20 + [5.0] * 30, follow=True)[0][20:] == [False] * 11 + [True] * 19
-    assert guarded([1.0, math.nan], follow=True)[0] == [True, False]
-    assert int(guarded([1.0, math.nan], follow=True)[1].counts[0]) == 1
+    assert guarded([0.5] * 20 + [5.0] * 30, form="following")[0][20:] == [False] * 11 + [True] * 19
+    assert guarded([1.0, math.nan], form="following")[0] == [True, False]
+    assert int(guarded([1.0, math.nan], form="following")[1].counts[0]) == 1
 
 
 def test_guard_keeps_terms_apart():
@@ -201,9 +203,7 @@ def test_proxy_is_the_mean_of_the_first_two_uploads_then_frozen():
         key = jax.random.key(visit)
         inputs = jax.random.normal(key, (64, 4, 4, 1))
         seen.append(proxy.probe(model, {"w": jnp.asarray(w)}, inputs, 0.8))
-        proxies = proxy.observe(
-            proxies, model, {"w": jnp.asarray(w)}, jnp.asarray(1), key, samples=64, temperature=0.8
-        )
+        proxies = proxy.observe(proxies, model, {"w": jnp.asarray(w)}, jnp.asarray(1), key, Dfkd())
         q = proxy.of_clients(proxies, jnp.asarray([1, 0, -1]))
         np.testing.assert_allclose(q[0], sum(seen[:2]) / len(seen[:2]), rtol=1e-6)
         assert float(jnp.abs(q[1:]).sum()) == 0
@@ -215,7 +215,7 @@ def test_known_proxies_are_never_probed():
     proxies = proxy.known(mixes)
     again = proxy.observe(
         proxies, scalar_model(), {"w": jnp.asarray(9.0)}, jnp.asarray(0), KEY,
-        samples=8, temperature=0.8,
+        Dfkd(),
     )  # fmt: skip
     np.testing.assert_allclose(proxy.of_clients(again, jnp.asarray([0, 1])), mixes)
 
@@ -240,12 +240,11 @@ def small_synthesis(**kwargs):
     model = create_model("digitsnet", input_shape=(8, 8, 1), num_classes=10, width=4)
     generator = Generator((8, 8, 1), 4)
     options = {
-        "batch": 12, "steps": 2, "meta_lr": 0.01, "generator_lr": 0.01, "latent_lr": 0.003,
-        "feature_weight": 0.3, "one_hot_weight": 1.0, "adversarial_weight": 0.1,
-        "meta": "reptile", "target_sampling": "teachers", **kwargs,
+        "synthesis_batch": 12, "synthesis_steps": 2, "generator_lr": 0.01, "latent_lr": 0.003,
+        "feature_weight": 0.3, "one_hot_weight": 1.0, "adversarial_weight": 0.1, **kwargs,
     }  # fmt: skip
     maker = image_maker(generator, 6, 10)
-    synthesiser = synthesis.make_synthesiser(model, maker, lambda x, key: x, **options)
+    synthesiser = synthesis.make_synthesiser(model, maker, lambda x, key: x, Dfkd(**options))
     omega = maker.init(jax.random.key(5))
     params = [model.init(jax.random.key(i)) for i in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params[:2])
@@ -283,7 +282,9 @@ def test_targets_follow_the_teachers_or_are_uniform():
     for how, expected in (
         ("teachers", np.asarray([0.4, 0.15, 0.45] + [0.0] * 7)), ("uniform", np.full(10, 0.1)),
     ):  # fmt: skip
-        synthesiser, _, _ = small_synthesis(target_sampling=how, batch=20_000)
+        synthesiser, _, _ = small_synthesis(
+            target_sampling=how, synthesis_batch=20_000, pool_size=20_000
+        )
         counts = np.bincount(synthesiser.draw(KEY, q, present)[0], minlength=10)
         allowed = expected > 0
         assert counts[~allowed].sum() == 0
@@ -354,14 +355,19 @@ def test_rejected_terms_are_told():
     )
     result = jax.jit(synthesiser.synthesise)(synthesiser.init(omega), drawn, ensemble, guard, KEY)
     assert result.rejected.tolist() == [0.0, 1.0, 0.0]
-    follower, _, _ = small_synthesis(follow=True)
+    follower, _, _ = small_synthesis(loss_guard="following")
     result = jax.jit(follower.synthesise)(follower.init(omega), drawn, ensemble, guard, KEY)
     assert int(result.guard.counts[row]) == 22
 
 
 # --- distillation ---------------------------------------------------------------------------------
 
-DISTIL = {"learning_rate": 0.01, "weight_decay": 0.0, "temperature": 1.0}
+DISTIL = Dfkd(
+    num_teachers=2,
+    distillation_lr=0.01,
+    distillation_weight_decay=0.0,
+    distillation_temperature=1.0,
+)
 
 
 def small_distillation(num_teachers=2):
@@ -394,11 +400,11 @@ def test_a_student_equal_to_its_teachers_gets_a_zero_update(x64):
         ("equal", student), ("other", jax.tree.map(lambda leaf: 1.01 * leaf, student)),
     ):  # fmt: skip
         result = distillation.distil(
-            model, start, inputs, targets, jnp.ones(2, bool), loss_guard.init(), **DISTIL
+            model, start, inputs, targets, jnp.ones(2, bool), loss_guard.init(), DISTIL
         )
         moved[name] = max(float(jnp.abs(d).max()) for d in jax.tree.leaves(result.delta))
     assert moved["equal"] == 0.0
-    assert moved["other"] > DISTIL["learning_rate"]
+    assert moved["other"] > DISTIL.distillation_lr
 
 
 @pytest.mark.parametrize("width", [8, 64])
@@ -414,7 +420,7 @@ def test_equal_parameters_give_equal_logits(width):
         ring = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
         targets = distillation.teacher_logits(model, ring, samples)
         present, guard = jnp.ones(2, bool), loss_guard.init()
-        return distillation.distil(model, params, samples, targets, present, guard, **DISTIL).delta
+        return distillation.distil(model, params, samples, targets, present, guard, DISTIL).delta
 
     for leaf in jax.tree.leaves(devices.jit(None, delta)(params, samples)):
         np.testing.assert_array_equal(leaf, 0)
@@ -452,7 +458,7 @@ def test_distillation_by_hand():
     for decay, expected in ((0.0, 0.01), (10.0, -0.01)):
         result = distillation.distil(
             model, {"w": jnp.asarray(1.0)}, inputs, targets, jnp.ones(1, bool), loss_guard.init(),
-            learning_rate=0.01, weight_decay=decay, temperature=1.0,
+            dataclasses.replace(DISTIL, distillation_weight_decay=decay),
         )  # fmt: skip
         assert float(result.delta["w"]) == pytest.approx(expected, rel=1e-4)
     p = 1 / (1 + math.exp(-3.0))
@@ -470,10 +476,10 @@ def test_steps_that_the_guard_rejects_move_nothing():
     strict = guard._replace(
         values=guard.values.at[row].set(1e-9), counts=guard.counts.at[row].set(20)
     )
-    decay = {**DISTIL, "weight_decay": 0.1}
+    decay = dataclasses.replace(DISTIL, distillation_weight_decay=0.1)
     for state, counted in ((strict, 0), (guard, 3)):
         result = distillation.distil(
-            model, student, inputs, targets, jnp.ones(2, bool), state, **decay
+            model, student, inputs, targets, jnp.ones(2, bool), state, decay
         )
         assert int(result.counted) == counted
         assert (float(optax.tree.norm(result.delta)) > 0) == (counted > 0)
@@ -492,10 +498,10 @@ def test_absent_teachers_do_not_count(x64):
     targets = distillation.teacher_logits(model, stacked, inputs)
     alone = distillation.distil(
         model, student, inputs[:, :1], targets[:, :1], jnp.ones(1, bool), loss_guard.init(),
-        **DISTIL,
+        DISTIL,
     )  # fmt: skip
     masked = distillation.distil(
-        model, student, inputs, targets, jnp.asarray([True, False]), loss_guard.init(), **DISTIL
+        model, student, inputs, targets, jnp.asarray([True, False]), loss_guard.init(), DISTIL
     )
     np.testing.assert_allclose(masked.losses, alone.losses, rtol=1e-10)
 
@@ -649,7 +655,7 @@ def test_teachers_receive_no_gradient(tiny):
     def update_norm(stacked):
         targets = distillation.teacher_logits(model, stacked, inputs)
         result = distillation.distil(
-            model, student, inputs, targets, jnp.ones(2, bool), loss_guard.init(), **DISTIL
+            model, student, inputs, targets, jnp.ones(2, bool), loss_guard.init(), DISTIL
         )
         return optax.tree.norm(result.delta)
 

@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from fedrevive_jax.clients.local_training import train
+from fedrevive_jax.config import Dfkd
 from fedrevive_jax.dfkd import distillation, loss_guard, losses, proxy, synthesis
 from fedrevive_jax.dfkd.generator import Generator, image_maker
 from fedrevive_jax.methods import blending
@@ -98,16 +99,16 @@ def make_synthesiser(golden, model, convolution, meta="reptile"):
         model,
         image_maker(generator, setting(golden, "latent"), setting(golden, "classes")),
         lambda images, key: images,
-        batch=setting(golden, "batch"),
-        steps=setting(golden, "steps"),
-        meta_lr=setting(golden, "lr_g"),
-        generator_lr=setting(golden, "lr_g"),
-        latent_lr=setting(golden, "lr_z"),
-        feature_weight=setting(golden, "bn"),
-        one_hot_weight=setting(golden, "oh"),
-        adversarial_weight=setting(golden, "adv"),
-        meta=meta,
-        target_sampling="teachers",
+        Dfkd(
+            synthesis_batch=setting(golden, "batch"),
+            synthesis_steps=setting(golden, "steps"),
+            generator_lr=setting(golden, "lr_g"),
+            latent_lr=setting(golden, "lr_z"),
+            feature_weight=setting(golden, "bn"),
+            one_hot_weight=setting(golden, "oh"),
+            adversarial_weight=setting(golden, "adv"),
+            meta=meta,
+        ),
     )
 
 
@@ -239,10 +240,13 @@ def test_distillation(golden, model, teachers, in_one_call):
         targets,
         jnp.ones(images.shape[1], bool),
         loss_guard.init(),
-        learning_rate=setting(golden, "lr_kd"),
-        weight_decay=setting(golden, "wd"),
-        temperature=setting(golden, "temperature"),
-        teacher_batch=images.shape[1] if in_one_call else 1,
+        Dfkd(
+            num_teachers=images.shape[1],
+            distillation_lr=setting(golden, "lr_kd"),
+            distillation_weight_decay=setting(golden, "wd"),
+            distillation_temperature=setting(golden, "temperature"),
+            teacher_batch=images.shape[1] if in_one_call else 1,
+        ),
     )
     close(result.losses, golden["distillation/losses"])
     # A difference of two nearly equal numbers: absolute error in units of the parameters.

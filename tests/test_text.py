@@ -12,6 +12,7 @@ import scipy.stats
 from fedrevive_jax import data, models
 from fedrevive_jax.clients.local_training import DROPOUT, train
 from fedrevive_jax.compute.streams import Stream, jax_key
+from fedrevive_jax.config import Dfkd
 from fedrevive_jax.data import seed_text, tokens
 from fedrevive_jax.dfkd import loss_guard, prompts, proxy, reviver, synthesis
 from fedrevive_jax.errors import ConfigError
@@ -188,11 +189,10 @@ def ensemble(model, table, adversarial):
 def make_synthesiser(model, **changes):
     maker = prompts.prompt_maker(model.vocabulary, LENGTH)
     options = {
-        "batch": 6, "steps": 2, "meta_lr": 0.02, "generator_lr": 0.01, "latent_lr": 0.1,
-        "feature_weight": 0.3, "one_hot_weight": 1.0, "adversarial_weight": 0.1,
-        "meta": "reptile", "target_sampling": "teachers", **changes,
+        "synthesis_batch": 6, "synthesis_steps": 2, "generator_lr": 0.01, "latent_lr": 0.1,
+        "feature_weight": 0.3, "one_hot_weight": 1.0, "adversarial_weight": 0.1, **changes,
     }  # fmt: skip
-    return maker, synthesis.make_synthesiser(model, maker, lambda x, key: x, **options)
+    return maker, synthesis.make_synthesiser(model, maker, lambda x, key: x, Dfkd(**options))
 
 
 def test_the_feature_term_is_the_weighted_sum_of_distances(model, table):
@@ -257,7 +257,7 @@ def test_the_probe_feeds_unmasked_gaussian_embeddings(model, table):
     logits, _ = model.apply(params, inputs)
     observed = proxy.observe(
         proxy.unknown(2, 3), model, params, jnp.asarray(1), jax.random.key(5),
-        samples=64, temperature=0.8, frozen=table,
+        Dfkd(), frozen=table,
     )  # fmt: skip
     expected = jax.nn.softmax(logits / 0.8).mean(axis=0)
     np.testing.assert_allclose(observed.total[1], expected, atol=1e-6)

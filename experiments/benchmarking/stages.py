@@ -19,7 +19,7 @@ from fedrevive_jax.clock.windows import plan_windows
 from fedrevive_jax.compute import devices
 from fedrevive_jax.config import Config
 from fedrevive_jax.data.dataset import official_splits
-from fedrevive_jax.dfkd import distillation, loss_guard, reviver, synthesis
+from fedrevive_jax.dfkd import distillation, due, loss_guard, reviver, synthesis
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.models import Model
 from fedrevive_jax.models.model import initial_taps
@@ -142,11 +142,6 @@ def model_that_counts(config: Config, input_shape: tuple[int, ...], num_classes:
     return models.from_config(plain, input_shape, num_classes)
 
 
-def synthesis_share(config: Config) -> float:
-    """Syntheses for each arrival."""
-    return 1 / (config.generation_interval * config.buffer_size)
-
-
 def _population() -> dict[str, int]:
     # Jobs in flight: on an accelerator enough to fill a usual window.
     concurrency = 8 if jax.default_backend() == "cpu" else 100
@@ -185,7 +180,7 @@ def measure(
     with measuring.compilations() as warm_up:
         simulation = Simulation(config, dataset)
         # Everything has run once when a version has been distilled and another synthesised.
-        while simulation.server.version < config.generation_interval + 2:
+        while simulation.server.version < interval + due.warm_version(config, True) + 1:
             jax.block_until_ready(simulation.advance().metrics)
     say(f"{arrivals} arrivals")
     with measuring.compilations() as steady:
@@ -209,7 +204,7 @@ def measure(
     shares = {
         "client training": padding,
         "server step": 1.0,
-        "synthesis": synthesis_share(config),
+        "synthesis": due.syntheses_per_arrival(config, config.buffer_size),
     }
     arrival = Timing(
         sum(share * stages[name].timing.median for name, share in shares.items()),
@@ -247,7 +242,6 @@ class _Arrivals:
     def __init__(self, simulation: Simulation, count: int):
         steps, host, jobs, windows = [], [], 0, 0.0
         self.live_bytes = self.live_versions = 0
-        interval = simulation.config.generation_interval
         while len(steps) < count or not jobs:
             before, since = len(simulation.uploads), time.thread_time()
             simulation.train_ahead()
@@ -255,7 +249,7 @@ class _Arrivals:
             jobs += len(simulation.uploads) - before
             jax.block_until_ready(simulation.uploads)
             self.live_bytes = max(self.live_bytes, measuring.live_bytes())
-            synthesises = simulation.server.version % interval == 0
+            synthesises = due.synthesis(simulation.config, simulation.server.version)
             start, since = time.perf_counter(), time.thread_time()
             receipt = simulation.advance()
             host.append(time.thread_time() - since)
@@ -333,11 +327,8 @@ def _stages(simulation: Simulation, whole: _Arrivals, repeats: int) -> dict[str,
             targets,
             present,
             guard,
+            config,
             frozen=frozen,
-            learning_rate=config.distillation_lr,
-            weight_decay=config.distillation_weight_decay,
-            temperature=config.distillation_temperature,
-            teacher_batch=config.teacher_batch,
             mesh=mesh,
         ),
     )
@@ -357,7 +348,7 @@ def _stages(simulation: Simulation, whole: _Arrivals, repeats: int) -> dict[str,
         "synthesis": timed(
             lambda: synthesise(generator, drawn, ensemble, guard, jax.random.key(0)),
             arithmetic["synthesis"],
-            synthesis_share(config),
+            due.syntheses_per_arrival(config, config.buffer_size),
         ),
         # All of the step but synthesis; teacher and student are a part of it.
         "server step": Stage(whole.step, 0.0, 0.0),

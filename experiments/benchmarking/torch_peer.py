@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from experiments.benchmarking import stages
 from experiments.benchmarking.measuring import Timing
 from experiments.benchmarking.torch_networks import (
     TorchConvNet,
@@ -27,6 +26,7 @@ from experiments.benchmarking.torch_networks import (
 )
 from fedrevive_jax.config import Config
 from fedrevive_jax.data import Dataset
+from fedrevive_jax.dfkd import due
 from fedrevive_jax.dfkd.prompts import PROMPTS
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.models import t5_shape
@@ -385,7 +385,7 @@ def measure(config: Config, dataset: Dataset, repeats: int) -> dict[str, Timing]
         "synthesis": peer.time(peer.synthesise, repeats),
         "server step": peer.time(lambda: peer.step(uploaded), repeats),
     }
-    share = stages.synthesis_share(config)
+    share = due.syntheses_per_arrival(config, config.buffer_size)
     timings["arrival"] = Timing(
         timings["client training"].median
         + timings["server step"].median

@@ -195,7 +195,7 @@ def staleness_lines(study: Study, rows) -> dict[str, list[tuple[float, Spread]]]
 
     def settings(config):
         free = {"seed", *WITH_CONCURRENCY, *LOCATION_FIELDS, *DEVICE_FIELDS}
-        free |= set(OF_A_ROUND) if config.method == "fedavg" else set()
+        free |= set(OF_A_ROUND) if config.traits.cohort else set()
         return {name: value for name, value in config.as_dict().items() if name not in free}
 
     kept = [settings(own[0].config) for own in study.groups.values()]

@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from fedrevive_jax.compute import devices, trees
+from fedrevive_jax.config import Dfkd
 from fedrevive_jax.dfkd import loss_guard, losses
 from fedrevive_jax.dfkd.loss_guard import LossGuard
 from fedrevive_jax.models import Model
@@ -82,13 +83,9 @@ def distil(
     targets: jax.Array,
     present: jax.Array,
     guard: LossGuard,
+    settings: Dfkd,
     *,
     frozen: Any = (),
-    learning_rate: float,
-    weight_decay: float,
-    temperature: float,
-    follow: bool = False,
-    teacher_batch: int = 0,
     mesh: Mesh | None = None,
 ) -> Distilled:
     """Trains a student that starts at the global parameters.
@@ -104,20 +101,21 @@ def distil(
       present: bool [c], which teachers exist; the samples of the others do not count.
       guard: see `loss_guard`; a step whose loss does not count is skipped altogether, since weight
         decay alone would become a full step of Adam.
+      settings: the fields `distillation_*` and `loss_guard` are read. `teacher_batch` teachers'
+        samples pass through the student in one call, and the gradient is summed over the calls; 0:
+        see `model.per_call`.
       frozen: the model's frozen arrays.
-      learning_rate: lr_kd.
-      weight_decay: L2 coefficient.
-      temperature: T.
-      follow: see `loss_guard.check`.
-      teacher_batch: teachers whose samples pass through the student in one call, a divisor of c;
-        the gradient is summed over the calls. 0: see `model.per_call`.
       mesh: the devices that share the samples of a call; the gradient is summed over them.
     """
-    optimizer = optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
+    temperature = settings.distillation_temperature
+    optimizer = optax.chain(
+        optax.add_decayed_weights(settings.distillation_weight_decay),
+        optax.adam(settings.distillation_lr),
+    )
     targets = jax.lax.stop_gradient(targets)  # teachers are data
     num_teachers, batch = targets.shape[1:3]
     per_sample = jnp.broadcast_to(present[:, None] / (present.sum() * batch), (num_teachers, batch))
-    size = teacher_batch or per_call(num_teachers, batch, model.input_shape)
+    size = settings.teacher_batch or per_call(num_teachers, batch, model.input_shape)
 
     def apply(shared, samples):
         student, frozen = shared
@@ -143,7 +141,7 @@ def distil(
     def step(carry, batch):
         student, opt_state, guard, counted = carry
         loss, grads = loss_and_gradient(student, *batch)
-        counts, guard = loss_guard.check(guard, "distillation", loss, follow)
+        counts, guard = loss_guard.check(guard, "distillation", loss, settings.loss_guard)
         updates, new_state = optimizer.update(grads, opt_state, student)
         moved = (optax.apply_updates(student, updates), new_state)
         student, opt_state = trees.select(counts, moved, (student, opt_state))

@@ -30,7 +30,7 @@ def init() -> LossGuard:
 
 
 def check(
-    guard: LossGuard, term: str, value: jax.Array, follow: bool = False
+    guard: LossGuard, term: str, value: jax.Array, form: str = "published"
 ) -> tuple[jax.Array, LossGuard]:
     """Whether a loss term may count in this step, and the guard after it.
 
@@ -42,9 +42,9 @@ def check(
       guard: the state.
       term: one of `TERMS`.
       value: the loss, [].
-      follow: keep a value that is too large, cut to the limit. In the published form it is not
-        kept, so that a loss which stays on a higher level is rejected from then on; here the mean
-        follows it within a few values.
+      form: `published` does not keep a value that is too large, so that a loss which stays on a
+        higher level is rejected from then on. `following` keeps it, cut to the limit, so that the
+        mean follows it within a few values.
 
     Returns:
       (bool [], the new guard).
@@ -61,4 +61,4 @@ def check(
         guard.values.at[row, count % KEPT].set(jnp.where(spike, limit, value)),
         guard.counts.at[row].add(1),
     )
-    return finite & ~spike, trees.select(finite & (follow | ~spike), kept, guard)
+    return finite & ~spike, trees.select(finite & (~spike | (form == "following")), kept, guard)

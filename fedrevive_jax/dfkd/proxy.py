@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fedrevive_jax.compute import trees
+from fedrevive_jax.config import Dfkd
 from fedrevive_jax.models import Model
 from fedrevive_jax.models.model import Params, gaussian_inputs
 
@@ -46,9 +47,8 @@ def observe(
     params: Params,
     client: jax.Array,
     key: jax.Array,
+    settings: Dfkd,
     *,
-    samples: int,
-    temperature: float,
     frozen: Any = (),
     wanted: jax.Array | bool = True,
 ) -> Proxies:
@@ -56,8 +56,8 @@ def observe(
     answer."""
 
     def update(proxies):
-        inputs = gaussian_inputs(model, key, samples, frozen)
-        estimate = probe(model, params, inputs, temperature)
+        inputs = gaussian_inputs(model, key, settings.proxy_samples, frozen)
+        estimate = probe(model, params, inputs, settings.proxy_temperature)
         added = Proxies(proxies.total.at[client].add(estimate), proxies.probes.at[client].add(1))
         # A model that overflows tells nothing of its client; its next upload is probed instead.
         return trees.select(trees.all_finite(estimate), added, proxies)

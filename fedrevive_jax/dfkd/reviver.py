@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from fedrevive_jax.compute import trees
 from fedrevive_jax.compute.streams import Stream, jax_key
 from fedrevive_jax.config import Config
-from fedrevive_jax.dfkd import distillation, loss_guard, pool, proxy, synthesis, teachers
+from fedrevive_jax.dfkd import distillation, due, loss_guard, pool, proxy, synthesis, teachers
 from fedrevive_jax.dfkd.generator import Generator, image_maker
 from fedrevive_jax.dfkd.loss_guard import LossGuard
 from fedrevive_jax.dfkd.maker import Maker
@@ -178,12 +178,8 @@ def create(
             targets,
             present,
             state.guard,
+            config,
             frozen=state.frozen,
-            learning_rate=config.distillation_lr,
-            weight_decay=config.distillation_weight_decay,
-            temperature=config.distillation_temperature,
-            follow=config.loss_guard == "following",
-            teacher_batch=config.teacher_batch,
             mesh=mesh,
         )
         good = trees.all_finite(result.delta) & (result.counted > 0)
@@ -206,8 +202,7 @@ def create(
                 upload.params,
                 arrival.client,
                 probe_key,
-                samples=config.proxy_samples,
-                temperature=config.proxy_temperature,
+                config,
                 frozen=state.frozen,
                 wanted=accepted,
             ),
@@ -218,19 +213,14 @@ def create(
 
         terms = (nan,) * len(SYNTHESIS_METRICS)
         if synthesiser is not None:
-            due = (
-                accepted
-                & (arrival.version >= config.freeze_versions)
-                & (arrival.version % config.generation_interval == 0)
-                & (arrival.version != state.synthesised_version)
-            )
+            wanted = accepted & due.synthesis(config, arrival.version, state.synthesised_version)
             own = state.generator, state.guard, state.synthesised_version
             rows = state.pool.samples, state.pool.labels
             nothing = jax.tree.map(
                 lambda ring: jnp.zeros((config.synthesis_batch, *ring.shape[1:]), ring.dtype), rows
             )
             (generator, guard, version), made, terms = jax.lax.cond(
-                due,
+                wanted,
                 lambda: synthesise(state, proxies, present, params, arrival, synthesis_key),
                 lambda: (own, (*nothing, jnp.asarray(False)), terms),
             )
@@ -241,10 +231,10 @@ def create(
                 pool=pool.add(state.pool, *made),
             )
 
-        warm = (arrival.version > config.warmup_versions) | (synthesiser is None)
+        ready = due.distillation(config, synthesiser is not None, arrival.version, beta)
         none = jax.tree.map(jnp.zeros_like, params)
         guard, delta, distilled, values = jax.lax.cond(
-            accepted & warm & (beta > 0) & (state.pool.added > 0),
+            accepted & ready & (state.pool.added > 0),
             lambda: distil(state, proxies, present, params, distillation_key),
             lambda: (state.guard, none, jnp.asarray(False), (nan,) * 3),
         )
@@ -266,25 +256,7 @@ def make_synthesiser(
 ) -> tuple[synthesis.Synthesiser, Maker]:
     """The synthesis of a configuration, and what it optimises; arguments as those of `create`."""
     maker = make_maker(config, model, seed_text)
-    synthesiser = synthesis.make_synthesiser(
-        model,
-        maker,
-        augment,
-        batch=config.synthesis_batch,
-        steps=config.synthesis_steps,
-        # The prompts' published rate covers all inner steps at once.
-        meta_lr=config.generator_lr * (config.synthesis_steps if model.vocabulary else 1),
-        generator_lr=config.generator_lr,
-        latent_lr=config.latent_lr,
-        feature_weight=config.feature_weight,
-        one_hot_weight=config.one_hot_weight,
-        adversarial_weight=config.adversarial_weight,
-        meta=config.meta,
-        target_sampling=config.target_sampling,
-        follow=config.loss_guard == "following",
-        mesh=mesh,
-    )
-    return synthesiser, maker
+    return synthesis.make_synthesiser(model, maker, augment, config, mesh), maker
 
 
 def make_maker(config: Config, model: Model, seed_text: SeedText | None = None) -> Maker:

@@ -1,5 +1,6 @@
 """Making samples that the teachers know, and learning to make them (the meta-step)."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from fedrevive_jax.compute import devices, trees
+from fedrevive_jax.config import Dfkd
 from fedrevive_jax.dfkd import loss_guard, losses
 from fedrevive_jax.dfkd.loss_guard import LossGuard
 from fedrevive_jax.dfkd.maker import Maker
@@ -133,18 +135,7 @@ def make_synthesiser(
     model: Model,
     maker: Maker,
     augment: Callable[[Any, jax.Array], Any],
-    *,
-    batch: int,
-    steps: int,
-    meta_lr: float,
-    generator_lr: float,
-    latent_lr: float,
-    feature_weight: float,
-    one_hot_weight: float,
-    adversarial_weight: float,
-    meta: str,
-    target_sampling: str,
-    follow: bool = False,
+    settings: Dfkd,
     mesh: Mesh | None = None,
 ) -> Synthesiser:
     """Builds the synthesis of arXiv 2511.00655: L = bn L_feat + oh L_ce + adv L_adv.
@@ -153,22 +144,21 @@ def make_synthesiser(
       model: teachers and student.
       maker: what makes the samples, from what.
       augment: (raw samples, key) -> model inputs; differentiable.
-      batch: b, samples of one synthesis.
-      steps: K_synth.
-      meta_lr: rate of the persistent Adam.
-      generator_lr, latent_lr: lr_g of the fast copy, lr_z.
-      feature_weight, one_hot_weight, adversarial_weight: bn, oh, adv.
-      meta: gradient given to the persistent Adam of omega: `reptile` omega - phi_K;
-        `fomaml` sum_s dL/dphi at phi_s; `maml` d(sum_s L(phi_s))/d omega through the inner steps.
-      target_sampling: `teachers` draws targets from the mean of the teachers' proxies, `uniform`
-        over the classes.
-      follow: see `loss_guard.check`.
+      settings: `synthesis_batch` b, `synthesis_steps` K_synth, `generator_lr` lr_g, `latent_lr`
+        lr_z, `feature_weight`, `one_hot_weight`, `adversarial_weight` bn, oh, adv, `loss_guard`,
+        and two choices. `meta` is the gradient given to the persistent Adam of omega: `reptile`
+        omega - phi_K, `fomaml` sum_s dL/dphi at phi_s, `maml` d(sum_s L(phi_s))/d omega through the
+        inner steps. `target_sampling` draws targets from the mean of the `teachers`' proxies, or
+        `uniform` over the classes.
       mesh: the devices that share the teachers.
     """
-    eps_root = MAML_EPS_ROOT if meta == "maml" else 0.0
-    fast_adam = optax.adam(generator_lr, b1=B1, eps_root=eps_root)
-    latent_adam = optax.adam(latent_lr, b1=B1, eps_root=eps_root)
-    meta_adam = optax.adam(meta_lr, b1=B1)
+    batch = settings.synthesis_batch
+    eps_root = MAML_EPS_ROOT if settings.meta == "maml" else 0.0
+    fast_adam = optax.adam(settings.generator_lr, b1=B1, eps_root=eps_root)
+    latent_adam = optax.adam(settings.latent_lr, b1=B1, eps_root=eps_root)
+    # The prompts' published rate covers all inner steps at once.
+    at_once = settings.synthesis_steps if model.vocabulary else 1
+    meta_adam = optax.adam(settings.generator_lr * at_once, b1=B1)
 
     def init(params: Params) -> GeneratorState:
         return GeneratorState(params, meta_adam.init(params))
@@ -176,7 +166,7 @@ def make_synthesiser(
     def draw(key, proxies, present, frozen=()) -> Draw:
         """Targets, latents and condition of a fresh synthesis."""
         target_key, *maker_keys = jax.random.split(key, 3)
-        if target_sampling == "uniform":
+        if settings.target_sampling == "uniform":
             targets = jax.random.randint(target_key, (batch,), 0, model.num_classes)
         else:
             mix = proxies.sum(axis=0) / present.sum()
@@ -206,15 +196,16 @@ def make_synthesiser(
         one_hot = losses.one_hot_loss(weights, logits, drawn.targets)
         adversarial = losses.adversarial_loss(weights, logits, model.apply(student, inputs)[0])
 
-        feature_counts, guard = loss_guard.check(guard, "feature", feature, follow)
-        one_hot_counts, guard = loss_guard.check(guard, "one_hot", one_hot, follow)
-        adversarial_counts, checked = loss_guard.check(guard, "adversarial", adversarial, follow)
+        check = functools.partial(loss_guard.check, form=settings.loss_guard)
+        feature_counts, guard = check(guard, "feature", feature)
+        one_hot_counts, guard = check(guard, "one_hot", one_hot)
+        adversarial_counts, checked = check(guard, "adversarial", adversarial)
         guard = trees.select(ensemble.adversarial_on, checked, guard)
         adversarial_applies = adversarial_counts & ensemble.adversarial_on
         total = (
-            jnp.where(feature_counts, feature_weight * feature, 0.0)
-            + jnp.where(one_hot_counts, one_hot_weight * one_hot, 0.0)
-            + jnp.where(adversarial_applies, adversarial_weight * adversarial, 0.0)
+            jnp.where(feature_counts, settings.feature_weight * feature, 0.0)
+            + jnp.where(one_hot_counts, settings.one_hot_weight * one_hot, 0.0)
+            + jnp.where(adversarial_applies, settings.adversarial_weight * adversarial, 0.0)
         )
         adversarial_rejected = ensemble.adversarial_on & ~adversarial_counts
         rejected = jnp.stack([~feature_counts, ~one_hot_counts, adversarial_rejected])
@@ -260,7 +251,7 @@ def make_synthesiser(
             jax.tree.map(jnp.zeros_like, variables.generator),
             best,
         )
-        steps_taken = jnp.arange(steps, dtype=jnp.int32)
+        steps_taken = jnp.arange(settings.synthesis_steps, dtype=jnp.int32)
         carry, (terms, rejected) = jax.lax.scan(step, carry, steps_taken)
         variables, _, _, guard, gradient_sum, (_, best_step, samples) = carry
         return InnerResult(variables, gradient_sum, terms, samples, best_step, guard, rejected)
@@ -274,12 +265,12 @@ def make_synthesiser(
             result = inner(Variables(omega, drawn.latents), drawn, ensemble, guard, key)
             return result.terms.total.sum(), result
 
-        if meta == "maml":
+        if settings.meta == "maml":
             gradient, result = jax.grad(run, has_aux=True)(state.params)
         else:
             _, result = run(state.params)
             gradient = result.gradient_sum
-        if meta == "reptile":
+        if settings.meta == "reptile":
             gradient = jax.tree.map(jnp.subtract, state.params, result.variables.generator)
         update, meta_state = meta_adam.update(gradient, state.meta)
         new = GeneratorState(optax.apply_updates(state.params, update), meta_state)

@@ -11,8 +11,8 @@ from fedrevive_jax import data, methods, models
 from fedrevive_jax.clock import schedule
 from fedrevive_jax.clock.windows import plan_windows
 from fedrevive_jax.compute import trees
-from fedrevive_jax.config import REVIVING, Config
-from fedrevive_jax.dfkd import reviver
+from fedrevive_jax.config import Config
+from fedrevive_jax.dfkd import due, reviver
 from fedrevive_jax.methods import Ingredients, blending
 from fedrevive_jax.models import Model
 from fedrevive_jax.models.model import gaussian_inputs
@@ -141,7 +141,7 @@ def forward_flops(model: Model) -> int:
 def making_flops(config: Config, model: Model) -> int:
     """FLOPs of making one sample of a synthesis, as XLA counts them: the generator's forward pass
     over a whole batch, divided. 0 for methods that make none."""
-    if config.method != "fedrevive":
+    if not config.traits.synthesises:
         return 0
     plain = dataclasses.replace(config, convolution="lax")
     maker = reviver.make_maker(plain, model)
@@ -175,26 +175,27 @@ def flops_of_an_arrival(config: Config, forward: int, making: int) -> dict[str, 
     }
 
 
+def revivals(config: Config, clock: schedule.Schedule) -> dict[str, int]:
+    """How many distillations and syntheses a schedule leads to, if no upload is rejected."""
+    if not config.traits.distils:
+        return {}
+    versions = clock.base_version[clock.job] + clock.staleness  # at the arrivals
+    beta = np.asarray(blending.create(config)(jnp.asarray(clock.staleness)))
+    synthesises = config.traits.synthesises
+    counts = {"distillations": due.distillation(config, synthesises, versions, beta).sum()}
+    if synthesises:
+        counts["syntheses"] = due.synthesis(config, np.unique(versions)).sum()
+    return {name: int(count) for name, count in counts.items()}
+
+
 def _flops(config: Config, clock: schedule.Schedule, forward: int, making: int) -> dict[str, int]:
     parts = flops_of_an_arrival(config, forward, making)
-    client = parts["client"]
-    total = client * clock.num_arrivals
-    if config.method in REVIVING:
-        distilled = np.asarray(blending.create(config)(jnp.asarray(clock.staleness)) > 0)
-        if config.method == "fedrevive":
-            versions = clock.base_version[clock.job] + clock.staleness  # at the arrival
-            distilled = distilled & (versions > config.warmup_versions)
-        distillation = parts["distillation"]
-        total += distillation * int(distilled.sum())
-        synthesis = 0
-        if config.method == "fedrevive":
-            synthesis = parts["synthesis"]
-            versions = range(clock.num_versions)[config.freeze_versions :]
-            total += synthesis * sum(v % config.generation_interval == 0 for v in versions)
-        return {
-            "flops_client_job": client,
-            "flops_distillation": distillation,
-            "flops_synthesis": synthesis,
-            "flops_total": total,
-        }
-    return {"flops_client_job": client, "flops_total": total}
+    counts = revivals(config, clock)
+    told = {"flops_client_job": parts["client"]}
+    total = parts["client"] * clock.num_arrivals
+    if counts:
+        synthesis = parts["synthesis"] if "syntheses" in counts else 0
+        told |= {"flops_distillation": parts["distillation"], "flops_synthesis": synthesis}
+        total += parts["distillation"] * counts["distillations"]
+        total += synthesis * counts.get("syntheses", 0)
+    return {**told, "flops_total": total}

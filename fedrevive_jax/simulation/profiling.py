@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jax
 
+from fedrevive_jax.dfkd import due
 from fedrevive_jax.simulation.simulator import Simulation
 
 FOLDER = "profile"
@@ -20,7 +21,8 @@ class WindowTrace:
     def __init__(self, folder: Path, simulation: Simulation):
         self._folder, self._simulation = folder, simulation
         config = simulation.config
-        self._after = config.warmup_versions + 1 if config.method == "fedrevive" else 0
+        traits = config.traits
+        self._after = due.warm_version(config, traits.synthesises) if traits.distils else 0
         self._first = simulation.position
         self._left = WINDOWS
         self.running = False

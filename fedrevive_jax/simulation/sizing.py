@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fedrevive_jax.compute import trees
-from fedrevive_jax.config import REVIVING, Config
+from fedrevive_jax.config import Config
 from fedrevive_jax.dfkd import reviver
 from fedrevive_jax.models import Model
 from fedrevive_jax.models.model import gaussian_inputs, per_call
@@ -55,13 +55,13 @@ def revival_bytes(config: Config, model: Model, params: Any) -> int:
       config: the sizes.
       model, params: see `job_bytes`.
     """
-    if config.method not in REVIVING:
+    if not config.traits.distils:
         return 0
     size = config.teacher_batch or per_call(
         config.num_teachers, config.distillation_batch, model.input_shape
     )
     student = job_bytes(model, params, size * config.distillation_batch)
-    if config.method != "fedrevive":
+    if not config.traits.synthesises:
         return student
     per_sample = (config.num_teachers + 1) * _kept_bytes(model, params) + _making_bytes(
         config, model

@@ -1,0 +1,80 @@
+"""The one configuration of a run: frozen, validated, one field per command-line flag.
+
+A field's metadata is the single source for its flag's help text and for what values are allowed. A
+`Config` is always complete; `fedrevive_jax.presets.resolve` fills in what a user left open from the
+preset of (dataset, method).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedrevive_jax.config.fields import LIMITS, without_tilde
+from fedrevive_jax.config.parts import (
+    BETA_SHAPES,
+    DATASETS,
+    DELAYS,
+    FAULTS,
+    MODELS,
+    SERVER_OPTIMIZERS,
+    STALENESS_WEIGHTS,
+    Clients,
+    Device,
+    Dfkd,
+    Record,
+    Server,
+    World,
+)
+from fedrevive_jax.config.traits import METHODS, PUBLISHED_METHODS, Traits
+from fedrevive_jax.errors import ConfigError
+
+__all__ = [
+    "BETA_SHAPES", "DATASETS", "DELAYS", "DEVICE_FIELDS", "FAULTS", "FOLDER_DATASETS",
+    "INPUT_FIELDS", "LIMITS", "LOCATION_FIELDS", "METHODS", "MODELS", "PUBLISHED_METHODS",
+    "SERVER_OPTIMIZERS", "STALENESS_WEIGHTS", "Clients", "Config", "Device", "Dfkd", "Record",
+    "Server", "Traits", "World", "without_tilde",
+]  # fmt: skip
+
+# Data sets that are whatever their folder holds.
+FOLDER_DATASETS = ("image_folder", "text_folder")
+# Where a run is written and where its data lie do not change what it computes.
+LOCATION_FIELDS = ("workdir", "data_dir", "cache_dir")
+# Nor do the devices, up to the rounding of sums.
+DEVICE_FIELDS = ("mesh", "version_memory")
+# Files and folders that a run reads beside its data; recorded with their whole path.
+INPUT_FIELDS = ("t5_weights", "pretrained", "seed_text", "delay_trace")
+
+
+@dataclass(frozen=True)
+class Config(Device, Record, Dfkd, Server, Clients, World):
+    """Everything that determines a run, and where it is written: all parts in one.
+
+    A function that reads one part takes that part, and a `Config` is one.
+
+    Raises:
+      ConfigError: a value is outside its limits, or two values contradict each other.
+    """
+
+    def _check(self) -> None:
+        for name in ("buffer_size", "open_slots") if self.traits.cohort else ():
+            if getattr(self, name) != self.concurrency:
+                raise ConfigError(
+                    name,
+                    getattr(self, name),
+                    f"must be concurrency={self.concurrency} with method={self.method}, whose "
+                    "round waits for all; method=fedbuff takes others",
+                )
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder for the record of this run."""
+        return Path(self.workdir or f"runs/{self.dataset}_{self.method}_seed{self.seed}")
+
+    @property
+    def data_place(self) -> Path | None:
+        """The folder that says which data these are; None where the data set's name says it."""
+        return Path(self.data_dir).absolute() if self.dataset in FOLDER_DATASETS else None
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)

@@ -1,0 +1,91 @@
+"""One setting: its type, its default, its help text and what values are allowed."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from fedrevive_jax.errors import ConfigError
+
+
+def setting(default: Any, help_text: str, **limits: Any) -> Any:
+    """A field with its help text and limits: `choices`, `at_least`, `above`, `at_most`, `below`;
+    `path` marks one that names a file or folder."""
+    return dataclasses.field(default=default, metadata={"help": help_text, **limits})
+
+
+class Part:
+    """A frozen dataclass of settings. It converts and checks them when it is made.
+
+    Raises:
+      ConfigError: a value is outside its limits, or two values contradict each other.
+    """
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = checked(field, getattr(self, field.name))
+            if field.metadata.get("path") and value:
+                value = without_tilde(field.name, value)
+            object.__setattr__(self, field.name, value)
+        for part in reversed(type(self).__mro__):
+            if "_check" in vars(part):
+                part._check(self)
+
+    def _check(self) -> None:
+        """What holds between settings; each part has its own, and all of them are asked."""
+
+
+# Limits of a number and their words.
+LIMITS = {"at_least": "at least", "above": "above", "at_most": "at most", "below": "below"}
+
+
+def checked(field: dataclasses.Field, value: Any) -> Any:
+    """The value as the field's type, or an error that names field, value and what is allowed."""
+    limits = field.metadata
+    bounds = [f"{words} {limits[name]}" for name, words in LIMITS.items() if name in limits]
+
+    def refused(*allowed: str, joined: str = ", ") -> ConfigError:
+        return ConfigError(field.name, shown(value), f"must be {joined.join(allowed)}")
+
+    try:
+        result = field.type(value)
+        if isinstance(value, bool) or (field.type is int and float(value) != result):
+            raise ValueError  # int(0.5) would pass silently
+    except (TypeError, ValueError, OverflowError):
+        kind = {int: "a whole number", float: "a number", str: "a text"}[field.type]
+        raise refused(kind, *bounds) from None
+    if field.type is int and abs(result) >= 2**31:
+        raise refused(f"below {2**31}", *bounds)
+    if field.type is float and not math.isfinite(result):
+        raise refused("finite", *bounds)
+    if "choices" in limits and result not in limits["choices"]:
+        raise refused("one of " + ", ".join(limits["choices"]))
+    if field.type is str and not all(c.isprintable() or ord(c) > 127 for c in result):
+        raise refused("a text without control characters")  # no file has such a name
+    if not (
+        result >= limits.get("at_least", result)
+        and ("above" not in limits or result > limits["above"])
+        and result <= limits.get("at_most", result)
+        and ("below" not in limits or result < limits["below"])
+    ):
+        raise refused(*bounds, joined=" and ")
+    return result
+
+
+def without_tilde(name: str, path: str) -> str:
+    """The path that a flag gives, with the home of a user in the place of `~`.
+
+    Raises:
+      ConfigError: there is no such user.
+    """
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:
+        raise ConfigError(name, path, "must not name the home of an unknown user") from None
+
+
+def shown(value: Any, limit: int = 100) -> str:
+    """A value in the one line of a message."""
+    text = str(value)
+    printable = "".join(c if c.isprintable() else "?" for c in text[:limit])
+    return printable + ("..." if len(text) > limit else "")
