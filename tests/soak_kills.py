@@ -26,9 +26,9 @@ import numpy as np
 
 from fedrevive_jax.config import Config
 from fedrevive_jax.presets import resolve
-from fedrevive_jax.record import files
+from fedrevive_jax.record import files, reading
 from fedrevive_jax.record.checkpoint import Checkpoints
-from fedrevive_jax.running import restore, runner
+from fedrevive_jax.running import runner
 from fedrevive_jax.simulation.simulator import Simulation
 from tests.killed_run import as_flags
 from tests.test_simulator import small
@@ -135,7 +135,7 @@ def signals(number: signal.Signals, count: int, rng: random.Random, out: Path) -
             right = process.returncode in (128 + number, -number) and took <= LIMIT
             if told:
                 saved += 1
-                right &= restore.read_params(config.run_dir, Simulation(config).model)[0] == int(
+                right &= reading.read_params(config.run_dir, Simulation(config).model)[0] == int(
                     told
                 )
             good += right

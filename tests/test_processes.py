@@ -14,8 +14,8 @@ import pytest
 from fedrevive_jax.compute import processes
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.models import create
-from fedrevive_jax.record import files
-from fedrevive_jax.running import restore, runner
+from fedrevive_jax.record import files, reading
+from fedrevive_jax.running import runner
 from tests.test_simulator import SMALL, small
 
 # With distillation, so that everything that is ever split is; teachers that two do not divide.
@@ -74,7 +74,7 @@ def assert_same_run(folder, expected):
         assert {**a, "loss": 0} == {**b, "loss": 0}
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
     model = create("digitsnet", input_shape=(8, 8, 1), num_classes=10, width=4)
-    (version, params), (same, others) = (restore.read_params(f, model) for f in (folder, expected))
+    (version, params), (same, others) = (reading.read_params(f, model) for f in (folder, expected))
     assert version == same
     for a, b in zip(*map(jax.tree.leaves, (params, others)), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)

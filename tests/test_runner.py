@@ -17,7 +17,7 @@ from fedrevive_jax import data
 from fedrevive_jax.data import tokens
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.presets import resolve
-from fedrevive_jax.record import derived, files
+from fedrevive_jax.record import derived, files, reading
 from fedrevive_jax.record.checkpoint import CheckpointError, Checkpoints
 from fedrevive_jax.record.files import RecordError
 from fedrevive_jax.running import restore, runner
@@ -69,7 +69,7 @@ def test_the_record(whole):
         "clients.npz", "origin.json", "curves.png", "synthetic.png", "checkpoints", "live",
         "run.lock",
     }  # fmt: skip
-    assert restore.read_config(folder) == runner.settle(config)
+    assert reading.read_config(folder) == runner.settle(config)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary == result.summary
     assert summary["versions"] == summary["arrivals"] == clock.num_arrivals
@@ -185,16 +185,16 @@ def test_a_corrupt_checkpoint_is_passed_over_and_the_end_is_the_same(whole, tmp_
     raw = bytearray(state.read_bytes())
     raw[len(raw) // 2] ^= 1
     state.write_bytes(raw)
-    assert restore.read_params(config.run_dir, Simulation(config).model)[0] == newest
+    assert reading.read_params(config.run_dir, Simulation(config).model)[0] == newest
     assert finish(config).resumed_version == older
     assert f"checkpoint {newest} is corrupt (the checksum of state.npz failed)" in caplog.text
     assert_same_end(config, whole[0])
     # An evaluation reads the global model alone, and guards that.
     next((config.run_dir / "checkpoints" / str(newest) / "params").rglob("*/d/*")).unlink()
     model = Simulation(config).model
-    assert restore.read_params(config.run_dir, model)[0] == older
+    assert reading.read_params(config.run_dir, model)[0] == older
     with pytest.raises(ConfigError, match=rf"checkpoint {newest} is corrupt \(.* is missing\)"):
-        restore.read_params(config.run_dir, model, step=newest)
+        reading.read_params(config.run_dir, model, step=newest)
 
 
 def test_small_checkpoints_continue_with_jobs_that_start_again(tmp_path, monkeypatch, caplog):
@@ -367,7 +367,7 @@ def test_divergence_ends_the_run_with_a_message_and_a_good_checkpoint(tmp_path):
     rows = files.read_rows(config.run_dir / files.ARRIVALS)
     assert [row["loss"] for row in rows[-10:]] == [None] * 10
     assert not any(row["accepted"] for row in rows[-10:])
-    version, params = restore.read_params(config.run_dir, Simulation(config).model)
+    version, params = reading.read_params(config.run_dir, Simulation(config).model)
     assert version > 0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
@@ -484,11 +484,11 @@ def test_a_checkpoint_of_something_else_is_named(tmp_path):
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)
     model = Simulation(small("fedbuff")).model
     with pytest.raises(ConfigError, match="no checkpoint is whole; corrupt: 5"):
-        restore.read_params(tmp_path, model)
+        reading.read_params(tmp_path, model)
     with pytest.raises(
         ConfigError, match=r"checkpoint 5 is corrupt \(record.json or its checksum is missing\)"
     ):
-        restore.read_params(tmp_path, model, step=5)
+        reading.read_params(tmp_path, model, step=5)
 
 
 def test_a_split_without_samples_is_named():

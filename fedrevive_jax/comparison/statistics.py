@@ -17,8 +17,8 @@ import numpy as np
 from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS, Config
 from fedrevive_jax.errors import ConfigError, FileError
 from fedrevive_jax.record import files
+from fedrevive_jax.record.reading import read_config
 from fedrevive_jax.running.recorder import read_evaluations
-from fedrevive_jax.running.restore import read_config
 
 RECENT = 10  # evaluations whose mean is "last ten": a single one is noisy under asynchrony
 RESAMPLES = 10_000  # of the bootstrap

@@ -22,8 +22,8 @@ from fedrevive_jax.record.checkpoint import FOLDER as CHECKPOINTS
 from fedrevive_jax.record.checkpoint import describe_newest, has_checkpoint
 from fedrevive_jax.record.health import DivergenceError, RejectLimitError
 from fedrevive_jax.record.interruption import InterruptedRunError, Interruption
+from fedrevive_jax.record.reading import read_config, read_params
 from fedrevive_jax.running.recorder import Recorder, Result, read_evaluations
-from fedrevive_jax.running.restore import read_config, read_params
 from fedrevive_jax.simulation.profiling import FOLDER as PROFILE
 from fedrevive_jax.simulation.profiling import WindowTrace
 from fedrevive_jax.simulation.simulator import Simulation

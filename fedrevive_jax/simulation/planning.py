@@ -109,18 +109,14 @@ def _sizes(
         model = models.from_config(plain, shape, classes)
     params, shared = jax.eval_shape(lambda k: (model.init(k), model.frozen(k)), jax.random.key(0))
 
-    def method_arrays_of(params, frozen):
-        ingredients = Ingredients(
-            model,
-            lambda samples, key: samples,
-            frozen=frozen,
-            class_mixes=np.zeros((config.num_clients, classes), np.float32),
-            real_samples=(_blank_samples(kept, shape), np.zeros(kept, np.int32)),
-        )
-        method = methods.create(config, ingredients)
-        return method.init(params), method.entry(params)
-
-    return _Sizes(model, stored, params, shared, *jax.eval_shape(method_arrays_of, params, shared))
+    holdings = Ingredients(
+        model,
+        lambda samples, key: samples,
+        frozen=shared,
+        class_mixes=np.zeros((config.num_clients, classes), np.float32),
+        real_samples=(_blank_samples(kept, shape), np.zeros(kept, np.int32)),
+    )
+    return _Sizes(model, stored, params, shared, *methods.shapes(config, holdings, params))
 
 
 def _blank_samples(count: int, shape: tuple[int, ...]) -> np.ndarray:

@@ -4,14 +4,13 @@ import functools
 import hashlib
 import time
 from collections.abc import Iterator, Set
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedrevive_jax import data, methods, models
+from fedrevive_jax import data, models
 from fedrevive_jax.clients import feed as feeds
 from fedrevive_jax.clients.evaluation import Evaluation, make_evaluator
 from fedrevive_jax.clients.local_training import make_window_trainer
@@ -20,20 +19,15 @@ from fedrevive_jax.clock.windows import plan_windows
 from fedrevive_jax.compute import devices, trees
 from fedrevive_jax.compute.streams import Stream, jax_key
 from fedrevive_jax.config import Config
-from fedrevive_jax.data import seed_text
 from fedrevive_jax.data.partition import Shards, partition
-from fedrevive_jax.dfkd.prompts import SeedText
 from fedrevive_jax.errors import ConfigError, FileError
 from fedrevive_jax.messages import Upload
-from fedrevive_jax.methods import Method
-from fedrevive_jax.models import Model, t5_weights
+from fedrevive_jax.models import Model
 from fedrevive_jax.models.model import Params, initial_taps
 from fedrevive_jax.record.derived import Derived
-from fedrevive_jax.running.restore import read_params
-from fedrevive_jax.server import client_cache
+from fedrevive_jax.server import builder
 from fedrevive_jax.server.admission import Rejection
-from fedrevive_jax.server.core import Receipt, Server
-from fedrevive_jax.server.shelf import Shelf
+from fedrevive_jax.server.core import Receipt
 from fedrevive_jax.simulation import sizing
 
 NOTHING = Derived()
@@ -77,85 +71,54 @@ class Simulation:
         self.config = config
         self.mesh = devices.create_mesh(config.mesh)
         self.dataset = dataset if dataset is not None else data.load(config, derived.tokenizer)
-        shape, classes = self.dataset.input_shape, self.dataset.num_classes
-        if model is None:
-            model = models.from_config(config, shape, classes)
-        self.model = models.with_precision(model, config.precision)
-        _check_fit(config, self.model, self.dataset)
-        for split in ("train", config.eval_split):
-            self.dataset.positions(split)
-        self._shards = _usable(derived.shards, self.dataset) or partition(
-            config.partition,
-            self.dataset.splits["train"],
-            self.dataset.labels,
-            num_classes=self.dataset.num_classes,
-            num_clients=config.num_clients,
-            samples_per_client=config.samples_per_client,
-            alpha=config.alpha,
-            seed=config.seed,
-            groups=self.dataset.groups,
-        )
+        self.model = _fitting(config, self.dataset, model)
+        self._shards = _usable(derived.shards, self.dataset) or _shared_out(config, self.dataset)
+
         self.position = 0
         self.step_seconds: list[float] = []
-        self.jobs_restarted = 0
+        self._uploads: dict[int, Upload] = {}
         self._planned = schedule.from_config(config)
         self._follow(self._planned, [])
-        self._uploads: dict[int, Upload] = {}
 
-        init_key = jax_key(config.seed, Stream.MODEL_INIT)
-        params = self.model.init(init_key)
-        frozen = devices.replicate(self.mesh, self.model.frozen(init_key))
-        self.origin = derived.origin
-        if self.origin is None:
-            self.origin = _origin(config, self.dataset)
-            if config.pretrained:
-                folder = Path(config.pretrained)
-                version, params = read_params(folder, self.model, flag="pretrained")
-                self.origin["start"] = f"version {version} of {config.pretrained}"
-        seed = _read_seed_text(config, self.dataset)
-        self.frozen = frozen
-        self._inputs = (frozen, seed)
-        self.feed = feed = feeds.create(self.dataset, frozen)
-        self._store = devices.replicate(self.mesh, feed.store)
-        self._labels = devices.replicate(self.mesh, self.dataset.labels)
-        kept = self.dataset.splits["distillation"]
-        ingredients = methods.Ingredients(
-            model=self.model,
-            augment=feed.augment,
-            frozen=frozen,
+        start = builder.start(config, self.model, self.dataset, self.mesh, derived.origin)
+        self.origin, self.frozen = start.origin, start.frozen
+        self.feed = feeds.create(self.dataset, start.frozen)
+        self._store, self._labels = devices.replicate(
+            self.mesh, (self.feed.store, self.dataset.labels)
+        )
+        holdings = builder.holdings(
+            config,
+            self.model,
+            self.dataset,
+            self.feed.augment,
+            start.frozen,
             class_mixes=self._shards.class_mixes(self.dataset.labels, self.dataset.num_classes),
-            real_samples=(self.dataset.samples[kept], self.dataset.labels[kept]),
-            seed_text=seed,
             mesh=self.mesh,
         )
-        taps = initial_taps(self.model)
-        method = methods.create(config, ingredients)
-        entry = jax.eval_shape(method.entry, params)
-        at_once = self.schedule.live_versions_max() + config.concurrency
-        waiting = at_once * trees.nbytes(params)
-        self._shelf, self.client_batch = self._use_of_memory(method, params, waiting)
+        self._inputs = (start.frozen, holdings.seed_text)
+        room = sizing.room(
+            config,
+            holdings,
+            start.params,
+            stored=self.dataset.samples,
+            waiting=self.schedule.live_versions_max() + config.concurrency,
+        )
+        self._shelf, self.client_batch = room.shelf, room.client_batch
         self._size_calls()
-        beside = waiting if self._shelf.name == "device" else 0
-        cache = client_cache.create(config, entry, self.mesh, beside)
-        self.server = Server(
-            method,
-            params,
-            taps,
-            config.seed,
-            self.mesh,
-            self._shelf,
-            cache,
-            num_clients=config.num_clients,
-            max_update_norm=config.max_update_norm,
+
+        self.server = builder.create(
+            config, start.params, holdings, shelf=room.shelf, beside=room.beside
         )
         self._train = make_window_trainer(
             self.model,
-            feed.training,
+            self.feed.training,
             config.client_lr,
             lambda job, step: jax_key(config.seed, Stream.AUGMENTATION, job, step),
             self.mesh,
         )
-        self._evaluate = make_evaluator(self.model, feed.evaluation, config.eval_batch, self.mesh)
+        self._evaluate = make_evaluator(
+            self.model, self.feed.evaluation, config.eval_batch, self.mesh
+        )
         self._hand_out(self.schedule.initial_jobs)
 
     @property
@@ -340,22 +303,6 @@ class Simulation:
             if plan.fault[job] == schedule.Fault.LOST:
                 self.server.give_up(job)
 
-    def _use_of_memory(self, method: Method, params: Params, waiting: int) -> tuple[Shelf, int]:
-        """Where versions and uploads, `waiting` bytes, wait; how many jobs are trained at once."""
-        config = self.config
-        used = waiting + trees.nbytes(
-            (jax.eval_shape(method.init, params), self.dataset.samples, self.frozen)
-        )
-        if config.cache_memory == "device":
-            used += config.num_clients * trees.nbytes(jax.eval_shape(method.entry, params))
-        job = sizing.job_bytes(self.model, params, config.batch_size)
-        working = max(job, sizing.revival_bytes(config, self.model, params))
-        shelf = sizing.choose_shelf(config, working, used, self.mesh)
-        if shelf.name == "host":
-            used -= waiting
-        batch = config.client_batch or sizing.default_client_batch(self.model, config, job, used)
-        return shelf, batch
-
     @property
     def jobs_in_a_call(self) -> int:
         """Jobs that all devices together train in one call."""
@@ -415,13 +362,15 @@ def _broken(upload: Upload) -> Upload:
     )
 
 
-def _check_fit(config: Config, model: Model, dataset: data.Dataset) -> None:
-    """Whether a model reads what a data set holds.
+def _fitting(config: Config, dataset: data.Dataset, model: Model | None) -> Model:
+    """The given or the configured model, in the configured precision.
 
     Raises:
-      ConfigError: it does not.
+      ConfigError: it does not read what the data set holds, or a split that is needed is empty.
     """
     shape, classes = dataset.input_shape, dataset.num_classes
+    if model is None:
+        model = models.from_config(config, shape, classes)
     if (model.input_shape, model.num_classes) != (shape, classes):
         raise ConfigError(
             "model",
@@ -443,31 +392,27 @@ def _check_fit(config: Config, model: Model, dataset: data.Dataset) -> None:
                 f"the token table has {model.vocabulary.size} rows; the tokenizer of "
                 f"{dataset.name} has {known} entries",
             )
+    for split in ("train", config.eval_split):
+        dataset.positions(split)
+    return models.with_precision(model, config.precision)
 
 
-def _origin(config: Config, dataset: data.Dataset) -> dict[str, str]:
-    """Where the first parameters come from, and the tokenizer of a text data set."""
-    if config.t5_weights:
-        return {
-            "start": config.t5_weights,
-            "weights_sha256": t5_weights.digest(config.t5_weights),
-            "tokenizer": config.t5_weights,
-        }
-    tokenizer = dataset.tokenizer
-    if tokenizer is None:
-        return {"start": "random"}
-    where = "trained on the training split" if tokenizer.serialised else "given with the data set"
-    return {"start": "random", "tokenizer": f"{where}, {tokenizer.size} entries"}
+def _shared_out(config: Config, dataset: data.Dataset) -> Shards:
+    """Who holds what."""
+    return partition(
+        config.partition,
+        dataset.splits["train"],
+        dataset.labels,
+        num_classes=dataset.num_classes,
+        num_clients=config.num_clients,
+        samples_per_client=config.samples_per_client,
+        alpha=config.alpha,
+        seed=config.seed,
+        groups=dataset.groups,
+    )
 
 
 def _usable(shards: Shards | None, dataset: data.Dataset) -> Shards | None:
     """Kept tables, unless they point outside the data, which must have changed then."""
     fits = shards is not None and len(shards.indices) and shards.indices.max() < len(dataset.labels)
     return shards if fits else None
-
-
-def _read_seed_text(config: Config, dataset: data.Dataset) -> SeedText | None:
-    if not config.seed_text:
-        return None
-    ids, labels = seed_text.read(config.seed_text, dataset)
-    return SeedText(jnp.asarray(ids), jnp.asarray(labels))

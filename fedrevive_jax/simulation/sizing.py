@@ -8,18 +8,20 @@ its own convolutions 15% (ConvNet), 29% (ResNet-18) and 48% (T5) for a server st
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from fedrevive_jax import methods
 from fedrevive_jax.compute import trees
 from fedrevive_jax.config import Config
 from fedrevive_jax.dfkd import reviver
+from fedrevive_jax.methods import Ingredients
 from fedrevive_jax.models import Model
-from fedrevive_jax.models.model import gaussian_inputs, per_call
+from fedrevive_jax.models.model import Params, gaussian_inputs, per_call
 from fedrevive_jax.server.shelf import Shelf, device_bytes, shelf
 
 # Copies of the parameters that a job under training needs: its start, itself, the gradient, the two
@@ -153,3 +155,43 @@ def jobs_in_a_call(windows: np.ndarray, limit: int, devices: int = 1) -> int:
 
     most = -(-int(sizes.max(initial=1)) // devices)
     return devices * min(range(1, min(limit, most) + 1), key=cost)
+
+
+class Room(NamedTuple):
+    """How the memory of the devices is used.
+
+    Attributes:
+      shelf: where stale versions and uploads wait.
+      client_batch: jobs that one device trains in one call at most.
+      beside: bytes that live on the device beside the method's memory of the clients.
+    """
+
+    shelf: Shelf
+    client_batch: int
+    beside: int
+
+
+def room(
+    config: Config, holdings: Ingredients, params: Params, *, stored: Any, waiting: int
+) -> Room:
+    """Plans the use of memory, by what the arrays of a run take between calls and during one.
+
+    Args:
+      config: the sizes, and what it leaves open.
+      holdings: what the server holds, see `server.builder`.
+      params: the global parameters.
+      stored: the samples on the device.
+      waiting: models that wait at most, stale versions and uploads.
+    """
+    state, entry = methods.shapes(config, holdings, params)
+    waiting_bytes = waiting * trees.nbytes(params)
+    used = waiting_bytes + trees.nbytes((state, stored, holdings.frozen))
+    if config.cache_memory == "device":
+        used += config.num_clients * trees.nbytes(entry)
+    job = job_bytes(holdings.model, params, config.batch_size)
+    working = max(job, revival_bytes(config, holdings.model, params))
+    place = choose_shelf(config, working, used, holdings.mesh)
+    if place.name == "host":
+        used -= waiting_bytes
+    batch = config.client_batch or default_client_batch(holdings.model, config, job, used)
+    return Room(place, batch, waiting_bytes if place.name == "device" else 0)
