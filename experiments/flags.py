@@ -27,6 +27,8 @@ COMPILATION_CACHE = flags.DEFINE_string(
 )
 
 
+# How JAX's errors tell that one of its environment variables cannot be read.
+WRONG_VARIABLE = ("for JAX flag jax_", "for environment 'JAX_")
 # How JAX's errors tell that a device's memory is full.
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")
 
@@ -62,7 +64,8 @@ def worded(error: UserError) -> str:
         return f"{error.value}: {in_flags(error.reason)}"
     if isinstance(error, ConfigError):
         given = error.field if error.value is None else f"{error.field}={error.value}"
-        return f"--{given}: {in_flags(error.reason)}"
+        dashes = "--" if error.field in flags.FLAGS else ""
+        return f"{dashes}{given}: {in_flags(error.reason)}"
     return in_flags(str(error))
 
 
@@ -111,6 +114,8 @@ def run(main: Callable[[], int | None]) -> None:
         except Exception as error:
             if processes.is_lost_contact(error):
                 return fail(f"lost contact with the other processes ({str(error).splitlines()[0]})")
+            if any(words in str(error) for words in WRONG_VARIABLE):
+                return fail(str(error).splitlines()[0])
             if any(words in str(error) for words in OUT_OF_MEMORY):
                 told = str(error).splitlines()[0].rstrip(".")
                 return fail(

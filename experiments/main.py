@@ -48,6 +48,9 @@ def main() -> int:
         print(json.dumps(plan(config), indent=2))
         return 0
     processes.join(DISTRIBUTED.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    from fedrevive_jax.compute import environment
+
+    environment.check()
     # After joining: JAX's own service would take SIGTERM away again.
     with watch as interruption:
         try:

@@ -22,6 +22,7 @@ import jax
 from fedrevive_jax.comparison import statistics, tuning
 from fedrevive_jax.comparison.statistics import Run
 from fedrevive_jax.comparison.tuning import Choice, Point
+from fedrevive_jax.compute import environment
 from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS, Config
 from fedrevive_jax.errors import ConfigError, UserError
 from fedrevive_jax.presets import resolve
@@ -238,6 +239,7 @@ def run_all(
         not what a run needs, or several processes would share an accelerator.
       InterruptedRunError: the runs were asked to stop, and have saved.
     """
+    environment.check()
     if jobs > 1 and jax.default_backend() != "cpu":
         raise ConfigError("jobs", jobs, "must be 1 on an accelerator, which one process holds")
     # Folders and memories are checked before the first run, so that a wrong one is told at once.

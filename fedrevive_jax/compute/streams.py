@@ -9,6 +9,9 @@ import enum
 
 import numpy as np
 
+# JAX's generator: the numbers of a run are its numbers, whatever JAX_DEFAULT_PRNG_IMPL says.
+GENERATOR = "threefry2x32"
+
 
 class Stream(enum.IntEnum):
     """What a random number is for. Values are part of the record of a run: never renumber them."""
@@ -31,11 +34,22 @@ def numpy_generator(seed: int, stream: Stream, *ids: int) -> np.random.Generator
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, int(stream), *ids])))
 
 
-def jax_key(seed: int, stream: Stream, *ids):
-    """A typed JAX key for the act (seed, stream, ids); the ids may be traced integers."""
+def root_key(seed: int = 0):
+    """The typed JAX key that all keys of a seed are folded from.
+
+    Keys are made here alone, so that all are of one generator. Where only shapes are asked for,
+    any seed serves.
+    """
     import jax  # the schedule and the data use this module without JAX
 
-    key = jax.random.fold_in(jax.random.key(seed), int(stream))
+    return jax.random.key(seed, impl=GENERATOR)
+
+
+def jax_key(seed: int, stream: Stream, *ids):
+    """A typed JAX key for the act (seed, stream, ids); the ids may be traced integers."""
+    import jax
+
+    key = jax.random.fold_in(root_key(seed), int(stream))
     for value in ids:
         key = jax.random.fold_in(key, value)
     return key

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from fedrevive_jax.compute import trees
-from fedrevive_jax.compute.streams import Stream, jax_key
+from fedrevive_jax.compute.streams import Stream, jax_key, root_key
 from fedrevive_jax.config import Config
 from fedrevive_jax.dfkd import distillation, due, loss_guard, pool, proxy, synthesis, teachers
 from fedrevive_jax.dfkd.generator import Generator, image_maker
@@ -284,7 +284,7 @@ def _shapes_of_samples(maker: Maker, config: Config, frozen: Any) -> Any:
     """Shapes of one synthesis's samples."""
 
     def make():
-        key, targets = jax.random.key(0), jnp.zeros(config.synthesis_batch, jnp.int32)
+        key, targets = root_key(), jnp.zeros(config.synthesis_batch, jnp.int32)
         return maker.make(maker.init(key), *maker.draw(key, key, targets, frozen))
 
     return jax.eval_shape(make)

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fedrevive_jax.compute.streams import root_key
 from fedrevive_jax.models.layers import batch_statistics
 
 Params = Any  # a pytree of float arrays
@@ -182,5 +183,5 @@ def initial_taps(model: Model) -> Taps:
         inputs = gaussian_inputs(model, key, 1, model.frozen(key))
         return tap_statistics(model.apply(model.init(key), inputs)[1])
 
-    shapes = jax.eval_shape(statistics, jax.random.key(0))
+    shapes = jax.eval_shape(statistics, root_key())
     return tuple((jnp.zeros(m.shape, m.dtype), jnp.ones(v.shape, v.dtype)) for m, v in shapes)

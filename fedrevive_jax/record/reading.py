@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from fedrevive_jax.compute.streams import root_key
 from fedrevive_jax.config import Config
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.models import Model
@@ -44,7 +45,7 @@ def read_params(
       ConfigError: there is no such checkpoint, it is corrupt or of another model; `flag` is blamed.
     """
     checkpoints = Checkpoints(folder, read_only=True, flag=flag)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = jax.eval_shape(model.init, root_key())
     if step is None:
         found = checkpoints.newest_good(lambda step: checkpoints.params(step, shapes))
         if found is None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from fedrevive_jax import data, models
 from fedrevive_jax.clients import feed as feeds
 from fedrevive_jax.clients.evaluation import make_evaluator
+from fedrevive_jax.compute import environment
 from fedrevive_jax.compute.streams import Stream, jax_key
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.models import Model
@@ -39,6 +40,7 @@ def evaluate_checkpoint(
     Returns:
       version, split, accuracy, loss, per_class_accuracy (None for a class without samples).
     """
+    environment.check()
     config, kept = read_config(folder), derived.read(folder)
     if t5_weights and not config.t5_weights:
         raise ConfigError("t5_weights", t5_weights, f"{folder} did not start from such weights")

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 
 from fedrevive_jax import data
-from fedrevive_jax.compute import processes
+from fedrevive_jax.compute import environment, processes
 from fedrevive_jax.config import INPUT_FIELDS, LOCATION_FIELDS, Config
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.models import Model, convolutions, default_precision
@@ -137,7 +137,11 @@ def settle(config: Config) -> Config:
 
     A run that was begun on one kind of device is not continued on another unless the flags say
     how to compute.
+
+    Raises:
+      ConfigError: JAX's own settings, or its devices, are not what a run needs.
     """
+    environment.check()
     how = config.convolution
     inputs = {name: getattr(config, name) for name in INPUT_FIELDS if getattr(config, name)}
     return dataclasses.replace(

@@ -10,7 +10,8 @@ import numpy as np
 from fedrevive_jax import data, methods, models
 from fedrevive_jax.clock import schedule
 from fedrevive_jax.clock.windows import plan_windows
-from fedrevive_jax.compute import trees
+from fedrevive_jax.compute import environment, trees
+from fedrevive_jax.compute.streams import root_key
 from fedrevive_jax.config import Config
 from fedrevive_jax.dfkd import due, reviver
 from fedrevive_jax.methods import Ingredients, blending
@@ -34,6 +35,7 @@ def plan(
     `memory`.
     A data set or a model stands in for the one that the configuration names.
     """
+    environment.check()
     clock = schedule.from_config(config)
     windows = plan_windows(clock, config.window_limit)
     sizes = _sizes(config, dataset, model)
@@ -107,7 +109,7 @@ def _sizes(
         # Counting is the same whatever way a convolution is computed; lax's form is counted.
         plain = dataclasses.replace(config, convolution="lax")
         model = models.from_config(plain, shape, classes)
-    params, shared = jax.eval_shape(lambda k: (model.init(k), model.frozen(k)), jax.random.key(0))
+    params, shared = jax.eval_shape(lambda k: (model.init(k), model.frozen(k)), root_key())
 
     holdings = Ingredients(
         model,
@@ -126,9 +128,9 @@ def _blank_samples(count: int, shape: tuple[int, ...]) -> np.ndarray:
 
 def forward_flops(model: Model) -> int:
     """FLOPs of the forward pass of one sample, as XLA counts them."""
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    params = jax.eval_shape(model.init, root_key())
     inputs = jax.eval_shape(
-        lambda key: gaussian_inputs(model, key, 1, model.frozen(key)), jax.random.key(0)
+        lambda key: gaussian_inputs(model, key, 1, model.frozen(key)), root_key()
     )
     analysis = jax.jit(lambda p, x: model.apply(p, x)[0]).lower(params, inputs).cost_analysis()
     return int(analysis["flops"])
@@ -146,7 +148,7 @@ def making_flops(config: Config, model: Model) -> int:
         targets = jnp.zeros(config.synthesis_batch, jnp.int32)
         return maker.init(key), *maker.draw(key, key, targets, model.frozen(key))
 
-    shapes = jax.eval_shape(start, jax.random.key(0))
+    shapes = jax.eval_shape(start, root_key())
     analysis = jax.jit(maker.make).lower(*shapes).cost_analysis()
     return int(analysis.get("flops", 0)) // config.synthesis_batch
 

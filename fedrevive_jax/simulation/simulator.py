@@ -16,7 +16,7 @@ from fedrevive_jax.clients.evaluation import Evaluation, make_evaluator
 from fedrevive_jax.clients.local_training import make_window_trainer
 from fedrevive_jax.clock import schedule
 from fedrevive_jax.clock.windows import plan_windows
-from fedrevive_jax.compute import devices, trees
+from fedrevive_jax.compute import devices, environment, trees
 from fedrevive_jax.compute.streams import Stream, jax_key
 from fedrevive_jax.config import Config
 from fedrevive_jax.data.partition import Shards, partition
@@ -68,6 +68,7 @@ class Simulation:
           dataset, model: stand in for those that the configuration names.
           derived: what an earlier part of the same run has derived from its data.
         """
+        environment.check()
         self.config = config
         self.mesh = devices.create_mesh(config.mesh)
         self.dataset = dataset if dataset is not None else data.load(config, derived.tokenizer)

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from fedrevive_jax import methods
 from fedrevive_jax.compute import trees
+from fedrevive_jax.compute.streams import root_key
 from fedrevive_jax.config import Config
 from fedrevive_jax.dfkd import reviver
 from fedrevive_jax.methods import Ingredients
@@ -75,7 +76,7 @@ def _kept_bytes(model: Model, params: Any) -> int:
     """Bytes that the forward pass of one sample keeps for the way back."""
 
     def forward(batch_size, params):
-        key = jax.random.key(0)
+        key = root_key()
         inputs = gaussian_inputs(model, key, batch_size, model.frozen(key))
         return jax.vjp(lambda p: model.apply(p, inputs)[0].sum(), params)[1]
 
@@ -87,11 +88,11 @@ def _making_bytes(config: Config, model: Model) -> int:
     maker = reviver.make_maker(config, model)
 
     def make(batch_size, params):
-        key, targets = jax.random.key(0), jnp.zeros(batch_size, jnp.int32)
+        key, targets = root_key(), jnp.zeros(batch_size, jnp.int32)
         drawn = maker.draw(key, key, targets, model.frozen(key))
         return jax.vjp(lambda p: maker.make(p, *drawn), params)[1]
 
-    return _growth(make, jax.eval_shape(maker.init, jax.random.key(0)))
+    return _growth(make, jax.eval_shape(maker.init, root_key()))
 
 
 def _growth(function: Callable, *given: Any) -> int:
