@@ -250,16 +250,6 @@ def test_what_makes_another_world(name):
     assert not statistics.table(groups)[1].paired
 
 
-def test_other_folders_are_other_data():
-    here, there = (recorded(data_dir=place) for place in ("/a", "/b"))
-    assert statistics.table({"a": [here], "b": [there]})[1].paired  # digits that moved
-    here, there = (
-        run._replace(config=resolve("image_folder", "fedbuff", data_dir=run.config.data_dir))
-        for run in (here, there)
-    )
-    assert not statistics.table({"a": [here], "b": [there]})[1].paired
-
-
 @pytest.mark.parametrize("top", [0, 1, 39, 40, 100, 119, 1000])
 def test_a_histogram_of_staleness_holds_all(top):
     counts, _ = np.histogram(np.arange(top + 1), plots.staleness_bins(top))
@@ -358,20 +348,6 @@ def test_a_choice_depends_on_no_other_method():
     assert campaign.choices(grid[:2], runs[:2])["fedbuff"] == chosen["fedbuff"]
 
 
-def test_finished_runs_on_other_folders_are_not_taken(tmp_path):
-    fields = {"data_dir": str(tmp_path / "a"), "workdir": str(tmp_path / "run")}
-    config = resolve("image_folder", "fedbuff", **fields)
-    config.run_dir.mkdir()
-    settled = campaign.runner.settle(config)
-    (config.run_dir / "config.json").write_text(json.dumps(settled.as_dict()))
-    (config.run_dir / "summary.json").write_text("{}")
-    assert campaign._is_done(config)
-    elsewhere = dataclasses.replace(config, data_dir=str(tmp_path / "b"))
-    for finished in (campaign.runner.is_finished, campaign._is_done):
-        with pytest.raises(ConfigError, match=r"data_dir=.*b: .*run holds a run on .*a; give an"):
-            finished(elsewhere)
-
-
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -385,6 +361,10 @@ def test_finished_runs_on_other_folders_are_not_taken(tmp_path):
 def test_damaged_folders_are_named(tmp_path, name, content):
     config = campaign.runner.settle(resolve("digits", "fedbuff"))
     (tmp_path / "config.json").write_text(json.dumps(config.as_dict()))
+    (tmp_path / "origin.json").write_text(
+        '{"start": "random", "data_sha256": "", "classes": [], "inputs": {}, '
+        '"files": {"clients.npz": ""}}'
+    )
     (tmp_path / "summary.json").write_text('{"simulated_time": 1.0, "device": "cpu"}')
     row = {"kind": "evaluation", "version": 0, "time": 0.0, "wall_seconds": 1.0, "accuracy": 0.1}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "server": "compute data models messages dfkd methods record",
     "simulation": "compute data clock models messages clients dfkd methods record server",
     "running": "compute data clock models clients dfkd record server simulation",
-    "comparison": "compute presets record server simulation running",
+    "comparison": "compute data presets record server simulation running",
 }
 COMMON = {"errors", "config"}
 # module -> what it never reaches, however far the way.

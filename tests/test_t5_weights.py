@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from fedrevive_jax.data import tokens
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.models import t5_weights
 from fedrevive_jax.running import restore
@@ -114,8 +115,18 @@ def test_no_folder(tmp_path):
         t5_weights.read_shape(str(tmp_path / "none"))
 
 
-def test_other_weights_than_the_runs_are_noticed(folder):
-    restore._check_weights(str(folder), t5_weights.digest(str(folder)))
+def test_other_weights_or_another_tokenizer_than_the_runs_are_noticed(folder):
+    (folder / "tokenizer.json").write_text("one")
+    origin = {
+        "weights_sha256": t5_weights.digest(str(folder)),
+        "tokenizer_sha256": tokens.digest(str(folder)),
+    }
+    restore._check_weights(str(folder), origin)
+    (folder / "tokenizer.json").write_text("another")
+    with pytest.raises(ConfigError, match="its tokenizer is not what the run started from"):
+        restore._check_weights(str(folder), origin)
     change_tensors(folder, lambda tensors: tensors.update({"shared.weight": np.ones((3300, 8))}))
-    with pytest.raises(ConfigError, match="are not the weights that the run started from"):
-        restore._check_weights(str(folder), "0" * 64)
+    with pytest.raises(
+        ConfigError, match=r"its model\.safetensors is not what the run started from"
+    ):
+        restore._check_weights(str(folder), origin)

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 
+from fedrevive_jax import data
 from fedrevive_jax.comparison import statistics, tuning
 from fedrevive_jax.comparison.statistics import Run
 from fedrevive_jax.comparison.tuning import Choice, Point
@@ -243,7 +244,8 @@ def run_all(
     if jobs > 1 and jax.default_backend() != "cpu":
         raise ConfigError("jobs", jobs, "must be 1 on an accelerator, which one process holds")
     # Folders and memories are checked before the first run, so that a wrong one is told at once.
-    waiting = [config for config in configs if overwrite or not _is_done(config)]
+    digest_of = _once_each()
+    waiting = [config for config in configs if overwrite or not _is_done(config, digest_of)]
     _check_caches(waiting, jobs)
     if jobs == 1:
         for config in waiting:
@@ -372,12 +374,25 @@ def _check_caches(configs: Sequence[Config], jobs: int) -> None:
             raise ConfigError("jobs", jobs, f"too many at once. {error}") from None
 
 
-def _is_done(config: Config) -> bool:
-    if runner.is_finished(config):
+def _once_each() -> Callable[[Config], str]:
+    """`data.digest`, which is the same for every seed, and so reads each data set once."""
+    known: dict[tuple[str, str], str] = {}
+
+    def digest_of(config: Config) -> str:
+        place = config.dataset, config.data_dir
+        if place not in known:
+            known[place] = data.digest(config)
+        return known[place]
+
+    return digest_of
+
+
+def _is_done(config: Config, digest_of: Callable[[Config], str] = data.digest) -> bool:
+    if runner.is_finished(config, digest_of=digest_of):
         return True
     failed = (config.run_dir / FAILED).exists()
     if failed:
-        runner.check_place(config)
+        runner.check_sources(config, digest_of)
     return failed
 
 

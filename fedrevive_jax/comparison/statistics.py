@@ -7,6 +7,7 @@ import csv
 import io
 import itertools
 import math
+import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS, Config
 from fedrevive_jax.errors import ConfigError, FileError
 from fedrevive_jax.record import files
+from fedrevive_jax.record.derived import Sources, read_sources
 from fedrevive_jax.record.reading import read_config
 from fedrevive_jax.running.recorder import read_evaluations
 
@@ -44,6 +46,7 @@ class Run(NamedTuple):
         its limit of rejected uploads.
       staleness: int [arrivals], tau of every arrival.
       folder: where it was recorded.
+      sources: what it has read, as far as that is known.
     """
 
     config: Config
@@ -51,6 +54,7 @@ class Run(NamedTuple):
     summary: dict[str, Any] | None
     staleness: np.ndarray
     folder: Path
+    sources: Sources | None = None
 
 
 def read_run(folder: Path, failed: bool = False) -> Run:
@@ -59,7 +63,7 @@ def read_run(folder: Path, failed: bool = False) -> Run:
     Raises:
       ConfigError: it holds no run, or one that is not finished and has not failed.
     """
-    config = read_config(folder)
+    config, sources = read_config(folder), read_sources(folder)
     summary = None if failed else files.read_json(folder / files.SUMMARY)
     evaluations = read_evaluations(folder)
     arrivals = files.read_rows(folder / files.ARRIVALS)
@@ -75,7 +79,7 @@ def read_run(folder: Path, failed: bool = False) -> Run:
             "damaged or of another version of fedrevive_jax",
         )
     staleness = np.asarray([row["staleness"] for row in arrivals], np.int64)
-    return Run(config, evaluations, summary, staleness, folder)
+    return Run(config, evaluations, summary, staleness, folder, sources)
 
 
 def grouped(runs: Iterable[Run]) -> dict[str, list[Run]]:
@@ -85,8 +89,11 @@ def grouped(runs: Iterable[Run]) -> dict[str, list[Run]]:
     places, also the fields in which they differ, see `label_of`.
 
     Raises:
-      ConfigError: two runs of a group have the same seed.
+      ConfigError: two runs of a group have the same seed, or runs on what is called the same data
+        were on different data, see `check_sources`.
     """
+    runs = list(runs)
+    check_sources(runs)
     by_method: dict[str, list[Run]] = {}
     for run in runs:
         by_method.setdefault(run.config.method, []).append(run)
@@ -107,6 +114,32 @@ def grouped(runs: Iterable[Run]) -> dict[str, list[Run]]:
                     f"{one.folder} and {other.folder}", f"are both {name}, seed {one.config.seed}"
                 )
     return groups
+
+
+def check_sources(runs: Iterable[Run]) -> None:
+    """Whether runs on one data set, or with one trace of delays, have read the same.
+
+    Else neither the mean over seeds nor the difference to another method would mean anything.
+
+    Raises:
+      FileError: they have not; it names two folders.
+    """
+    first: dict[tuple[str, str], tuple[str, Run]] = {}
+    for run in runs:
+        if run.sources is None:
+            continue
+        read = {("data", run.config.dataset): run.sources.data_sha256}
+        if "delay_trace" in run.sources.inputs:
+            trace = os.path.realpath(run.config.delay_trace)
+            read["delays", trace] = run.sources.inputs["delay_trace"]
+        for (kind, name), digest in read.items():
+            expected, other = first.setdefault((kind, name), (digest, run))
+            if digest != expected:
+                raise FileError(
+                    f"{other.folder} and {run.folder}",
+                    f"were run on different {kind}, both called {name} (SHA-256 {expected[:12]} "
+                    f"and {digest[:12]}), and must not be compared",
+                )
 
 
 def label_of(settings: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
@@ -293,7 +326,7 @@ class Row(NamedTuple):
 def _world(run: Run) -> tuple[Any, ...]:
     """What its seed means."""
     config = run.config
-    return *(getattr(config, name) for name in WORLD_FIELDS), config.data_place
+    return tuple(getattr(config, name) for name in WORLD_FIELDS)
 
 
 def horizons(runs: Iterable[Run]) -> dict[tuple[Any, ...], float]:

@@ -30,14 +30,12 @@ from fedrevive_jax.config.traits import METHODS, PUBLISHED_METHODS, Traits
 from fedrevive_jax.errors import ConfigError
 
 __all__ = [
-    "BETA_SHAPES", "DATASETS", "DELAYS", "DEVICE_FIELDS", "FAULTS", "FOLDER_DATASETS",
-    "INPUT_FIELDS", "LIMITS", "LOCATION_FIELDS", "METHODS", "MODELS", "PUBLISHED_METHODS",
+    "BETA_SHAPES", "DATASETS", "DELAYS", "DEVICE_FIELDS", "FAULTS", "INPUT_FIELDS",
+    "LIMITS", "LOCATION_FIELDS", "METHODS", "MODELS", "PUBLISHED_METHODS",
     "SERVER_OPTIMIZERS", "STALENESS_WEIGHTS", "Clients", "Config", "Device", "Dfkd", "Record",
     "Server", "Traits", "World", "without_tilde",
 ]  # fmt: skip
 
-# Data sets that are whatever their folder holds.
-FOLDER_DATASETS = ("image_folder", "text_folder")
 # Where a run is written and where its data lie do not change what it computes.
 LOCATION_FIELDS = ("workdir", "data_dir", "cache_dir")
 # Nor do the devices, up to the rounding of sums.
@@ -70,11 +68,6 @@ class Config(Device, Record, Dfkd, Server, Clients, World):
     def run_dir(self) -> Path:
         """The folder for the record of this run."""
         return Path(self.workdir or f"runs/{self.dataset}_{self.method}_seed{self.seed}")
-
-    @property
-    def data_place(self) -> Path | None:
-        """The folder that says which data these are; None where the data set's name says it."""
-        return Path(self.data_dir).absolute() if self.dataset in FOLDER_DATASETS else None
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -16,8 +16,8 @@ from fedrevive_jax.data.texts import Texts
 from fedrevive_jax.errors import ConfigError
 
 __all__ = [
-    "SOURCES", "Dataset", "DatasetSpec", "Preprocessing", "Texts", "load", "preprocessing", "spec",
-    "split_sizes", "split_training",
+    "SOURCES", "Dataset", "DatasetSpec", "Preprocessing", "Texts", "digest", "load",
+    "preprocessing", "spec", "split_sizes", "split_training",
 ]  # fmt: skip
 
 # name -> module with `load(data_dir: str, seed: int) -> Dataset | Texts` and, where it is known
@@ -63,7 +63,17 @@ def load(config: Config, tokenizer: str = "") -> Dataset:
         loaded.splits,
         class_names=loaded.class_names,
         tokenizer=chosen,
+        source_digest=loaded.source_digest,
     )
+
+
+def digest(config: Config) -> str:
+    """`Dataset.digest` of the data set that a configuration names; texts are not tokenised.
+
+    Raises:
+      ConfigError: see `load`.
+    """
+    return _source(config).load(config.data_dir, config.seed).digest
 
 
 def spec(config: Config) -> DatasetSpec:

@@ -1,5 +1,9 @@
 """The record of a data set, and the split of its training part."""
 
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -58,6 +62,8 @@ class Dataset:
       groups: natural owner of each sample, int array [n], or None.
       class_names: in the order of the labels, where they are known.
       tokenizer: how texts became token ids; None for images.
+      source_digest: SHA-256 of the texts that were cut into token ids; empty where the samples are
+        what was read.
     """
 
     name: str
@@ -69,6 +75,7 @@ class Dataset:
     groups: np.ndarray | None = None
     class_names: tuple[str, ...] = ()
     tokenizer: Tokenizer | None = None
+    source_digest: str = ""
 
     def __post_init__(self):
         kinds = ((np.uint8, 4), (np.int32, 2))
@@ -91,6 +98,17 @@ class Dataset:
         if not len(self.splits[split]):
             raise FileError(f"data set {self.name}", f"its split {split!r} holds no samples")
         return self.splits[split]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """A name for each class, in the order of the labels; their numbers where none are known."""
+        return self.class_names or tuple(map(str, range(self.num_classes)))
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """What tells these data from others, the same for every seed, see `digest_of`."""
+        samples = self.source_digest or digest_of_array(self.samples)
+        return digest_of(samples, self.classes, self.labels, self.splits["test"], self.groups)
 
     @property
     def is_text(self) -> bool:
@@ -122,6 +140,45 @@ def check_parts(
         raise ValueError(f"data set {name}: {count} samples, {len(labels)} labels")
     if not np.isin(labels, np.arange(num_classes)).all():
         raise ValueError(f"data set {name}: labels outside 0..{num_classes - 1}")
+
+
+def digest_of(
+    samples: str,
+    classes: Sequence[str],
+    labels: np.ndarray,
+    test: np.ndarray,
+    groups: np.ndarray | None = None,
+) -> str:
+    """SHA-256 of samples with their labels, names and owners, and of what is set aside for testing.
+
+    A run's seed splits what is not tested on. That is no part of it, nor is how texts are cut into
+    tokens: runs of several seeds and tokenizers are on the same data.
+
+    Args:
+      samples: SHA-256 of them.
+      classes: names in the order of the labels.
+      labels, test, groups: see `Dataset`.
+    """
+    digest = hashlib.sha256(json.dumps([samples, list(classes)]).encode())
+    for array in (labels, test, *(() if groups is None else (groups,))):
+        digest.update(digest_of_array(np.asarray(array, np.int64)).encode())
+    return digest.hexdigest()
+
+
+def digest_of_array(array: np.ndarray) -> str:
+    """SHA-256 of an array's type, shape and values."""
+    digest = hashlib.sha256(json.dumps([str(array.dtype), list(array.shape)]).encode())
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def digest_of_texts(texts: Iterable[str]) -> str:
+    """SHA-256 of texts, each with its length, so that none can take over a part of the next."""
+    digest = hashlib.sha256()
+    for text in texts:
+        raw = text.encode("utf-8", "surrogatepass")
+        digest.update(len(raw).to_bytes(8, "little") + raw)
+    return digest.hexdigest()
 
 
 def split_training(count: int, seed: int) -> dict[str, np.ndarray]:

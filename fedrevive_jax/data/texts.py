@@ -1,11 +1,12 @@
 """Texts with labels as a source reads them, before they are cut into tokens."""
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from fedrevive_jax.data.dataset import check_parts
+from fedrevive_jax.data.dataset import check_parts, digest_of, digest_of_texts
 
 
 class TextSpec(NamedTuple):
@@ -47,3 +48,13 @@ class Texts:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @functools.cached_property
+    def source_digest(self) -> str:
+        """SHA-256 of the texts."""
+        return digest_of_texts(self.texts)
+
+    @property
+    def digest(self) -> str:
+        """That of the `Dataset` of these texts, however they are cut into tokens."""
+        return digest_of(self.source_digest, self.class_names, self.labels, self.splits["test"])

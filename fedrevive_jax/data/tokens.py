@@ -3,6 +3,7 @@
 Ids follow T5: 0 is padding, 1 ends a text, 2 is unknown. A text is cut so that the end still fits.
 """
 
+import hashlib
 import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -88,6 +89,19 @@ def read(folder: str) -> Tokenizer:
         raise ConfigError(
             "t5_weights", folder, f"its tokenizer cannot be read ({one_line(error)})"
         ) from None
+    raise ConfigError("t5_weights", folder, f"holds neither {TOKENIZER} nor {SENTENCEPIECE}")
+
+
+def digest(folder: str) -> str:
+    """SHA-256 of the file that `read` reads, in hexadecimal.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    for name in (TOKENIZER, SENTENCEPIECE):
+        path = Path(folder).expanduser() / name
+        if path.is_file():
+            return hashlib.sha256(path.read_bytes()).hexdigest()
     raise ConfigError("t5_weights", folder, f"holds neither {TOKENIZER} nor {SENTENCEPIECE}")
 
 

@@ -1,21 +1,30 @@
-"""What a run derives from its data and inputs when it starts, kept in its folder.
+"""What a run was made of and what it derived from that, kept in its folder from the start.
 
-Who holds what and the tokenizer could be derived again from the same data; keeping them saves the
-time, and lets a text model be evaluated with the very tokenizer it was trained with. The origin
-tells what the run started from, also while it is under way and when that is gone.
+    origin.json      where the first parameters come from; the data's digest and the names of their
+                     classes; digests of the files that were read beside them, and of the two below
+    clients.npz      who holds what
+    tokenizer.json   for text, unless it comes with pretrained weights
+
+A model can be continued or evaluated with these alone: another tokenizer or other tables would give
+figures that look right and are not. So a file that is missing or has changed is refused, and never
+made again from what the data are now.
 """
 
 import dataclasses
+import hashlib
+import io
 import json
 import zipfile
-import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from fedrevive_jax.config import Config
+from fedrevive_jax.data import tokens
 from fedrevive_jax.data.partition import Shards
-from fedrevive_jax.errors import ConfigError
+from fedrevive_jax.errors import ConfigError, FileError
+from fedrevive_jax.models import t5_weights
 from fedrevive_jax.record.files import write_json, write_whole
 
 TOKENIZER = "tokenizer.json"
@@ -23,51 +32,167 @@ CLIENTS = "clients.npz"
 ORIGIN = "origin.json"
 
 
+class Sources(NamedTuple):
+    """What a run reads.
+
+    Attributes:
+      data_sha256: `Dataset.digest`.
+      classes: names of the classes, in the order of the labels.
+      inputs: SHA-256 of the files that it reads beside its data, by the field that names them;
+        empty for one that is not there.
+    """
+
+    data_sha256: str
+    classes: tuple[str, ...]
+    inputs: dict[str, str]
+
+
 class Derived(NamedTuple):
-    """What a run has derived; empty where it has to be made.
+    """What a run has derived, and from what; empty where it has to be made.
 
     Attributes:
       tokenizer: JSON of a tokenizer that was trained on the training split.
       shards: who holds what.
-      origin: `start`, where the first parameters come from; for a pretrained T5 `weights_sha256`;
-        for text `tokenizer`, where that comes from.
+      origin: `start`, where the first parameters come from; for a pretrained T5 `weights_sha256`
+        and `tokenizer_sha256`; for text `tokenizer`, where that comes from.
+      sources: what was read.
     """
 
     tokenizer: str = ""
     shards: Shards | None = None
     origin: dict[str, str] | None = None
+    sources: Sources | None = None
 
 
-def read(folder: Path) -> Derived:
-    """What a run's folder holds; a file that is missing or damaged counts as not there."""
-    try:
-        tokenizer = (folder / TOKENIZER).read_text(encoding="utf-8")
-        json.loads(tokenizer)
-    except (OSError, ValueError, RecursionError):
-        tokenizer = ""
-    try:
-        with np.load(folder / CLIENTS, allow_pickle=False) as arrays:
-            shards = Shards(arrays["indices"], arrays["offsets"])
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
-        shards = None
-    try:
-        origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        origin = None
-    return Derived(tokenizer, shards, origin if isinstance(origin, dict) else None)
+def sources_of(config: Config, data_sha256: str, classes: tuple[str, ...]) -> Sources:
+    """What a run reads, on such data, as it is now."""
+
+    def file(path: str) -> str:
+        return _sum(Path(path).read_bytes())
+
+    def pretrained(folder: str) -> str:
+        return _sum((t5_weights.digest(folder) + tokens.digest(folder)).encode())
+
+    inputs = {}
+    for name, digest in (
+        ("seed_text", file), ("delay_trace", file), ("t5_weights", pretrained)
+    ):  # fmt: skip
+        if getattr(config, name):
+            try:
+                inputs[name] = digest(getattr(config, name))
+            except (OSError, ConfigError):
+                inputs[name] = ""  # whoever needs it tells what is wrong with it
+    return Sources(data_sha256, classes, inputs)
 
 
-def write(folder: Path, derived: Derived) -> None:
-    """Keeps what there is; each file appears whole or not at all.
+def changed(kept: Sources, now: Sources) -> str:
+    """How what is read differs from what a run has read, in words; empty where it does not."""
+    if kept.data_sha256 != now.data_sha256:
+        return f"other data (SHA-256 {kept.data_sha256[:12]}, now {now.data_sha256[:12]})"
+    for name in sorted(kept.inputs.keys() | now.inputs.keys()):
+        if kept.inputs.get(name) != now.inputs.get(name):
+            return f"another file for `{name}`"
+    return ""
+
+
+def write(folder: Path, derived: Derived, sources: Sources) -> None:
+    """Keeps what there is. Each file appears whole or not at all, the one with the digests last.
 
     Raises:
       ConfigError: the folder cannot be written.
     """
+    tables = io.BytesIO()
+    np.savez(tables, **dataclasses.asdict(derived.shards))
+    contents = {CLIENTS: tables.getvalue()}
+    if derived.tokenizer:
+        contents[TOKENIZER] = derived.tokenizer.encode()
+    origin = {
+        **derived.origin,
+        **sources._asdict(),
+        "files": {name: _sum(content) for name, content in contents.items()},
+    }
     try:
-        if derived.tokenizer:
-            write_whole(folder / TOKENIZER, lambda stream: stream.write(derived.tokenizer.encode()))
-        tables = dataclasses.asdict(derived.shards)
-        write_whole(folder / CLIENTS, lambda stream: np.savez(stream, **tables))
-        write_json(folder / ORIGIN, derived.origin)
+        for name, content in contents.items():
+            write_whole(folder / name, lambda stream, content=content: stream.write(content))
+        write_json(folder / ORIGIN, origin)
     except OSError as error:
         raise ConfigError("workdir", folder, f"cannot be written ({error.strerror})") from None
+
+
+def read(folder: Path) -> Derived:
+    """All that a run's folder keeps.
+
+    Raises:
+      FileError: a file is missing, has changed, or is of another version of the package.
+    """
+    derived, digests = _read_origin(folder)
+    content = _read(folder / CLIENTS, digests)
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            shards = Shards(arrays["indices"], arrays["offsets"])
+    except (KeyError, ValueError, EOFError, zipfile.BadZipFile):  # what nobody here has written
+        raise FileError(folder / CLIENTS, "holds something else") from None
+    return derived._replace(shards=shards, tokenizer=_read_tokenizer(folder, digests))
+
+
+def read_for_evaluation(folder: Path) -> Derived:
+    """What a model needs to be evaluated: not who holds what.
+
+    Raises:
+      FileError: see `read`.
+    """
+    derived, digests = _read_origin(folder)
+    return derived._replace(tokenizer=_read_tokenizer(folder, digests))
+
+
+def read_sources(folder: Path) -> Sources:
+    """What a run has read.
+
+    Raises:
+      FileError: see `read`.
+    """
+    return _read_origin(folder)[0].sources
+
+
+def _read_origin(folder: Path) -> tuple[Derived, dict[str, str]]:
+    """The origin and the sources, and the digests of the other files."""
+    path = folder / ORIGIN
+    content = _read(path)
+    try:
+        kept = json.loads(content)
+        digests, classes = kept.pop("files"), kept.pop("classes")
+        sources = Sources(kept.pop("data_sha256"), tuple(classes), kept.pop("inputs"))
+        sound = isinstance(sources.data_sha256, str) and all(map(_is_texts, (digests, kept)))
+        sound &= _is_texts(sources.inputs) and all(isinstance(name, str) for name in classes)
+        sound &= CLIENTS in digests and "start" in kept
+    except (ValueError, RecursionError, AttributeError, LookupError, TypeError):
+        sound = False
+    if not sound:
+        raise FileError(path, "is damaged, or of another version of fedrevive_jax")
+    return Derived(origin=kept, sources=sources), digests
+
+
+def _read_tokenizer(folder: Path, digests: dict[str, str]) -> str:
+    return _read(folder / TOKENIZER, digests).decode() if TOKENIZER in digests else ""
+
+
+def _read(path: Path, digests: dict[str, str] | None = None) -> bytes:
+    """The content of a file of the run, held to its digest where there are any."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise FileError(path, f"cannot be read ({error.strerror}){_AGAIN}") from None
+    if digests is not None and _sum(content) != digests[path.name]:
+        raise FileError(path, f"has changed since the run began{_AGAIN}")
+    return content
+
+
+_AGAIN = "; put it back, or use overwrite=True to start afresh"
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def _sum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

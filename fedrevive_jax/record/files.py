@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS, Config
+from fedrevive_jax.config import DEVICE_FIELDS, INPUT_FIELDS, LOCATION_FIELDS, Config
 from fedrevive_jax.errors import ConfigError, UserError
 
 CONFIG = "config.json"
@@ -182,14 +182,23 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def configured_differently(run_dir: Path, config: Config) -> list[str]:
-    """How the configuration recorded in a folder differs from `config`, one line a field."""
+    """How the configuration recorded in a folder differs from `config`, one line a field.
+
+    Two paths are the same where they lead to the same place.
+    """
     recorded = read_json(run_dir / CONFIG)
     if not isinstance(recorded, dict):
         raise ConfigError("workdir", run_dir, f"{CONFIG} is not a configuration")
     wanted = config.as_dict()
     names = sorted((set(recorded) | set(wanted)) - {*LOCATION_FIELDS, *DEVICE_FIELDS})
+
+    def meant(values: dict[str, Any], name: str) -> Any:
+        value = values.get(name)
+        is_path = name in INPUT_FIELDS and isinstance(value, str) and value
+        return os.path.realpath(value) if is_path else value
+
     return [
         f"`{name}`: {recorded.get(name)!r} in the record, {wanted.get(name)!r} now"
         for name in names
-        if recorded.get(name) != wanted.get(name)
+        if meant(recorded, name) != meant(wanted, name)
     ]

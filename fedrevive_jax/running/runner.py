@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -22,7 +22,7 @@ from fedrevive_jax.record.checkpoint import FOLDER as CHECKPOINTS
 from fedrevive_jax.record.checkpoint import describe_newest, has_checkpoint
 from fedrevive_jax.record.health import DivergenceError, RejectLimitError
 from fedrevive_jax.record.interruption import InterruptedRunError, Interruption
-from fedrevive_jax.record.reading import read_config, read_params
+from fedrevive_jax.record.reading import read_params
 from fedrevive_jax.running.recorder import Recorder, Result, read_evaluations
 from fedrevive_jax.simulation.profiling import FOLDER as PROFILE
 from fedrevive_jax.simulation.profiling import WindowTrace
@@ -30,7 +30,10 @@ from fedrevive_jax.simulation.simulator import Simulation
 
 _LOG = logging.getLogger(__name__)
 
-__all__ = ["DivergenceError", "RejectLimitError", "Result", "is_finished", "run", "settle"]
+__all__ = [
+    "DivergenceError", "RejectLimitError", "Result", "check_sources", "is_finished", "run",
+    "settle",
+]  # fmt: skip
 
 
 def run(
@@ -69,13 +72,21 @@ def run(
     processes.agree(lambda: _computed(config))
 
     def look() -> tuple[bool, derived.Derived]:
-        finished = keep_record and is_finished(config, overwrite)
+        finished = keep_record and _holds_finished(config, overwrite)
         # Without a checkpoint a run starts afresh, from the data as they are now.
         begun = keep_record and not overwrite and (finished or has_checkpoint(config.run_dir))
         return finished, derived.read(config.run_dir) if begun else derived.Derived()
 
     finished, kept = processes.first(look)
-    simulation = processes.together(lambda: Simulation(config, dataset, model, kept))
+
+    def build() -> tuple[Simulation, derived.Sources]:
+        loaded = dataset if dataset is not None else data.load(config, kept.tokenizer)
+        sources = derived.sources_of(config, loaded.digest, loaded.classes)
+        if kept.sources is not None:
+            _check_sources(config, kept.sources, sources)
+        return Simulation(config, loaded, model, kept), sources
+
+    simulation, sources = processes.together(build)
     processes.agree(
         lambda: {
             "the plan, the data or a file that is read": simulation.fingerprint,
@@ -90,7 +101,8 @@ def run(
 
         def open_folder() -> None:
             stack.enter_context(_opened(config, overwrite))
-            derived.write(config.run_dir, simulation.derived)
+            if kept.sources is None:
+                derived.write(config.run_dir, simulation.derived, sources)
 
         if keep_record:
             processes.first(open_folder)
@@ -143,24 +155,68 @@ def settle(config: Config) -> Config:
     """
     environment.check()
     how = config.convolution
-    inputs = {name: getattr(config, name) for name in INPUT_FIELDS if getattr(config, name)}
+    config = dataclasses.replace(config, workdir=str(config.run_dir))
+    paths = {name: getattr(config, name) for name in (*LOCATION_FIELDS, *INPUT_FIELDS)}
     return dataclasses.replace(
         config,
-        **{name: str(Path(value).absolute()) for name, value in inputs.items()},
+        **{name: str(Path(value).absolute()) for name, value in paths.items() if value},
         convolution=convolutions.default() if how == "auto" else how,
         precision=default_precision() if config.precision == "auto" else config.precision,
-        workdir=str(config.run_dir),
     )
 
 
-def is_finished(config: Config, overwrite: bool = False) -> bool:
-    """Whether the run's folder holds this run, finished; decides without writing anything.
+def is_finished(
+    config: Config,
+    overwrite: bool = False,
+    digest_of: Callable[[Config], str] = data.digest,
+) -> bool:
+    """Whether the run's folder holds this run, finished, and on these data; writes nothing.
+
+    The data of a finished run are read for that. Those that were given from Python are not known
+    here; `run` holds them to the record.
+
+    Args:
+      config: what to run.
+      overwrite: it is to be started afresh, whatever is there.
+      digest_of: gives the digest of the data that a configuration names.
 
     Raises:
       ConfigError: the folder is not a run's folder, or holds a run of another configuration or on
-        another folder of data and must not be overwritten.
+        other data and must not be overwritten; or the data cannot be read.
     """
-    config, folder = settle(config), config.run_dir
+    config = settle(config)
+    if not _holds_finished(config, overwrite):
+        return False
+    check_sources(config, digest_of)
+    return True
+
+
+def check_sources(config: Config, digest_of: Callable[[Config], str] = data.digest) -> None:
+    """Whether the run that is recorded was one on the data and files that are there now.
+
+    Raises:
+      ConfigError: it was not.
+    """
+    config = settle(config)
+    kept = derived.read_sources(config.run_dir)
+    named = config.dataset != "custom"
+    digest = digest_of(config) if named else kept.data_sha256
+    _check_sources(config, kept, derived.sources_of(config, digest, kept.classes))
+
+
+def _check_sources(config: Config, kept: derived.Sources, now: derived.Sources) -> None:
+    difference = derived.changed(kept, now)
+    if difference:
+        raise ConfigError(
+            "workdir",
+            config.run_dir,
+            f"holds a run on {difference}; give another folder, or overwrite=True to start afresh",
+        )
+
+
+def _holds_finished(config: Config, overwrite: bool) -> bool:
+    """Whether a run's folder holds this run, finished, whatever the data are."""
+    folder = config.run_dir
     try:
         if folder.exists() and not folder.is_dir():
             raise ConfigError("workdir", folder, "is not a folder")
@@ -185,26 +241,7 @@ def is_finished(config: Config, overwrite: bool = False) -> bool:
             f"holds a run with another configuration "
             f"({'; '.join(differences)}); give another folder, or overwrite=True to start afresh",
         )
-    if files.SUMMARY not in contents:
-        return False  # one that goes on is held to its data themselves
-    check_place(config)
-    return True
-
-
-def check_place(config: Config) -> None:
-    """Whether the recorded run that has ended was one on this folder of data.
-
-    Raises:
-      ConfigError: it was not.
-    """
-    recorded = read_config(config.run_dir)
-    if recorded.data_place != config.data_place:
-        raise ConfigError(
-            "data_dir",
-            config.data_dir,
-            f"{config.run_dir} holds a run on {recorded.data_dir}; "
-            "give another folder for the run, or overwrite=True to start afresh",
-        )
+    return files.SUMMARY in contents
 
 
 def _computed(config: Config) -> dict[str, object]:
@@ -228,7 +265,7 @@ def _opened(config: Config, overwrite: bool) -> Iterator[None]:
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             stack.enter_context(lock.exclusive(folder))
             # Looked at before without the lock: another run may have begun or finished here since.
-            if is_finished(config, overwrite):
+            if _holds_finished(config, overwrite):
                 raise ConfigError("workdir", folder, "another process has just finished this run")
             _prepare(config, overwrite)
         except OSError as error:

@@ -16,7 +16,7 @@ from fedrevive_jax import methods
 from fedrevive_jax.compute import devices
 from fedrevive_jax.compute.streams import Stream, jax_key
 from fedrevive_jax.config import Config
-from fedrevive_jax.data import Dataset, seed_text
+from fedrevive_jax.data import Dataset, seed_text, tokens
 from fedrevive_jax.dfkd.prompts import SeedText
 from fedrevive_jax.methods import Ingredients
 from fedrevive_jax.models import Model, t5_weights
@@ -144,6 +144,7 @@ def _origin(config: Config, dataset: Dataset) -> dict[str, str]:
         return {
             "start": config.t5_weights,
             "weights_sha256": t5_weights.digest(config.t5_weights),
+            "tokenizer_sha256": tokens.digest(config.t5_weights),
             "tokenizer": config.t5_weights,
         }
     tokenizer = dataset.tokenizer

@@ -73,7 +73,7 @@ class Simulation:
         self.mesh = devices.create_mesh(config.mesh)
         self.dataset = dataset if dataset is not None else data.load(config, derived.tokenizer)
         self.model = _fitting(config, self.dataset, model)
-        self._shards = _usable(derived.shards, self.dataset) or _shared_out(config, self.dataset)
+        self._shards = derived.shards or _shared_out(config, self.dataset)
 
         self.position = 0
         self.step_seconds: list[float] = []
@@ -411,9 +411,3 @@ def _shared_out(config: Config, dataset: data.Dataset) -> Shards:
         seed=config.seed,
         groups=dataset.groups,
     )
-
-
-def _usable(shards: Shards | None, dataset: data.Dataset) -> Shards | None:
-    """Kept tables, unless they point outside the data, which must have changed then."""
-    fits = shards is not None and len(shards.indices) and shards.indices.max() < len(dataset.labels)
-    return shards if fits else None
