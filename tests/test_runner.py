@@ -374,8 +374,8 @@ def test_divergence_ends_the_run_with_a_message_and_a_good_checkpoint(tmp_path):
 
 def test_a_digits_run_does_not_import_tfds(tmp_path):
     code = (
-        "import sys; from fedrevive_jax.running import runner; from tests.test_simulator import small;"
-        "runner.run(small('fedbuff', max_time=1.5));"
+        "import sys; from fedrevive_jax.running import runner;"
+        "from tests.test_simulator import small; runner.run(small('fedbuff', max_time=1.5));"
         "assert not {'tensorflow_datasets', 'tensorflow', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
