@@ -54,8 +54,6 @@ def walk(config, out: Path) -> None:
     print("1. A simulation is built from a configuration alone.")
     simulation = Simulation(config)
     dataset, plan = simulation.dataset, simulation.schedule
-    if not plan.num_arrivals:
-        raise ConfigError("max_time", f"{config.max_time:g}", "ends before the first arrival")
     print(f"  {dataset.name}: {len(dataset.labels)} samples of shape {dataset.input_shape}")
     print("  splits: " + ", ".join(f"{len(p)} {name}" for name, p in dataset.splits.items()))
 

@@ -146,7 +146,9 @@ def test_failures_are_drawn_at_their_rate_and_leave_other_draws_alone():
 
 
 def test_a_world_in_which_nothing_ever_comes():
-    plan = plan_of(fault_rate=1.0, fault_kinds="lost", max_time=5.0)
+    """`from_config` refuses it; the clock runs it."""
+    lost = {"fault_rate": 1.0, "fault_kinds": [Fault.LOST]}
+    plan = clock(Fixed([1.0] * 40), 40, 20, max_time=5.0, **lost)
     assert plan.num_arrivals == 0
     assert plan.lost == plan.faults["lost"] > 20
     assert plan_windows(plan) == []

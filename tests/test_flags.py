@@ -140,7 +140,7 @@ def test_every_field_tells_what_is_allowed(name):
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("method", METHODS)
 def test_an_empty_command_line_plans(method, scale):
-    assert outcome({"method": method, "preset_scale": scale, "max_time": "3"}) > 0
+    assert outcome({"method": method, "preset_scale": scale, "max_time": "30"}) > 0
 
 
 def test_some_of_them_as_commands():

@@ -381,11 +381,11 @@ def test_a_digits_run_does_not_import_tfds(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_run_without_arrivals_ends_well(tmp_path):
+def test_a_run_without_a_version_is_refused(tmp_path):
     config = config_in(tmp_path / "run", "fedbuff", max_time=0.05)
-    result = finish(config)
-    assert result.summary["arrivals"] == 0
-    assert [row["version"] for row in result.evaluations] == [0]
+    with pytest.raises(ConfigError, match=r"^max_time=0.05: must be long enough for a version"):
+        finish(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_rows_are_cut_to_what_counts(tmp_path):

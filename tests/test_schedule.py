@@ -13,6 +13,7 @@ from fedrevive_jax.clock.delays import Durations
 from fedrevive_jax.clock.schedule import simulate
 from fedrevive_jax.clock.windows import plan_windows
 from fedrevive_jax.config import Config
+from fedrevive_jax.errors import ConfigError
 
 
 class Fixed:
@@ -231,6 +232,31 @@ def test_no_arrivals():
     assert plan.num_arrivals == plan.num_versions == 0
     assert plan_windows(plan) == []
     assert plan.live_versions_max() == 1
+
+
+def test_a_plan_without_a_version_is_refused(tmp_path):
+    """Download 100, training 1300 or 2500, upload 200 or 180, in milliseconds; by hand."""
+    trace = tmp_path / "trace.csv"
+    trace.write_text("client,download,train,upload\n0,100,1300,200\n1,120,2500,180\n")
+    replay = {"delays": "trace", "delay_trace": str(trace), "num_clients": 2, "concurrency": 2}
+    needs = r"must be long enough for a version, which needs buffer_size={} uploads; "
+    took = rf"by delay_trace={trace} a job takes 1600 to 2800, 2200 on average$"
+    for settings, told in (
+        (replay, rf"^max_time=40: {needs.format(1)}0 arrive; {took}"),
+        (
+            {**replay, "max_time": 2000, "buffer_size": 2},
+            needs.format(2) + "1 arrive; by .* 2000 on",
+        ),
+        (
+            {"delays": "constant", "fault_rate": 1.0, "fault_kinds": "lost", "max_time": 2},
+            needs.format(1) + r"0 arrive, 20 are lost \(fault_rate=1\); "
+            r"by delays=constant a job takes 1.6 to 1.6, 1.6 on average$",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            schedule.from_config(Config(**settings))
+    plan = schedule.from_config(Config(**replay, max_time=1600, buffer_size=1))
+    assert plan.num_versions == 1  # the control: client 0 arrives at 1600
 
 
 def test_the_schedule_needs_no_jax():

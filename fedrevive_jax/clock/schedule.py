@@ -155,8 +155,12 @@ class _UniformBlocks:
 
 
 def from_config(config: Config) -> Schedule:
-    """The plan of a configuration; needs neither data nor JAX."""
-    return simulate(
+    """The plan of a configuration; needs neither data nor JAX.
+
+    Raises:
+      ConfigError: no version would be made, or the plan is too large.
+    """
+    plan = simulate(
         delays.create(config),
         num_clients=config.num_clients,
         concurrency=config.concurrency,
@@ -167,6 +171,25 @@ def from_config(config: Config) -> Schedule:
         seed=config.seed,
         fault_rate=config.fault_rate,
         fault_kinds=[Fault[kind.upper()] for kind in config.fault_kinds.split(",")],
+    )
+    if not plan.num_versions:
+        raise ConfigError("max_time", f"{config.max_time:g}", _why_useless(config, plan))
+    return plan
+
+
+def _why_useless(config: Config, plan: Schedule) -> str:
+    """Why a plan makes no version: what arrives, and how long its jobs take."""
+    times = plan.arrival_time - plan.start
+    of = (
+        f"delay_trace={config.delay_trace}"
+        if config.delays == "trace"
+        else f"delays={config.delays}"
+    )
+    took = f"{times.min():.4g} to {times.max():.4g}, {times.mean():.4g} on average"
+    lost = f", {plan.lost} are lost (fault_rate={config.fault_rate:g})" if plan.lost else ""
+    return (
+        f"must be long enough for a version, which needs buffer_size={config.buffer_size} uploads; "
+        f"{plan.num_arrivals} arrive{lost}; by {of} a job takes {took}"
     )
 
 
