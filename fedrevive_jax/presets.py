@@ -210,7 +210,10 @@ BY_METHOD: dict[str, dict[str, Any]] = {
     "ace": {"buffer_size": 1, "server_lr": 0.025},
     # arXiv 2404.11015: the model is the mean of the queue. Its length was not found.
     "fedfa": {"buffer_size": 1, "server_lr": 1.0},
+    # No guard and true histograms as in the authors' code.
     "dd_fedrevive": {
+        "loss_guard": "off",
+        "proxy": "histogram",
         "beta_shape": "constant",
         "beta_constant": 0.5,
         "distillation_lr": 3e-4,

@@ -127,6 +127,7 @@ def test_guard_and_a_level_that_rises():
     # m = (1 + 2 * 1.15^k) / 6; 5.0 counts once m >= 5/3, after 11.
     assert guarded([0.5] * 20 + [5.0] * 30, form="following")[0][20:] == [False] * 11 + [True] * 19
     assert guarded([1.0, math.nan], form="following")[0] == [True, False]
+    assert guarded([0.5] * 20 + [100.0, math.nan], form="off")[0] == [True] * 21 + [False]
     assert int(guarded([1.0, math.nan], form="following")[1].counts[0]) == 1
 
 

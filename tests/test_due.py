@@ -33,6 +33,16 @@ def test_the_first_distillation_by_hand(freeze, warmup, interval, first):
     assert due.distillation(settings, False, versions, 0.5).all()
 
 
+def test_the_adversarial_term_by_hand():
+    """From the version after the warm-up on; as in the authors' code after so many syntheses."""
+    versions, done = np.arange(8), np.arange(8) // 2
+    by_versions = Dfkd(freeze_versions=1, warmup_versions=3)
+    assert np.flatnonzero(due.adversarial(by_versions, versions, done)).tolist() == [4, 5, 6, 7]
+    by_syntheses = Dfkd(freeze_versions=1, warmup_versions=3, adversarial_start="syntheses")
+    assert np.flatnonzero(due.adversarial(by_syntheses, versions, done)).tolist() == [6, 7]
+    assert np.flatnonzero(due.warming_up(by_versions, versions)).tolist() == [1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("method", "changes"),
     [

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from fedrevive_jax import methods
@@ -30,7 +31,8 @@ def create(name, **kwargs):
     config = resolve("digits", name, **{**TINY, **kwargs})
     ingredients = methods.Ingredients(
         scalar_model(),
-        lambda images, key: images.astype(jnp.float32),
+        lambda images, key: images,
+        augment_real=lambda images, key: images.astype(jnp.float32),
         class_mixes=np.full((4, 2), 0.5, np.float32),
         real_samples=(np.ones((6, 4, 4, 1), np.uint8), np.asarray([0, 1] * 3, np.int32)),
     )
@@ -120,7 +122,7 @@ def test_fedrevive_blend_by_hand():
     optimizer = interface.server_optimizer(config)
 
     def run(reviver, staleness):
-        rule = blend(reviver, blending.cosine(75))
+        rule = blend(reviver, blending.cosine(75), config)
         return drive(
             interface.compose(rule, 1, optimizer), ONE,
             [(3.0, 1.0, arrival(staleness=staleness))],
@@ -130,6 +132,18 @@ def test_fedrevive_blend_by_hand():
     assert run(scalar_reviver(-1.0), 0) == pytest.approx(1.2)
     assert run(scalar_reviver(-1.0), 500) == pytest.approx(0.9)
     assert run(scalar_reviver(-1.0, distilled=False), 500) == pytest.approx(1.2)  # unblended
+
+
+@pytest.mark.parametrize(("how", "betas"), [("plain", [0, 0, 0, 0]), ("zero", [0, 0.5, 0.5, 0])])
+def test_the_blend_of_the_warm_up(how, betas):
+    """freeze = 2, warm-up = 3, nothing distilled: the authors' code halves the update then."""
+    config = resolve("digits", "fedrevive", freeze_versions=2, warmup_versions=3, warmup_blend=how)
+    rule = blend(scalar_reviver(0.0, distilled=False), blending.constant(0.5), config)
+    method = interface.compose(rule, 1, optax.sgd(1.0))
+    uploads = [(3.0, 1.0, arrival(version=version)) for version in (1, 2, 3, 4)]
+    history, seen = drive(method, ONE, uploads)
+    assert [row["beta"] for row in seen] == betas
+    assert np.diff([1.0, *history]) == pytest.approx([2 * (1 - beta) for beta in betas])
 
 
 def test_dd_fedrevive_by_hand():
@@ -153,7 +167,7 @@ def test_dd_fedrevive_needs_real_samples():
     for images in (None, nothing):
         with pytest.raises(ConfigError, match="distillation split"):
             methods.create(
-                config, methods.Ingredients(scalar_model(), lambda x, k: x, None, images)
+                config, methods.Ingredients(scalar_model(), lambda x, k: x, real_samples=images)
             )
 
 

@@ -70,6 +70,9 @@ model_width                             | 64   | 64   | 64   | 512
 partition                               | dirichlet | dirichlet | natural | dirichlet
 meta                                    | reptile | reptile | reptile | reptile
 proxy                                   | estimated | estimated | estimated | estimated
+proxy: dd_fedrevive                     | histogram | histogram | histogram | histogram
+loss_guard                              | published | published | published | published
+loss_guard: dd_fedrevive                | off | off | off | off
 target_sampling                         | teachers | teachers | teachers | teachers
 """
 

@@ -64,9 +64,10 @@ def arrows(graph):
     }
 
 
-def test_the_arrows_are_those_of_the_table(graph):
+def test_no_arrow_is_missing_in_the_table(graph):
     found = {(one, other) for one, other in arrows(graph) if other not in COMMON}
-    assert found == {(one, other) for one, others in MAY_IMPORT.items() for other in others.split()}
+    allowed = {(one, other) for one, others in MAY_IMPORT.items() for other in others.split()}
+    assert not found - allowed
 
 
 def test_everybody_may_speak_of_errors_and_configurations(graph):

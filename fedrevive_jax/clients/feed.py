@@ -17,13 +17,15 @@ class Feed(NamedTuple):
         to the functions below as an argument, so that no program carries it as a constant.
       training: (store, positions int [b], key) -> inputs of local training, augmented.
       evaluation: (store, positions int [b]) -> inputs as they are.
-      augment: (samples, key) -> augmented samples, for samples made or kept on the server.
+      augment: (samples, key) -> augmented samples, for samples that the server makes.
+      augment_real: the same for real samples that it keeps: a client's augmentation.
     """
 
     store: Any
     training: Callable[[Any, jax.Array, jax.Array], Any]
     evaluation: Callable[[Any, jax.Array], Any]
     augment: Callable[[Any, jax.Array], Any]
+    augment_real: Callable[[Any, jax.Array], Any]
 
 
 def create(dataset: Dataset, frozen: Any) -> Feed:
@@ -36,6 +38,7 @@ def create(dataset: Dataset, frozen: Any) -> Feed:
             lambda store, positions, key: _look_up(store, positions),
             _look_up,
             lambda samples, key: samples,
+            lambda samples, key: samples,
         )
     how = dataset.preprocessing
     return Feed(
@@ -43,6 +46,7 @@ def create(dataset: Dataset, frozen: Any) -> Feed:
         lambda store, positions, key: augment.client_inputs(store[positions], key, how),
         lambda store, positions: augment.plain_inputs(store[positions], how),
         lambda samples, key: augment.synthetic_inputs(samples, key, how),
+        lambda samples, key: augment.client_inputs(samples, key, how),
     )
 
 

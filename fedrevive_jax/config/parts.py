@@ -268,8 +268,8 @@ class Dfkd(Part):
         "published",
         "a loss term above 3 times its mean counts as zero; published: such a value is not kept, "
         "so that a term whose level has risen stays off; following: it is, cut to the limit, and "
-        "the mean follows the new level",
-        choices=("published", "following"),
+        "the mean follows the new level; off: only what is not finite counts as zero",
+        choices=("published", "following", "off"),
     )
     target_sampling: str = setting(
         "teachers", "classes to synthesise: mean of the teachers' mixes, or uniform",
@@ -290,6 +290,17 @@ class Dfkd(Part):
     freeze_versions: int = setting(50, "versions before the first synthesis", at_least=0)
     warmup_versions: int = setting(
         100, "versions up to which uploads go in unblended and L_adv is off", at_least=0
+    )
+    warmup_blend: str = setting(
+        "plain",
+        "what goes in between `freeze_versions` and the end of the warm-up; plain: the raw update; "
+        "zero: a blend with a distilled update of zero, as in the authors' code",
+        choices=("plain", "zero"),
+    )
+    adversarial_start: str = setting(
+        "versions",
+        "what `warmup_versions` counts for L_adv; syntheses: as in the authors' code",
+        choices=("versions", "syntheses"),
     )
 
     def _check(self) -> None:

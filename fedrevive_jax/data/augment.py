@@ -25,16 +25,11 @@ def plain_inputs(images: jax.Array, how: Preprocessing) -> jax.Array:
 
 def client_inputs(images: jax.Array, key: jax.Array, how: Preprocessing) -> jax.Array:
     """Inputs of local training: crop, flip and rotation fill with zeros, before normalisation."""
-    images = _augment(images, key, how, "constant")
-    if how.rotation:
-        limits = {"minval": -how.rotation, "maxval": how.rotation}
-        angles = jax.random.uniform(jax.random.fold_in(key, ROTATION), images.shape[:1], **limits)
-        images = jax.vmap(rotate)(images, angles)
-    return plain_inputs(images, how)
+    return plain_inputs(_augment(images, key, how, "constant"), how)
 
 
 def synthetic_inputs(images: jax.Array, key: jax.Array, how: Preprocessing) -> jax.Array:
-    """Inputs of synthesis and distillation: the crop pads by reflection; nothing is rotated."""
+    """Inputs of synthesis and distillation: as a client's, but that the crop pads by reflection."""
     return plain_inputs(_augment(images, key, how, "reflect"), how)
 
 
@@ -55,7 +50,7 @@ def rotate(image: jax.Array, degrees: jax.Array) -> jax.Array:
 
 
 def _augment(images, key, how: Preprocessing, padding_mode: str) -> jax.Array:
-    """Random crop and flip, drawn per sample."""
+    """Random crop, flip and rotation, drawn per sample."""
     batch, height, width, channels = images.shape
     crop_key, flip_key = (jax.random.fold_in(key, tag) for tag in (CROP, FLIP))
     if how.crop_padding:
@@ -71,4 +66,8 @@ def _augment(images, key, how: Preprocessing, padding_mode: str) -> jax.Array:
     if how.flip:
         flipped = jax.random.bernoulli(flip_key, shape=(batch, 1, 1, 1))
         images = jnp.where(flipped, images[:, :, ::-1], images)
+    if how.rotation:
+        limits = {"minval": -how.rotation, "maxval": how.rotation}
+        angles = jax.random.uniform(jax.random.fold_in(key, ROTATION), (batch,), **limits)
+        images = jax.vmap(rotate)(images, angles)
     return images

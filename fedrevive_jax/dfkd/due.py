@@ -39,6 +39,24 @@ def distillation(settings: Dfkd, synthesises: bool, version: Any, beta: Any) -> 
     return warm & (beta > 0)
 
 
+def warming_up(settings: Dfkd, version: Any) -> Any:
+    """Whether samples are made already and nothing is distilled yet: freeze <= v <= warm-up."""
+    return (version >= settings.freeze_versions) & (version <= settings.warmup_versions)
+
+
+def adversarial(settings: Dfkd, version: Any, syntheses: Any) -> Any:
+    """Whether L_adv counts in a synthesis.
+
+    Args:
+      settings: `warmup_versions`, of what `adversarial_start` names.
+      version: v, the global version that the arrival meets.
+      syntheses: how many came before this one.
+    """
+    if settings.adversarial_start == "syntheses":
+        return syntheses >= settings.warmup_versions
+    return version > settings.warmup_versions
+
+
 def warm_version(settings: Dfkd, synthesises: bool) -> int:
     """The first version at whose arrivals there can be a distillation: it is past the warm-up, and
     the first samples have been made by then."""

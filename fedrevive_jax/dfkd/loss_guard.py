@@ -44,7 +44,7 @@ def check(
       value: the loss, [].
       form: `published` does not keep a value that is too large, so that a loss which stays on a
         higher level is rejected from then on. `following` keeps it, cut to the limit, so that the
-        mean follows it within a few values.
+        mean follows it within a few values. `off` looks at nothing but whether a value is finite.
 
     Returns:
       (bool [], the new guard).
@@ -57,6 +57,8 @@ def check(
     limit = SPIKE * mean
     spike = (filled >= NEEDED) & (mean > 0) & (value > limit)
     finite = jnp.isfinite(value)
+    if form == "off":
+        return finite, guard
     kept = LossGuard(
         guard.values.at[row, count % KEPT].set(jnp.where(spike, limit, value)),
         guard.counts.at[row].add(1),

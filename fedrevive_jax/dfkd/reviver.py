@@ -32,6 +32,7 @@ class ReviverState(NamedTuple):
       pool: samples to distil on.
       frozen: the model's frozen arrays.
       synthesised_version: int32 [], the last version at which samples were made; -1 before.
+      syntheses: int32 [], how often samples were made.
     """
 
     teachers: teachers.Teachers
@@ -41,6 +42,7 @@ class ReviverState(NamedTuple):
     pool: pool.Pool
     frozen: Any
     synthesised_version: jax.Array
+    syntheses: jax.Array
 
 
 class Revival(NamedTuple):
@@ -130,6 +132,7 @@ def create(
             samples,
             frozen,
             jnp.asarray(-1, jnp.int32),
+            jnp.asarray(0, jnp.int32),
         )
 
     # What passes through a branch is copied there, so that the branches return what they change
@@ -142,7 +145,7 @@ def create(
             state.teachers.taps,
             proxies,
             params,
-            arrival.version > config.warmup_versions,
+            due.adversarial(config, arrival.version, state.syntheses),
             state.frozen,
         )
         result = synthesiser.synthesise(
@@ -228,6 +231,7 @@ def create(
                 generator=generator,
                 guard=guard,
                 synthesised_version=version,
+                syntheses=state.syntheses + wanted,
                 pool=pool.add(state.pool, *made),
             )
 

@@ -1,8 +1,9 @@
 """DD-FedRevive: FedRevive on held-out real samples, the data-dependent upper reference.
 
 Nothing is synthesised and nothing has to warm up; the comparison uses a constant beta, a higher
-distillation temperature and no weight decay (arXiv 2511.00655, appendix). `revive_on` holds here
-too.
+distillation temperature and no weight decay (arXiv 2511.00655, appendix). As in the authors' code
+there is no loss guard, teachers are drawn for by the true class histograms, and the samples are
+augmented as those of the clients. `revive_on` holds here too.
 """
 
 from fedrevive_jax.config import Config
@@ -20,7 +21,7 @@ def create(config: Config, ingredients: Ingredients) -> Method:
     revive = reviver.create(
         config,
         ingredients.model,
-        ingredients.augment,
+        ingredients.augment_real,
         frozen=ingredients.frozen,
         class_mixes=ingredients.class_mixes,
         real_samples=ingredients.real_samples,

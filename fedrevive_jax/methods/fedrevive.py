@@ -8,8 +8,8 @@ mixing form), while Delta^KD, which is never stale, goes in as it is. beta = 0 i
 import jax
 import jax.numpy as jnp
 
-from fedrevive_jax.config import Config
-from fedrevive_jax.dfkd import reviver
+from fedrevive_jax.config import Config, Dfkd
+from fedrevive_jax.dfkd import due, reviver
 from fedrevive_jax.messages import Submission
 from fedrevive_jax.methods import blending, fadas, fedasync, fedbuff
 from fedrevive_jax.methods.method import Ingredients, Method, UpdateRule, as_it_is
@@ -33,20 +33,25 @@ def create(config: Config, ingredients: Ingredients) -> Method:
 def revived(config: Config, revive: reviver.Reviver) -> Method:
     """The configured base method, its updates revived."""
     base = BASES[config.revive_on](config)
-    rule = blend(revive, blending.create(config), base.rule)
+    rule = blend(revive, blending.create(config), config, base.rule)
     return base._replace(rule=rule).over(config.buffer_size)
 
 
 def blend(
-    revive: reviver.Reviver, beta_of: blending.Beta, plain: UpdateRule | None = None
+    revive: reviver.Reviver,
+    beta_of: blending.Beta,
+    settings: Dfkd,
+    plain: UpdateRule | None = None,
 ) -> UpdateRule:
     """The update rule; where nothing was distilled the plain update goes in *unblended*.
 
-    Blending with a Delta^KD of zero would only shrink the update.
+    Blending with a Delta^KD of zero would only shrink the update. The authors' code does so during
+    the warm-up; `warmup_blend=zero` reproduces it.
 
     Args:
       revive: offers Delta^KD.
       beta_of: beta(tau).
+      settings: `warmup_blend`, and when the warm-up is.
       plain: a rule without state for the raw update; as it is where None.
     """
     plain = as_it_is() if plain is None else plain
@@ -55,7 +60,10 @@ def blend(
         beta = jnp.asarray(beta_of(submission.arrival.staleness), jnp.float32)
         state, revival = revive.revive(state, beta, submission)
         _, delta, _ = plain.apply((), delta, submission)
-        beta = jnp.where(revival.distilled, beta, 0.0)
+        blended = revival.distilled
+        if settings.warmup_blend == "zero":
+            blended = blended | due.warming_up(settings, submission.arrival.version)
+        beta = jnp.where(blended, beta, 0.0)
 
         def mix(raw, distilled):
             weight = beta.astype(raw.dtype)

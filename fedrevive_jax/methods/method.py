@@ -33,10 +33,11 @@ class Ingredients(NamedTuple):
 
     Attributes:
       model: the model of clients and server.
-      augment: (samples, key) -> augmented samples, for samples on the server, see `feed.Feed`.
+      augment: (samples, key) -> augmented samples, for samples that the server makes.
       frozen: the model's frozen arrays.
       class_mixes: true label histograms [N, classes], float32; a real federation has none.
       real_samples: held-out (byte images or token ids, labels), for the data-dependent reference.
+      augment_real: `augment` for these.
       seed_text: labelled texts that synthesis of text starts from, see `dfkd.prompts`.
       mesh: devices that share the work, see `devices`.
     """
@@ -46,6 +47,7 @@ class Ingredients(NamedTuple):
     frozen: Any = ()
     class_mixes: Any = None
     real_samples: tuple[Any, Any] | None = None
+    augment_real: Callable[[Any, jax.Array], Any] = lambda samples, key: samples
     seed_text: Any = None
     mesh: Mesh | None = None
 

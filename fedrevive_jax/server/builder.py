@@ -75,6 +75,7 @@ def holdings(
     model: Model,
     dataset: Dataset,
     augment: Callable[[Any, jax.Array], Any],
+    augment_real: Callable[[Any, jax.Array], Any],
     frozen: Any,
     *,
     class_mixes: Any = None,
@@ -86,7 +87,8 @@ def holdings(
       config: `seed_text` is read.
       model, frozen: the model and its frozen arrays.
       dataset: the server's own; its distillation split is what `dd_fedrevive` distils on.
-      augment: (samples, key) -> augmented samples, for samples on the server.
+      augment, augment_real: (samples, key) -> augmented samples, for samples that the server makes
+        and for those of its data set.
       class_mixes: true label histograms of the clients, float32 [N, classes]. A simulation has
         them; a live federation has none.
       mesh: devices that share the server's work.
@@ -97,6 +99,7 @@ def holdings(
         augment=augment,
         frozen=frozen,
         class_mixes=class_mixes,
+        augment_real=augment_real,
         real_samples=(dataset.samples[kept], dataset.labels[kept]),
         seed_text=_read_seed_text(config, dataset),
         mesh=mesh,

@@ -92,6 +92,7 @@ class Simulation:
             self.model,
             self.dataset,
             self.feed.augment,
+            self.feed.augment_real,
             start.frozen,
             class_mixes=self._shards.class_mixes(self.dataset.labels, self.dataset.num_classes),
             mesh=self.mesh,
