@@ -22,7 +22,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import flags as config_flags
-from fedrevive_jax.config import METHODS, PUBLISHED_METHODS, without_tilde
+from fedrevive_jax.config import METHODS, PUBLISHED_METHODS, whole_path
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.record.interruption import InterruptedRunError, Interruption
 
@@ -182,7 +182,7 @@ def _checked() -> tuple[Path, list[str], list[float]]:
         targets = [-1.0]
     if not all(0 < target <= 1 for target in targets):
         raise ConfigError("targets", TARGETS.value, "must be accuracies above 0 and at most 1")
-    return Path(without_tilde("out", OUT.value)), list(methods), targets
+    return Path(whole_path("out", OUT.value)), list(methods), targets
 
 
 def _folders(text: str) -> list[Path]:
@@ -190,7 +190,7 @@ def _folders(text: str) -> list[Path]:
     for part in map(str.strip, text.split(",")):
         if not part:
             raise ConfigError("workdirs", text, "holds an empty name")
-        paths = sorted(glob.glob(without_tilde("workdirs", part)))
+        paths = sorted(glob.glob(whole_path("workdirs", part)))
         if not paths:
             raise ConfigError("workdirs", text, f"there is no {part}")
         found += map(Path, paths)

@@ -4,12 +4,11 @@ Restores the global model alone and prints JSON; the figures equal the run's own
 """
 
 import json
-from pathlib import Path
 
 from absl import flags
 
 from experiments import flags as config_flags
-from fedrevive_jax.config import without_tilde
+from fedrevive_jax.config import whole_path
 from fedrevive_jax.errors import ConfigError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run")
@@ -27,7 +26,7 @@ def main() -> None:
     from fedrevive_jax.running.restore import evaluate_checkpoint
 
     figures = evaluate_checkpoint(
-        Path(without_tilde("workdir", WORKDIR.value)),
+        whole_path("workdir", WORKDIR.value, bucket=True),
         step=STEP.value,
         split=SPLIT.value,
         data_dir=DATA_DIR.value,

@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from fedrevive_jax.compute import processes
-from fedrevive_jax.config import Config, without_tilde
+from fedrevive_jax.config import Config, whole_path
 from fedrevive_jax.errors import ConfigError, FileError, UserError
 from fedrevive_jax.presets import SCALES
 
@@ -165,7 +165,7 @@ def keep_programs() -> None:
         raise ConfigError("compilation_cache_dir", "", "must be a folder, or off")
     caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     try:
-        folder = without_tilde("compilation_cache_dir", given or str(caches / "fedrevive_jax"))
+        folder = whole_path("compilation_cache_dir", given or str(caches / "fedrevive_jax"))
     except ConfigError:
         if given:
             raise

@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import flags as config_flags
-from fedrevive_jax.config import without_tilde
+from fedrevive_jax.config import whole_path
 from fedrevive_jax.data import tfds_reader
 from fedrevive_jax.data.errors import one_line
 from fedrevive_jax.errors import ConfigError
@@ -41,8 +41,8 @@ def prepare(name: str, data_dir: str, manual_dir: str = "") -> str:
         raise ConfigError("dataset", name, f"must be one of {', '.join(NAMES)}")
     if not data_dir:
         raise ConfigError("data_dir", "", "must name the folder to write to")
-    data_dir = without_tilde("data_dir", data_dir)
-    manual = Path(without_tilde("manual_dir", manual_dir)) if manual_dir else None
+    data_dir = whole_path("data_dir", data_dir)
+    manual = Path(whole_path("manual_dir", manual_dir)) if manual_dir else None
     if manual and not (manual.is_dir() and any(manual.iterdir())):
         raise ConfigError("manual_dir", manual_dir, "no such folder, or it is empty")
     words = "is prepared already"

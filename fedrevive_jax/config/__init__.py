@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedrevive_jax.config.fields import LIMITS, without_tilde
+from etils import epath
+
+from fedrevive_jax.config.fields import LIMITS, is_bucket, whole_path, without_tilde
 from fedrevive_jax.config.parts import (
     BETA_SHAPES,
     DATASETS,
@@ -33,7 +35,8 @@ __all__ = [
     "BETA_SHAPES", "DATASETS", "DELAYS", "DEVICE_FIELDS", "FAULTS", "INPUT_FIELDS",
     "LIMITS", "LOCATION_FIELDS", "METHODS", "MODELS", "PUBLISHED_METHODS",
     "SERVER_OPTIMIZERS", "STALENESS_WEIGHTS", "Clients", "Config", "Device", "Dfkd", "Record",
-    "Server", "Traits", "World", "without_tilde",
+    "Server", "Traits", "World", "is_bucket", "whole_path",
+    "without_tilde",
 ]  # fmt: skip
 
 # Where a run is written and where its data lie do not change what it computes.
@@ -66,8 +69,9 @@ class Config(Device, Record, Dfkd, Server, Clients, World):
 
     @property
     def run_dir(self) -> Path:
-        """The folder for the record of this run."""
-        return Path(self.workdir or f"runs/{self.dataset}_{self.method}_seed{self.seed}")
+        """The folder for the record of this run; a path of `epath` where it is in a bucket."""
+        name = self.workdir or f"runs/{self.dataset}_{self.method}_seed{self.seed}"
+        return epath.Path(name) if is_bucket(name) else Path(name)  # type: ignore[return-value]
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

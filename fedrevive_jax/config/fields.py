@@ -5,12 +5,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from fedrevive_jax.errors import ConfigError
 
 
 def setting(default: Any, help_text: str, **limits: Any) -> Any:
     """A field with its help text and limits: `choices`, `at_least`, `above`, `at_most`, `below`;
-    `path` marks one that names a file or folder."""
+    `path` marks one that names a file or folder, `bucket` that it may lie in a bucket."""
     return dataclasses.field(default=default, metadata={"help": help_text, **limits})
 
 
@@ -25,7 +27,7 @@ class Part:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = checked(field, getattr(self, field.name))
             if field.metadata.get("path") and value:
-                value = without_tilde(field.name, value)
+                value = whole_path(field.name, value, field.metadata.get("bucket", False))
             object.__setattr__(self, field.name, value)
         for part in reversed(type(self).__mro__):
             if "_check" in vars(part):
@@ -70,6 +72,32 @@ def checked(field: dataclasses.Field, value: Any) -> Any:
     ):
         raise refused(*bounds, joined=" and ")
     return result
+
+
+# What names of folders in buckets start with; `etils.epath` knows them.
+BUCKETS = ("gs://", "s3://", "az://")
+
+
+def is_bucket(path: Any) -> bool:
+    """Whether a path is one in a bucket."""
+    return str(path).startswith(BUCKETS)
+
+
+def whole_path(name: str, path: str, bucket: bool = False) -> str:
+    """A path as a user gives it: see `without_tilde`; one in a bucket stays what it is.
+
+    Raises:
+      ConfigError: there is no such user, or it must be a path of this machine.
+    """
+    if "://" not in path:
+        return without_tilde(name, path)
+    if not bucket:
+        raise ConfigError(name, path, "must be a path of this machine; copy it from there")
+    if not is_bucket(path):
+        raise ConfigError(
+            name, path, f"must be a path of this machine, or start with {', '.join(BUCKETS)}"
+        )
+    return str(epath.Path(path))
 
 
 def without_tilde(name: str, path: str) -> str:

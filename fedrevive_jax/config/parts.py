@@ -93,7 +93,10 @@ class Clients(Part):
 
     dataset: str = setting("digits", "data set", choices=DATASETS)
     data_dir: str = setting(
-        "", "folder that holds the data set's files; bundled data need none", path=True
+        "",
+        "folder that holds the data set's files; bundled data need none",
+        path=True,
+        bucket=True,
     )
     text_length: int = setting(128, "tokens that a text is cut to", at_least=8)
     model: str = setting("digitsnet", "model of clients and server", choices=MODELS)
@@ -328,7 +331,10 @@ class Record(Part):
     """What a run writes, where and how often."""
 
     workdir: str = setting(
-        "", "folder for the record of the run; empty: runs/DATASET_METHOD_seedN", path=True
+        "",
+        "folder for the record of the run; empty: runs/DATASET_METHOD_seedN",
+        path=True,
+        bucket=True,
     )
     eval_every: int = setting(10, "versions between two evaluations", at_least=1)
     eval_split: str = setting("test", "split that is evaluated", choices=("test", "validation"))

@@ -1,9 +1,13 @@
 """Data sets: a source per file, one record for all, loaded by name."""
 
+import atexit
+import contextlib
 import importlib
+from pathlib import Path
 from types import ModuleType
 
-from fedrevive_jax.config import Config
+from fedrevive_jax.compute import buckets
+from fedrevive_jax.config import Config, is_bucket
 from fedrevive_jax.data import tokens
 from fedrevive_jax.data.dataset import (
     Dataset,
@@ -45,7 +49,7 @@ def load(config: Config, tokenizer: str = "") -> Dataset:
     Raises:
       ConfigError: when files are missing, cut short or not what they should be.
     """
-    loaded = _source(config).load(config.data_dir, config.seed)
+    loaded = _read(config)
     if not isinstance(loaded, Texts):
         return loaded
     if config.t5_weights:
@@ -73,7 +77,7 @@ def digest(config: Config) -> str:
     Raises:
       ConfigError: see `load`.
     """
-    return _source(config).load(config.data_dir, config.seed).digest
+    return _read(config).digest
 
 
 def spec(config: Config) -> DatasetSpec:
@@ -83,7 +87,7 @@ def spec(config: Config) -> DatasetSpec:
     if isinstance(known, DatasetSpec):
         return known
     if known is None:
-        loaded = source.load(config.data_dir, config.seed)
+        loaded = _read(config)
         count = sum(len(loaded.splits[name]) for name in ("train", "validation", "distillation"))
         if isinstance(loaded, Dataset):
             return DatasetSpec(loaded.input_shape, loaded.num_classes, count)
@@ -94,6 +98,29 @@ def spec(config: Config) -> DatasetSpec:
 def preprocessing(config: Config) -> Preprocessing:
     """How the images of the named data set become inputs."""
     return getattr(_source(config), "PREPROCESSING", Preprocessing())
+
+
+def _read(config: Config) -> Dataset | Texts:
+    """What the source reads. Data in a bucket are copied to this machine first, once a process."""
+    load = _source(config).load
+    if not is_bucket(config.data_dir):
+        return load(config.data_dir, config.seed)
+    key = (config.data_dir, config.dataset)
+    if key not in _copies:
+        stack = contextlib.ExitStack()
+
+        def wanted(name: str) -> bool:  # other data sets may be prepared beside this one
+            own = config.dataset.endswith("_folder") or "/" not in name
+            return own or name.startswith(f"{config.dataset}/")
+
+        _copies[key] = stack.enter_context(buckets.copied(config.data_dir, "data_dir", wanted))
+        atexit.register(stack.close)
+    with buckets.named(_copies[key], config.data_dir):
+        return load(str(_copies[key]), config.seed)
+
+
+# Copies of data in buckets, by place and name of the data set.
+_copies: dict[tuple[str, str], Path] = {}
 
 
 def _source(config: Config) -> ModuleType:

@@ -212,8 +212,13 @@ def _sum(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def seal_of(name: str) -> str:
+    """The name of the file that holds the checksum of a sealed one."""
+    return name + ".sha256"
+
+
 def _seal(path: Path) -> Path:
-    return path.with_name(path.name + ".sha256")
+    return path.with_name(seal_of(path.name))
 
 
 def _seal_text(path: Path, text: bytes) -> bytes:

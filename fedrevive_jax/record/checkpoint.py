@@ -11,8 +11,14 @@
 
 A checkpoint is made in a folder of another name, is durable before it gets its own, and has all
 of its parts from that moment on. What no kept checkpoint refers to is deleted afterwards. A process
-may die between any two of these steps. orbax restores changed bytes silently, and takes any folder
-with a number for a checkpoint; so what is restored is compared with the checksums.
+may die between any two of these steps.
+
+orbax writes and reads the model; its CheckpointManager (0.12) is not used for the rest. It deletes
+an old step in place: after a death in the midst of that it lists the step, and restores none of the
+others either. It passes over a step that exists, but a run that ends within a buffer saves its last
+version twice. It knows of no arrays that several steps share. And orbax restores changed bytes
+silently; so what is restored is compared with the checksums. A CheckpointManager reads the folder
+all the same.
 """
 
 import logging
@@ -64,11 +70,24 @@ def describe_newest(run_dir: Path) -> str:
     return f"the newest on disk is of version {steps[-1]}" if steps else "there is none on disk"
 
 
+def drop_unfinished(run_dir: Path) -> None:
+    """Removes steps whose record has no seal, in a copy of a folder that a process wrote file by
+    file and died."""
+    for step in _steps(run_dir / FOLDER):
+        if not (run_dir / FOLDER / str(step) / archive.seal_of(RECORD)).is_file():
+            _remove(run_dir / FOLDER / str(step))
+
+
 class Checkpoints:
     """The checkpoints of one run, by global version. One owner calls; writing is in a thread."""
 
     def __init__(
-        self, run_dir: Path, keep: int = 2, read_only: bool = False, flag: str = "workdir"
+        self,
+        run_dir: Path,
+        keep: int = 2,
+        read_only: bool = False,
+        flag: str = "workdir",
+        publish: Callable[[], None] = lambda: None,
     ):
         """Opens a run's folder.
 
@@ -77,12 +96,13 @@ class Checkpoints:
           keep: how many checkpoints are kept.
           read_only: write nothing; then other processes may use the folder, too.
           flag: the flag to blame for what is wrong with the folder.
+          publish: called by the thread that writes, when a checkpoint is whole.
 
         Raises:
           ConfigError: the folder is to be read and holds no checkpoints.
         """
         self._run_dir, self._keep = run_dir, keep
-        self._read_only, self._flag = read_only, flag
+        self._read_only, self._flag, self._publish = read_only, flag, publish
         self._folder, self._live = run_dir / FOLDER, run_dir / LIVE
         self._thread: ThreadPoolExecutor | None = None
         self._writing: Future | None = None
@@ -335,6 +355,7 @@ class Checkpoints:
         archive.sync_folder(self._folder)
         _remove(replaced)
         self._collect_garbage()
+        self._publish()
 
     def _collect_garbage(self) -> None:
         """Deletes old checkpoints, then what no checkpoint refers to."""

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,20 @@ class Recorder:
     device, so that the host rarely waits and the device hardly ever.
     """
 
-    def __init__(self, simulation: Simulation, run_dir: Path | None):
+    def __init__(
+        self,
+        simulation: Simulation,
+        run_dir: Path | None,
+        publish: Callable[[], None] = lambda: None,
+    ):
+        """Opens a folder, if there is one.
+
+        Args:
+          simulation: what is watched.
+          run_dir: the folder.
+          publish: called whenever the folder holds something new that is whole.
+        """
+        self._publish = publish
         self._simulation = simulation
         self._config = simulation.config
         self._run_dir = run_dir
@@ -62,7 +76,7 @@ class Recorder:
         self._saved_position: int | None = None
         self._checkpoints = self._metrics = self._arrivals = self._events = None
         if run_dir is not None:
-            self._checkpoints = Checkpoints(run_dir, self._config.checkpoint_keep)
+            self._checkpoints = Checkpoints(run_dir, self._config.checkpoint_keep, publish=publish)
 
     def resume(self) -> None:
         """Continues from the newest checkpoint that is whole, cutting the rows that came after it.
@@ -206,6 +220,7 @@ class Recorder:
             self._checkpoints.wait()
             self._pictures()
             files.write_json(self._run_dir / files.SUMMARY, summary)
+            self._publish()
         return Result(simulation.server.params, summary, self._evaluations, self._resumed)
 
     def close(self) -> None:

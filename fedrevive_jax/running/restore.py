@@ -12,13 +12,15 @@ import numpy as np
 from fedrevive_jax import data, models
 from fedrevive_jax.clients import feed as feeds
 from fedrevive_jax.clients.evaluation import make_evaluator
-from fedrevive_jax.compute import environment
+from fedrevive_jax.compute import buckets, environment
 from fedrevive_jax.compute.streams import Stream, jax_key
+from fedrevive_jax.config import is_bucket
 from fedrevive_jax.data import tokens
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.models import Model
 from fedrevive_jax.models.t5_weights import WEIGHTS, digest, read_shape
 from fedrevive_jax.record import derived
+from fedrevive_jax.record.checkpoint import FOLDER, STATE, drop_unfinished
 from fedrevive_jax.record.reading import read_config, read_params
 
 # Names of classes that a message lists.
@@ -28,7 +30,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def evaluate_checkpoint(
-    folder: Path,
+    folder: Path | str,
     *,
     step: int | None = None,
     split: str | None = None,
@@ -40,7 +42,7 @@ def evaluate_checkpoint(
     """Evaluates a checkpoint as the run itself did.
 
     Args:
-      folder: the run's folder.
+      folder: the run's folder, also in a bucket.
       step: global version; the newest checkpoint where None.
       split: the run's own where None.
       data_dir, t5_weights: where the data and the pretrained weights lie, if not where they lay.
@@ -56,6 +58,19 @@ def evaluate_checkpoint(
         run does not know.
     """
     environment.check()
+    if is_bucket(folder):
+        with buckets.copied(folder, "workdir", _of_the_model) as copy:
+            drop_unfinished(copy)
+            return evaluate_checkpoint(
+                copy,
+                step=step,
+                split=split,
+                data_dir=data_dir,
+                t5_weights=t5_weights,
+                dataset=dataset,
+                model=model,
+            )
+    folder = Path(folder)
     config, kept = read_config(folder), derived.read_for_evaluation(folder)
     if t5_weights and not config.t5_weights:
         raise ConfigError("t5_weights", t5_weights, f"{folder} did not start from such weights")
@@ -90,6 +105,12 @@ def evaluate_checkpoint(
         },
         "same_data": same,
     }
+
+
+def _of_the_model(name: str) -> bool:
+    """The files of a run that its evaluation needs."""
+    part = name.partition("/")[0]
+    return name.endswith(".json") if part == name else part == FOLDER and STATE not in name
 
 
 def with_classes(dataset: data.Dataset, classes: Sequence[str], where: str) -> data.Dataset:

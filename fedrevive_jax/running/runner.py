@@ -9,17 +9,24 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
 from fedrevive_jax import data
-from fedrevive_jax.compute import environment, processes
-from fedrevive_jax.config import INPUT_FIELDS, LOCATION_FIELDS, Config
+from fedrevive_jax.compute import buckets, environment, processes
+from fedrevive_jax.config import INPUT_FIELDS, LOCATION_FIELDS, Config, is_bucket
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.models import Model, convolutions, default_precision
 from fedrevive_jax.record import derived, files, lock
+from fedrevive_jax.record.archive import seal_of
 from fedrevive_jax.record.checkpoint import FOLDER as CHECKPOINTS
-from fedrevive_jax.record.checkpoint import describe_newest, has_checkpoint
+from fedrevive_jax.record.checkpoint import (
+    RECORD,
+    describe_newest,
+    drop_unfinished,
+    has_checkpoint,
+)
 from fedrevive_jax.record.health import DivergenceError, RejectLimitError
 from fedrevive_jax.record.interruption import InterruptedRunError, Interruption
 from fedrevive_jax.record.reading import read_params
@@ -70,6 +77,36 @@ def run(
     """
     config = settle(config)
     processes.agree(lambda: _computed(config))
+    with contextlib.ExitStack() as stack:
+        place = _Place(str(config.run_dir))
+        if keep_record and is_bucket(config.run_dir):
+            config, place = stack.enter_context(_mirrored(config, overwrite))
+        return _run(config, place, dataset, model, keep_record, overwrite, interruption, profile)
+
+
+class _Place(NamedTuple):
+    """Where a run is recorded for good.
+
+    Attributes:
+      name: the folder, for the record; in a bucket while the run works in a copy.
+      publish: brings the bucket up to date.
+    """
+
+    name: str
+    publish: Callable[[], None] = lambda: None
+
+
+def _run(
+    config: Config,
+    place: _Place,
+    dataset: data.Dataset | None,
+    model: Model | None,
+    keep_record: bool,
+    overwrite: bool,
+    interruption: Interruption | None,
+    profile: bool,
+) -> Result:
+    """See `run`; the configuration is settled, and its folder is on this machine."""
 
     def look() -> tuple[bool, derived.Derived]:
         finished = keep_record and _holds_finished(config, overwrite)
@@ -100,25 +137,27 @@ def run(
     with contextlib.ExitStack() as stack:
 
         def open_folder() -> None:
-            stack.enter_context(_opened(config, overwrite))
+            stack.enter_context(_opened(config, overwrite, place))
             if kept.sources is None:
                 derived.write(config.run_dir, simulation.derived, sources)
+            place.publish()
 
         if keep_record:
             processes.first(open_folder)
         folder = config.run_dir if keep_record and processes.is_first() else None
         stack.enter_context(_told(config.run_dir))
-        return _play(simulation, folder, interruption, profile)
+        return _play(simulation, folder, place.publish, interruption, profile)
 
 
 def _play(
     simulation: Simulation,
     folder: Path | None,
+    publish: Callable[[], None],
     interruption: Interruption | None,
     profile: bool,
 ) -> Result:
     """Processes all arrivals that are left, and records them where there is a folder."""
-    recorder = Recorder(simulation, folder)
+    recorder = Recorder(simulation, folder, publish)
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(recorder))
         recorder.resume()
@@ -159,7 +198,11 @@ def settle(config: Config) -> Config:
     paths = {name: getattr(config, name) for name in (*LOCATION_FIELDS, *INPUT_FIELDS)}
     return dataclasses.replace(
         config,
-        **{name: str(Path(value).absolute()) for name, value in paths.items() if value},
+        **{
+            name: str(Path(value).absolute())
+            for name, value in paths.items()
+            if value and not is_bucket(value)
+        },
         convolution=convolutions.default() if how == "auto" else how,
         precision=default_precision() if config.precision == "auto" else config.precision,
     )
@@ -184,10 +227,10 @@ def is_finished(
       ConfigError: the folder is not a run's folder, or holds a run of another configuration or on
         other data and must not be overwritten; or the data cannot be read.
     """
-    config = settle(config)
-    if not _holds_finished(config, overwrite):
-        return False
-    check_sources(config, digest_of)
+    with _at_hand(settle(config)) as config:
+        if not _holds_finished(config, overwrite):
+            return False
+        check_sources(config, digest_of)
     return True
 
 
@@ -197,11 +240,11 @@ def check_sources(config: Config, digest_of: Callable[[Config], str] = data.dige
     Raises:
       ConfigError: it was not.
     """
-    config = settle(config)
-    kept = derived.read_sources(config.run_dir)
-    named = config.dataset != "custom"
-    digest = digest_of(config) if named else kept.data_sha256
-    _check_sources(config, kept, derived.sources_of(config, digest, kept.classes))
+    with _at_hand(settle(config)) as config:
+        kept = derived.read_sources(config.run_dir)
+        named = config.dataset != "custom"
+        digest = digest_of(config) if named else kept.data_sha256
+        _check_sources(config, kept, derived.sources_of(config, digest, kept.classes))
 
 
 def _check_sources(config: Config, kept: derived.Sources, now: derived.Sources) -> None:
@@ -244,6 +287,51 @@ def _holds_finished(config: Config, overwrite: bool) -> bool:
     return files.SUMMARY in contents
 
 
+# The order in which files of a run come into a bucket; what is gone goes in the opposite order. The
+# configuration goes last, because without it a folder is refused as foreign.
+_IN_ORDER = (files.CONFIG, "", RECORD, seal_of(RECORD), files.SUMMARY)
+
+
+def _order(name: str) -> int:
+    last = name.rpartition("/")[2]
+    return _IN_ORDER.index(last if last in _IN_ORDER else "")
+
+
+def _stays_here(name: str) -> bool:
+    """Files that mean something on one machine only."""
+    return name == lock.NAME or name.endswith(".partial")
+
+
+def _in_short(name: str) -> bool:
+    """The files that tell what a run is, not what it found."""
+    return "/" not in name and name.endswith(".json")
+
+
+@contextlib.contextmanager
+def _at_hand(config: Config) -> Iterator[Config]:
+    """The configuration with a folder on this machine that tells what the run's folder is."""
+    if not is_bucket(config.run_dir):
+        yield config
+        return
+    with buckets.copied(config.run_dir, "workdir", _in_short) as folder:
+        yield dataclasses.replace(config, workdir=str(folder))
+
+
+@contextlib.contextmanager
+def _mirrored(config: Config, overwrite: bool) -> Iterator[tuple[Config, _Place]]:
+    """The configuration with a folder on this machine in the place of that in the bucket."""
+    name = str(config.run_dir)
+    mirror = buckets.Mirror(name, _order, _stays_here)
+    with contextlib.closing(mirror), buckets.named(mirror.folder, name):
+
+        def pull() -> None:
+            mirror.pull(_in_short if overwrite else buckets.everything)
+            drop_unfinished(mirror.folder)
+
+        processes.first(pull)
+        yield dataclasses.replace(config, workdir=str(mirror.folder)), _Place(name, mirror.push)
+
+
 def _computed(config: Config) -> dict[str, object]:
     """What processes that compute together must have in common, by flag."""
     values = config.as_dict()
@@ -251,7 +339,7 @@ def _computed(config: Config) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def _opened(config: Config, overwrite: bool) -> Iterator[None]:
+def _opened(config: Config, overwrite: bool, place: _Place) -> Iterator[None]:
     """Makes the run's folder and holds it alone; empties it if it is to be overwritten.
 
     Raises:
@@ -267,7 +355,7 @@ def _opened(config: Config, overwrite: bool) -> Iterator[None]:
             # Looked at before without the lock: another run may have begun or finished here since.
             if _holds_finished(config, overwrite):
                 raise ConfigError("workdir", folder, "another process has just finished this run")
-            _prepare(config, overwrite)
+            _prepare(config, overwrite, place)
         except OSError as error:
             raise ConfigError("workdir", folder, f"cannot be written ({error.strerror})") from None
         yield
@@ -289,7 +377,7 @@ def _told(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _prepare(config: Config, overwrite: bool) -> None:
+def _prepare(config: Config, overwrite: bool, place: _Place) -> None:
     """Empties a run's folder if it is to be overwritten, and writes config.json."""
     folder = config.run_dir
     if overwrite:
@@ -298,14 +386,15 @@ def _prepare(config: Config, overwrite: bool) -> None:
         # because without it the folder would be refused as foreign.
         order = (files.SUMMARY, CHECKPOINTS, "", files.CONFIG)
 
-        def place(path: Path) -> int:
+        def rank(path: Path) -> int:
             return order.index(path.name if path.name in order else "")
 
         held = {folder / lock.NAME}
-        for path in sorted(set(folder.iterdir()) - held, key=place):
+        for path in sorted(set(folder.iterdir()) - held, key=rank):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+        place.publish()
     if not (folder / files.CONFIG).exists():
-        files.write_json(folder / files.CONFIG, config.as_dict())
+        files.write_json(folder / files.CONFIG, {**config.as_dict(), "workdir": place.name})
 
 
 def _progress_bar(simulation: Simulation):
