@@ -191,7 +191,7 @@ def test_a_run_and_its_data_in_a_bucket(bucket, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"^workdir=gs://bucket/run: holds a run with another "):
         runner.run(other, keep_record=True)
     bucket.changes = []
-    runner.run(dataclasses.replace(other, max_time=1.0), keep_record=True, overwrite=True)
+    runner.run(dataclasses.replace(other, max_time=4.0), keep_record=True, overwrite=True)
     gone = [name for what, name in bucket.changes if what == "remove"]
     assert gone[0].endswith("/summary.json")
     assert ("write", "/run/config.json") not in bucket.changes[: len(gone)]
