@@ -107,45 +107,52 @@ def test_spread():
 
 
 def test_paired_difference_by_hand():
-    """Of two pairs a resample is the lower twice in a quarter of all cases: the bounds are they."""
+    """t_1 = 12.7062 and t_2 = 4.3027, the 97.5% quantiles of a table."""
     ours, theirs = {1: 0.5, 2: 0.9, 3: 0.1}, {1: 0.4, 2: 0.5, 4: 0.7}
     difference = statistics.paired_difference(ours, theirs)
-    assert difference == pytest.approx((0.25, 0.1, 0.4, 2))
-    # Of three all are the lowest in 1/27 of all cases, above 2.5%; of four in 1/256.
-    zeros = dict.fromkeys(range(4), 0.0)
-    three = statistics.paired_difference({0: 0.1, 1: 0.2, 2: 0.6}, zeros)
-    assert three == pytest.approx((0.3, 0.1, 0.6, 3))
-    four = statistics.paired_difference({0: 0.1, 1: 0.2, 2: 0.6, 3: 0.3}, zeros)
-    assert 0.1 < four.low < four.high < 0.6
-    assert statistics.paired_difference(ours, theirs) == difference  # nothing is left to chance
+    reach = 12.7062 * 0.3 / math.sqrt(2) / math.sqrt(2)  # of 0.1 and 0.4
+    assert difference == pytest.approx((0.25, 0.25 - reach, 0.25 + reach, 2), rel=1e-4)
+    three = statistics.paired_difference({0: 0.1, 1: 0.2, 2: 0.6}, dict.fromkeys(range(3), 0.0))
+    reach = 4.3027 * math.sqrt(0.07) / math.sqrt(3)  # squares of -0.2, -0.1, 0.3 over n - 1
+    assert three == pytest.approx((0.3, 0.3 - reach, 0.3 + reach, 3), rel=1e-4)
     same = statistics.paired_difference({1: 0.6, 2: 0.9}, {1: 0.5, 2: 0.8})
     assert same == pytest.approx((0.1, 0.1, 0.1, 2))
     one = statistics.paired_difference({1: 0.6, 2: math.nan}, {1: 0.5, 2: 0.8})
     assert one.mean == pytest.approx(0.1)
     assert math.isnan(one.low)
-    assert one.count == 1
+    assert one.pairs == 1
     assert math.isnan(statistics.paired_difference({1: 0.6}, {2: 0.5}).mean)
 
 
-def test_the_interval_covers_the_truth_and_pairing_is_what_finds_it():
-    """Seeds move both methods by 0.2, one is better by 0.01 with noise of 0.01: 40 seeds, 60 times.
+@pytest.mark.parametrize("seeds", [3, 5, 20])
+def test_the_interval_covers_the_truth(seeds):
+    """In 95% of 2000 comparisons, four standard errors of which are 2%. Seeds move both methods by
+    0.2, one is better by 0.01.
 
-    A bootstrap of 40 covers 95% less a little: at least 50 of 60 (P(X < 50) < 0.001 at 93%). Pairs
-    that are mixed up are the control: their interval is wide and cannot tell the methods apart.
+    From the smallest to the largest of three differences, where a bootstrap ends, is the control:
+    that covers 75%.
     """
     generator = np.random.default_rng(3)
-    covered = decided = mixed = 0
-    for _ in range(60):
-        level = generator.normal(0.5, 0.2, 40)
-        better = level + 0.01 + generator.normal(0, 0.01, 40)
-        ours, theirs = dict(enumerate(better)), dict(enumerate(level))
-        told = statistics.paired_difference(ours, theirs)
+    covered = outermost = 0
+    for _ in range(2000):
+        level = generator.normal(0.5, 0.2, seeds)
+        better = level + 0.01 + generator.normal(0, 0.01, seeds)
+        told = statistics.paired_difference(dict(enumerate(better)), dict(enumerate(level)))
         covered += told.low <= 0.01 <= told.high
-        decided += told.low > 0
-        mixed += statistics.paired_difference(ours, dict(enumerate(np.roll(level, 1)))).low > 0
-    assert covered >= 50
-    assert decided >= 55
-    assert mixed <= 10
+        outermost += min(better - level) <= 0.01 <= max(better - level)
+    assert covered / 2000 == pytest.approx(0.95, abs=0.02)
+    if seeds == 3:
+        assert outermost / 2000 == pytest.approx(0.75, abs=0.04)
+
+
+def test_pairing_is_what_tells_methods_apart():
+    """Pairs that are mixed up are the control: their interval is wide and finds no difference."""
+    generator = np.random.default_rng(3)
+    level = generator.normal(0.5, 0.2, 40)
+    better = dict(enumerate(level + 0.01 + generator.normal(0, 0.01, 40)))
+    assert statistics.paired_difference(better, dict(enumerate(level))).low > 0
+    mixed = statistics.paired_difference(better, dict(enumerate(np.roll(level, 1))))
+    assert mixed.low < 0 < mixed.high
 
 
 def test_groups_are_told_apart_by_what_differs():

@@ -1,5 +1,6 @@
 """The virtual clock: its law, its contract on hand-worked traces, its invariants."""
 
+import itertools
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from fedrevive_jax.clock.schedule import simulate
 from fedrevive_jax.clock.windows import plan_windows
 from fedrevive_jax.config import Config
 from fedrevive_jax.errors import ConfigError
+from fedrevive_jax.server.version_store import VersionStore
 
 
 class Fixed:
@@ -137,28 +139,33 @@ def test_invariants(buffer_size, open_slots):
         assert plan.visit[own].tolist() == list(range(len(own)))
 
 
-def test_live_versions_are_those_of_a_store_that_is_driven_by_the_plan():
-    from fedrevive_jax.server.version_store import VersionStore
+def kept_at_most(plan):
+    """The most versions that a store holds while it is driven by a plan."""
+    store, most, handed_out, newest = VersionStore(0, None), 1, 0, 0
+    for index in range(-1, plan.num_arrivals):
+        if index >= 0:
+            if plan.version[index] > newest:
+                newest = int(plan.version[index])
+                most = max(most, len(store.live) + 1)  # beside the one that it replaces
+                store.put(newest, None)
+            store.release(int(plan.base_version[plan.job[index]]))
+        until = plan.jobs_started[index] if index >= 0 else plan.initial_jobs
+        for job in range(handed_out, until):
+            store.acquire(int(plan.base_version[job]))
+        handed_out = until
+    return most
 
-    for buffer_size, open_slots in ((1, 1), (3, 1), (4, 10), (10, 10)):
-        config = Config(num_clients=30, concurrency=10)
-        plan = clock(
-            delays.create(config), 30, 10, buffer_size=buffer_size, open_slots=open_slots,
-            max_time=30.0,
-        )  # fmt: skip
-        store, most, handed_out, newest = VersionStore(0, None), 1, 0, 0
-        for index in range(-1, plan.num_arrivals):
-            if index >= 0:
-                if plan.version[index] > newest:
-                    newest = int(plan.version[index])
-                    store.put(newest, None)
-                most = max(most, len(store.live))
-                store.release(int(plan.base_version[plan.job[index]]))
-            until = plan.jobs_started[index] if index >= 0 else plan.initial_jobs
-            for job in range(handed_out, until):
-                store.acquire(int(plan.base_version[job]))
-            handed_out = until
-        assert plan.live_versions_max() == most <= 11
+
+def test_live_versions_are_counted_exactly():
+    """For every small (K, B, O); (9, 2, 4) needs 6 while the newest version is replaced."""
+    for concurrency, buffer_size in itertools.product(range(1, 10), (1, 2, 3, 5)):
+        durations = delays.create(Config(num_clients=12, concurrency=concurrency))
+        for slots in range(1, concurrency + 1):
+            plan = clock(durations, 12, concurrency, buffer_size, slots, max_time=6.0)
+            most = plan.live_versions_max()
+            assert most == kept_at_most(plan) <= concurrency + 1
+    plan = clock(delays.create(Config(num_clients=12, concurrency=9)), 12, 9, 2, 4, max_time=12.0)
+    assert plan.live_versions_max() == kept_at_most(plan) == 6
 
 
 @pytest.mark.parametrize("limit", [0, 1, 3])

@@ -19,8 +19,9 @@ The contract:
 
 Failures, where the configuration asks for them, are drawn by (seed, job) and planned with the rest:
 
-* `lost`: the upload never comes. It takes no place in the buffer; when it would have been due, its
-  client is free and one free client starts in its stead, also in a synchronous cohort.
+* `lost`: the upload never comes. It takes no place in the buffer. Its client is free when its
+  training ends, as always; when the upload would have been due, one free client starts in its
+  stead, also in a synchronous cohort.
 * `late`: the upload comes when `LATE` times the job's duration has passed. The client is free when
   its training ends, as always.
 * `nan`: the upload comes in time and is not finite, so that the server rejects it.
@@ -59,7 +60,7 @@ class Schedule:
 
     Attributes:
       client, visit, base_version: int arrays [jobs], in the order in which jobs were handed out:
-        who works, for the how-manieth time, starting from which global version.
+        who works, how often it has worked before, starting from which global version.
       start, train_end, arrival_time: float64 arrays [jobs], simulated time.
       fault: int8 array [jobs], what goes wrong, see `Fault`.
       arrival_of_job: int array [jobs], index of the job's arrival, -1 for lost ones and for the
@@ -118,13 +119,14 @@ class Schedule:
         """The most versions whose parameters must be kept at one moment.
 
         Version v is live from its creation until the last job that started from it has arrived,
-        and at least until v+1 replaces it as the newest. While an arrival is processed, the version
-        it makes and the one its job started from are both live. A job that will be lost keeps none.
+        and at least until v+1 has replaced it as the newest. While an arrival is processed, the
+        version it makes, the one that this replaces and the one its job started from are all live.
+        A job that will be lost keeps none.
         """
         versions = self.num_versions + 1
         end = self.num_arrivals
         created = np.concatenate([[-1], np.searchsorted(self.version, np.arange(1, versions))])
-        last = np.append(created[1:] - 1, end)
+        last = np.append(created[1:], end)
         arrivals = np.where(self.arrival_of_job < 0, end, self.arrival_of_job)
         kept = self.fault != Fault.LOST
         np.maximum.at(last, self.base_version[kept], arrivals[kept])

@@ -28,11 +28,8 @@ NOTES = (
     "time to a: simulated time of the first evaluation at accuracy a or above; in brackets how "
     "many seeds got there, if not all, and then the mean is over those.",
     "final − X, last ten − X, last quarter − X: mean of the differences to X, the first line, seed "
-    "by seed, and the 95% bootstrap interval of that mean; in brackets how many seeds have a "
-    "partner there, if not all. It speaks of the seeds that were run. "
-    "With two or three it is only the smallest and the largest difference; with fewer than six it "
-    "is too narrow for 95%: even from the smallest to the largest of n differences their median is "
-    "covered in 1 − 2^(1 − n) of cases, 75% of them for three.",
+    "by seed, and Student's 95% interval of that mean, which is wide where seeds are few; in "
+    "brackets how many seeds have a partner there, if not all.",
     "not paired: these runs are not in the world of the first line (data, split, population, "
     "concurrency, delays, faults, simulated time), so that the same seed does not mean the same.",
     "server ms: milliseconds of a server step, a sample of the arrivals; seconds: wall time with "
@@ -154,7 +151,7 @@ def _pictures(out: Path, study: Study, rows) -> list[tuple[Path, str]]:
             str(own[0].config.as_dict()[field]): row.spreads["last quarter"]
             for own, row in zip(study.groups.values(), rows, strict=True)
         }
-        means = {value: score.mean for value, score in scores.items() if score.count}
+        means = {value: score.mean for value, score in scores.items() if score.seeds}
         plots.sweep(
             out / "ablation.png",
             study.title,
@@ -168,12 +165,12 @@ def _pictures(out: Path, study: Study, rows) -> list[tuple[Path, str]]:
             # Without the method, which all have.
             " ".join(row.label.split()[1:]): row.differences["last quarter"]
             for row in rows
-            if row.differences and row.differences["last quarter"].count
+            if row.differences and row.differences["last quarter"].pairs
         }
         left_out = [row.label for row in rows[1:] if not row.differences]
         words = (
             f"Accuracy against {rows[0].label}, seed by seed: the mean of the differences and its "
-            "95% bootstrap interval."
+            "95% interval."
         )
         if left_out:
             words += f" Not paired, and left out: {', '.join(left_out)}."
@@ -204,7 +201,7 @@ def staleness_lines(study: Study, rows) -> dict[str, list[tuple[float, Spread]]]
     for own, config, row in zip(study.groups.values(), kept, rows, strict=True):
         label = statistics.label_of(config, [c for c in kept if c["method"] == config["method"]])
         staleness, accuracy = row.spreads["staleness"], row.spreads["last quarter"]
-        if accuracy.count:
+        if accuracy.seeds:
             lines.setdefault(label, []).append((staleness.mean, accuracy))
             concurrencies.setdefault(label, set()).add(own[0].config.concurrency)
     if all(len(values) == 1 for values in concurrencies.values()):

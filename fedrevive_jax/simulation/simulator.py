@@ -31,7 +31,7 @@ from fedrevive_jax.server.core import Receipt
 from fedrevive_jax.simulation import sizing
 
 NOTHING = Derived()
-# Every so manieth server step is timed. Timing waits for the device; the number shares no factor
+# One server step in so many is timed. Timing waits for the device; the number shares no factor
 # with the intervals at which synthesis usually runs, so that it is timed as often as it is due.
 TIMED_EVERY = 37
 
