@@ -287,3 +287,13 @@ def test_float32_is_float32_on_accelerators(monkeypatch, convolution):
     count, exact = products(models.with_precision(plain, "float32"))
     assert exact == count > 12
     assert products(models.with_precision(plain, "bfloat16"))[1] == 0
+
+
+def test_statistics_of_many_rows_keep_their_digits():
+    """346,112 rows: in units of the standard deviation and relative to the variance. Sums of random
+    rounding errors stay below 1e-6; one long product of ones loses 1e-5."""
+    x = np.random.default_rng(0).normal(1, 2, (512, 26, 26, 8)).astype(np.float32)
+    rows = x.reshape(-1, 8).astype(np.float64)
+    mean, variance = jax.jit(layers.batch_statistics)(x)
+    assert np.abs(mean - rows.mean(0)).max() < 1e-6 * rows.std()
+    assert np.abs(variance / rows.var(0) - 1).max() < 1e-6

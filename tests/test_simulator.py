@@ -57,7 +57,7 @@ def test_windows_and_one_by_one_agree(method):
     hundredth of a single step.
     """
     windowed, receipts, live = play(small(method, client_batch=4))
-    single, expected, _ = play(small(method, window_limit=1))
+    single, expected, _ = play(small(method, client_batch=1, window_limit=1))
     assert len(windowed.windows) < len(single.windows) == len(expected) > 5
     assert rows(receipts) == rows(expected)
     assert_same_params(windowed, single, atol=2e-5)
@@ -67,6 +67,19 @@ def test_windows_and_one_by_one_agree(method):
     assert live <= windowed.schedule.live_versions_max() <= 6 + 1
     if method == "fedrevive":
         assert any(float(r.metrics["beta"]) > 0 for r in receipts)
+
+
+def test_the_limit_of_windows_changes_nothing_in_bfloat16():
+    """Bit for bit, since calls have one size; calls of another size are the control."""
+    settings = {"precision": "bfloat16", "client_batch": 4, "max_time": 3.0}
+    free, limited, alone = (
+        play(small("fedbuff", **{**settings, **changes}))[0]
+        for changes in ({}, {"window_limit": 1}, {"client_batch": 1})
+    )
+    assert len(free.windows) < len(limited.windows)
+    assert_same_params(free, limited, atol=0)
+    with pytest.raises(AssertionError):
+        assert_same_params(free, alone, atol=0)
 
 
 def test_uneven_windows_and_padding_change_nothing():
@@ -84,7 +97,8 @@ def test_jobs_in_a_call():
     assert 2 < many.jobs_in_a_call <= max(sizes)
     assert many.jobs_in_a_call == sizing.jobs_in_a_call(np.asarray(sizes), 50)
     assert Simulation(small("fedbuff", client_batch=2)).jobs_in_a_call == 2
-    assert Simulation(small("fedbuff", client_batch=50, window_limit=2)).jobs_in_a_call == 2
+    limited = Simulation(small("fedbuff", client_batch=50, window_limit=2))
+    assert limited.jobs_in_a_call == many.jobs_in_a_call
 
 
 def test_a_job_is_what_one_client_would_compute_alone():

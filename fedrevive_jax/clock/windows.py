@@ -26,7 +26,8 @@ def plan_windows(schedule: Schedule, limit: int = 0, start: int = 0) -> list[Win
 
     Walk the arrivals; when the next one belongs to a job that is not trained yet, train every job
     in flight that is not trained yet: all versions they start from exist by then. Jobs that never
-    arrive are not trained. The result is the same, update for update, as training one at a time.
+    arrive are not trained. The result is the same, update for update, as training one at a time in
+    calls of the same size; calls of another size round differently.
 
     Args:
       schedule: the virtual clock's plan.

@@ -1,5 +1,7 @@
 """Layers shared by the networks: PyTorch's default start, convolutions, statistics."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,10 @@ from fedrevive_jax.models import convolutions
 # PyTorch's default for kernels of dense and convolution layers: uniform in +-1/sqrt(fan_in).
 # With no normalisation layers in the models, the start matters.
 torch_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+# Rows that lie side by side in a product that sums them up on a CPU.
+FOLDED = 64
 
 
 def torch_bias_init(fan_in: int) -> nn.initializers.Initializer:
@@ -103,8 +109,13 @@ def column_sums(values: jax.Array) -> jax.Array:
     flat = single(values).reshape(-1, values.shape[-1])
     if jax.default_backend() != "cpu":
         return flat.sum(0)
-    # A product of matrices: with sums over rows a step of the ConvNet takes a fifth longer.
-    return (jnp.ones((1, len(flat)), flat.dtype) @ flat)[0]
+    # A product of matrices: with sums over rows a step of a narrow ConvNet takes a tenth longer.
+    # Rows lie folded side by side, because a product adds up in one long row, which loses digits.
+    rows, columns = flat.shape
+    fold = math.gcd(rows, FOLDED)
+    folded = flat.reshape(rows // fold, fold * columns)
+    sums = jnp.ones((1, rows // fold), flat.dtype) @ folded
+    return sums.reshape(fold, columns).sum(0)
 
 
 @jax.custom_vjp

@@ -311,8 +311,16 @@ class Simulation:
         return self._jobs_in_a_call
 
     def _size_calls(self) -> None:
-        """Chooses how many jobs are trained in a call, for the windows that are left."""
-        sizes = np.asarray([len(window.jobs) for window in self.windows], np.int64)
+        """Chooses how many jobs are trained in a call, for the windows that are left.
+
+        A job's rounding may depend on the size of its call, in bfloat16 by 1% of the update, so
+        that the size must not depend on `window_limit`: these are the windows without a limit.
+        """
+        windows = self.windows
+        if self.config.window_limit:
+            start = self._restarts[-1][0] if self._restarts else 0
+            windows = plan_windows(self.schedule, start=start)
+        sizes = np.asarray([len(window.jobs) for window in windows], np.int64)
         devices_used = 1 if self.mesh is None else self.mesh.size
         self._jobs_in_a_call = sizing.jobs_in_a_call(sizes, self.client_batch, devices_used)
 
