@@ -2,7 +2,7 @@
 
 The same command run again continues an unfinished run, and does nothing to a finished one. A run
 that gets SIGTERM or SIGINT saves and ends with status 143 or 130. On several hosts the same command
-is run on each.
+is run on each; a signal to one of them stops all, before the same arrival.
 """
 
 import json

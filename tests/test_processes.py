@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -23,8 +24,9 @@ METHOD = "dd_fedrevive"
 RUN = {"max_time": 5.0, "checkpoint_every": 7, "eval_every": 4, "client_batch": 2}
 
 
-def two(folder, *others, **second):
-    """Runs the command as two processes; `second` changes flags of the second one."""
+def two(folder, *others, program=("experiments.main",), **second):
+    """Runs the command as two processes; `second` changes flags of the second one, and `program` is
+    the module that it runs, with arguments of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -34,14 +36,15 @@ def two(folder, *others, **second):
     }  # fmt: skip
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "experiments.main", *others]
-            + [f"--{name}={value}" for name, value in {**flags, **own, "process_id": i}.items()],
+            [sys.executable, "-m", *module]
+            + [f"--{name}={value}" for name, value in {**flags, **own, "process_id": i}.items()]
+            + [*others],
             env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for i, own in enumerate(({}, second))
+        for i, (own, module) in enumerate((({}, ("experiments.main",)), (second, program)))
     ]
     ends = [process.communicate() for process in started]
     return [
@@ -115,6 +118,29 @@ def test_one_continues_what_two_began(runs, tmp_path):
     config = dataclasses.replace(config, workdir=str(tmp_path / "run"))
     assert runner.run(config, keep_record=True).resumed_version == version
     assert_same_run(tmp_path / "run", folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_process_saves_and_ends_both(tmp_path, number):
+    """They stop before the same arrival, and go on from there."""
+    folder = tmp_path / "run"
+    # Long enough for JAX's notice, which takes a second or two to reach all.
+    flags = ("--method=fedbuff", "--max_time=40", "--eval_every=1000", "--checkpoint_every=1000")
+    ends = two(folder, *flags, "--grace=100", program=("tests.killed_run", "20", number.name))
+    saved = set()
+    for end in ends:
+        assert end.returncode == 128 + (number if end is ends[1] else signal.SIGTERM), end.stderr
+        saved.add(int(end.stderr.partition("interrupted: saved at version ")[2]))
+    (version,) = saved
+    assert version > 0
+    assert not (folder / files.SUMMARY).exists()
+    arrivals = len(rows(folder))
+    first, second = two(folder, *flags)
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert f"continued from version {version}" in first.stdout
+    assert [row["index"] for row in rows(folder)] == list(range(len(rows(folder))))
+    assert len(rows(folder)) > arrivals > 10
 
 
 def test_an_error_of_one_process_ends_both(tmp_path):

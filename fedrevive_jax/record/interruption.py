@@ -14,7 +14,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fedrevive_jax.errors import ConfigError, UserError
 
@@ -85,6 +85,10 @@ class Interruption:
         """Whether the run shall save and stop."""
         return self._signal is not None
 
+    def share(self) -> None:
+        """Takes note that another process of the run was asked to stop, and with it this one."""
+        self._signal = self._signal or signal.SIGTERM
+
     @property
     def status(self) -> int:
         """Exit status as shells give it: 143 after SIGTERM, 130 after SIGINT, 0 after none."""
@@ -100,6 +104,7 @@ class Interruption:
         )
         os.close(reading)
         os.set_blocking(self._writing, False)
+        self._pass_on = _handler_of_jax()
         self._old_descriptor = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         self._old_handlers = {number: signal.signal(number, self._note) for number in self._signals}
         for number in self._signals:
@@ -118,6 +123,25 @@ class Interruption:
     def _note(self, number: int, frame: object) -> None:
         del frame
         self._signal = self._signal or signal.Signals(number)
+        self._pass_on(signal.SIGTERM)
+
+
+def _handler_of_jax() -> Callable[[int], object]:
+    """What JAX does at SIGTERM where several processes compute together; else nothing.
+
+    It takes note, and agrees with the others on where to stop, see
+    `multihost_utils.reached_preemption_sync_point`. Its handler is one of C, which Python replaces
+    and cannot call.
+    """
+    exchange = getattr(ctypes.CDLL(None), "signal", None)
+    if exchange is None or callable(signal.getsignal(signal.SIGTERM)):  # one of Python's
+        return lambda number: None
+    exchange.restype, exchange.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+    handler = exchange(signal.SIGTERM, None)
+    exchange(signal.SIGTERM, handler)
+    if handler in (None, int(signal.SIG_DFL), int(signal.SIG_IGN)):
+        return lambda number: None
+    return ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)
 
 
 def _once(number: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+from jax.experimental import multihost_utils
 
 from fedrevive_jax import data
 from fedrevive_jax.compute import buckets, environment, processes
@@ -168,9 +169,9 @@ def _play(
         with _progress_bar(simulation) as progress:
             recorder.start()
             while not simulation.finished:
-                # Several processes would have to agree on the arrival at which they stop.
-                if interruption and interruption.requested and jax.process_count() == 1:
-                    raise InterruptedRunError(f"interrupted: {recorder.save_now()}")
+                if interruption and _shall_stop(interruption, simulation.position):
+                    saved = processes.first(recorder.save_now)
+                    raise InterruptedRunError(f"interrupted: {saved}")
                 if trace is not None:
                     trace.before_arrival()
                 recorder.observe(simulation.advance())
@@ -180,6 +181,17 @@ def _play(
         if trace is not None and not (trace.taken or trace.running):
             _LOG.warning("profile: no window came after everything had run once; no trace")
         return recorder.finish()
+
+
+def _shall_stop(interruption: Interruption, position: int) -> bool:
+    """Whether a run stops before its next arrival, because it was asked to; several processes stop
+    before the same one, whichever of them was asked."""
+    if jax.process_count() == 1:
+        return interruption.requested
+    if not multihost_utils.reached_preemption_sync_point(position):
+        return False
+    interruption.share()
+    return True
 
 
 def settle(config: Config) -> Config:
