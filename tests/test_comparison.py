@@ -303,6 +303,17 @@ def test_accuracy_by_staleness(tmp_path):
         report.write(tmp_path / "file", report.Study("one", "", groups(*runs(5))))
 
 
+def test_all_methods_are_evaluated_at_the_same_times(tmp_path):
+    """Unless the user says how often; a longer run is evaluated as often as a shorter one."""
+    methods = ("fedbuff", "fedavg", "fedrevive")
+    for given, interval in (
+        ({}, 40.0 / 50), ({"max_time": 10}, 0.2), ({"eval_every": 3}, 0.0),
+        ({"eval_interval": 5}, 5.0),
+    ):  # fmt: skip
+        configs = campaign.of_methods({"dataset": "digits", **given}, methods, 1, tmp_path)
+        assert {config.eval_interval for config in configs} == {interval}
+
+
 # --- the choice of rates --------------------------------------------------------------------------
 
 

@@ -545,3 +545,11 @@ def _interrupt_at(arrival):
         return advance(self)
 
     return stop
+
+
+def test_evaluations_by_simulated_time():
+    """Version 0, the first version after each full unit of time, and the last one."""
+    result = runner.run(small("fedbuff", eval_interval=1.0))
+    times = [row["time"] for row in result.evaluations]
+    assert times[0] == 0.0
+    assert np.floor(times[1:-1]).tolist() == [1, 2, 3, 4, 5]

@@ -230,6 +230,15 @@ def test_invariants_of_any_clock(data):
     assert sorted(trained) == sorted(plan.job)
 
 
+def test_versions_are_evaluated_at_the_same_times_whatever_the_buffer():
+    """Arrivals at 1, 2, 3, ...; every second unit of time, at the first version that there is."""
+    for buffer_size, at in ((1, [2, 4, 6, 8]), (3, [3, 6, 9]), (4, [4, 8])):
+        plan = clock(Fixed([1.0]), 1, 1, buffer_size, max_time=9.0)
+        due = [v for v in range(1, plan.num_versions + 1) if plan.is_first_after(2.0, v)]
+        assert [plan.made_at(version) for version in due] == at
+    assert plan.made_at(0) == 0.0
+
+
 def test_max_versions_stops_the_clock():
     assert published("default", 200.0, max_versions=17).num_versions == 17
 

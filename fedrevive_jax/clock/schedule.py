@@ -108,6 +108,15 @@ class Schedule:
         """Simulated time of every arrival, float64 [arrivals]."""
         return self.arrival_time[self.job]
 
+    def made_at(self, version: int) -> float:
+        """Simulated time at which a version is made."""
+        return float(self.time[np.searchsorted(self.version, version)]) if version else 0.0
+
+    def is_first_after(self, interval: float, version: int) -> bool:
+        """Whether a version is the first since a multiple of an interval of simulated time."""
+        before, now = (self.made_at(v) // interval for v in (version - 1, version))
+        return now > before
+
     @property
     def faults(self) -> dict[str, int]:
         """Failures until the end of the run by kind, the kinds of `fault_kinds`."""

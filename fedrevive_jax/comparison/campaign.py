@@ -35,6 +35,9 @@ from fedrevive_jax.simulation import planning
 
 # Marks a run that diverged or whose uploads were rejected, which would only end so again.
 FAILED = "failed.json"
+# Evaluations of a run of a comparison, at the same simulated times for all methods: the best of
+# many evaluations is better, and what is looked at more often is found earlier.
+EVALUATIONS = 50
 # Tuning takes seeds this far from those of the comparison.
 TUNING_SEEDS = 1000
 # Seconds between two looks at whether several processes shall stop.
@@ -76,8 +79,17 @@ def of_methods(
             word = f"_tuned_{point.server_lr:g}_{point.client_lr:g}"
         for seed in range(first, first + seeds):
             place = str(out / f"{method}{word}_seed{seed}")
-            configs.append(resolve(**{**fields, "seed": seed, "workdir": place}))
+            configs.append(_resolved(**{**fields, "seed": seed, "workdir": place}))
     return configs
+
+
+def _resolved(**given: Any) -> Config:
+    """The configuration of a run of a comparison; evaluations are told by simulated time, if the
+    user does not say otherwise."""
+    config = resolve(**given)
+    if {"eval_every", "eval_interval"} & {name for name in given if given[name] is not None}:
+        return config
+    return dataclasses.replace(config, eval_interval=config.max_time / EVALUATIONS)
 
 
 def of_ablation(
@@ -126,7 +138,7 @@ def of_ablation(
     for word, change in changes.items():
         for seed in range(reference.seed, reference.seed + seeds):
             place = str(out / f"{reference.method}{word}_seed{seed}")
-            configs.append(resolve(**{**given, **change, "seed": seed, "workdir": place}))
+            configs.append(_resolved(**{**given, **change, "seed": seed, "workdir": place}))
     return list(swept), configs
 
 
@@ -181,7 +193,7 @@ def grid_runs(
         points = tuning.grid(server_lr, client_lr, resolve(**{**given, "method": method}))
         for point in points:
             for seed in range(first, first + seeds):
-                config = resolve(
+                config = _resolved(
                     **{
                         **fields,
                         "method": method,

@@ -181,7 +181,14 @@ def _pictures(out: Path, study: Study, rows) -> list[tuple[Path, str]]:
 
 
 # What goes with the concurrency when the number of arrivals stays.
-WITH_CONCURRENCY = ("concurrency", "max_time", "max_versions", "eval_every", "checkpoint_every")
+WITH_CONCURRENCY = (
+    "concurrency",
+    "max_time",
+    "max_versions",
+    "eval_every",
+    "eval_interval",
+    "checkpoint_every",
+)
 # FedAvg waits for all.
 OF_A_ROUND = ("buffer_size", "open_slots")
 

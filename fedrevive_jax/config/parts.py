@@ -337,6 +337,12 @@ class Record(Part):
         bucket=True,
     )
     eval_every: int = setting(10, "versions between two evaluations", at_least=1)
+    eval_interval: float = setting(
+        0.0,
+        "simulated time between two evaluations, each of the first version after it, instead of "
+        "`eval_every`; 0: by versions",
+        at_least=0,
+    )
     eval_split: str = setting("test", "split that is evaluated", choices=("test", "validation"))
     eval_batch: int = setting(512, "samples of one evaluation call", at_least=1)
     checkpoint_every: int = setting(

@@ -5,6 +5,7 @@
 beta = 0 is FedBuff, beta = 1 is CA2FL. The published method is round-based and weighs each client
 by the inverse of its chance p_i to take part. Here a buffer takes the place of a round and every
 p_i is B/N: 1/p_i of its own would multiply the rare arrivals of N = 1000 clients by a thousand.
+The published weights by samples, alpha_i = n_i/n, are 1/N here: the same but for partition=natural.
 """
 
 from fedrevive_jax.config import Config

@@ -159,12 +159,20 @@ class Recorder:
             self._fetch(leave=1)
         self._pending.append((index, receipt))
         if receipt.new_version > receipt.version and not simulation.finished:
-            if receipt.new_version % config.eval_every == 0:
+            if self._is_evaluated(receipt.new_version):
                 self._fetch()
                 self._evaluate(float(simulation.schedule.time[index]))
             if receipt.new_version % config.checkpoint_every == 0:
                 self._save()
         self._judge()
+
+    def _is_evaluated(self, version: int) -> bool:
+        """Whether an evaluation is due at a version; the plan says it, wherever a run was
+        interrupted."""
+        interval = self._config.eval_interval
+        if interval:
+            return self._simulation.schedule.is_first_after(interval, version)
+        return version % self._config.eval_every == 0
 
     def save_now(self) -> str:
         """Saves where the run stands, waits until that is on disk, and tells it in words."""
