@@ -1,6 +1,7 @@
 """The record that the rest of the package knows of a model."""
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fedrevive_jax.compute.streams import root_key
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.models.layers import batch_statistics
 
 Params = Any  # a pytree of float arrays
@@ -124,14 +126,44 @@ def default_precision() -> str:
 def from_flax(
     name: str, module: nn.Module, input_shape: tuple[int, ...], num_classes: int
 ) -> Model:
-    """Wraps a Flax module for images that returns (logits, activations) and has only parameters."""
+    """Wraps a Flax module for images that returns (logits, activations), see `Model`.
+
+    Local training and distillation give it a key for dropout; everything else is deterministic. A
+    module that has dropout is told by an argument `train`, `training` or `deterministic`.
+
+    Args:
+      name: for records.
+      module: a module of `flax.linen` with parameters alone. Running statistics, as BatchNorm
+        keeps them, are no parameters; GroupNorm and LayerNorm have none.
+      input_shape: (height, width, channels) of one image.
+      num_classes: size of the logits.
+
+    Raises:
+      ConfigError: it is no such module. What it computes is judged when it is used.
+    """
+    if not isinstance(module, nn.Module):
+        raise ConfigError("model", name, "must be made of a module of flax.linen")
+    arguments = inspect.signature(type(module).__call__).parameters
+
+    def mode(training: bool) -> dict[str, bool]:
+        told = {"train": training, "training": training, "deterministic": not training}
+        return {argument: value for argument, value in told.items() if argument in arguments}
 
     def init(key):
-        return module.init(key, jnp.zeros((1, *input_shape)))["params"]
+        made = module.init(key, jnp.zeros((1, *input_shape)), **mode(False))
+        others = sorted(set(made) - {"params"})
+        if others:
+            raise ConfigError(
+                "model",
+                name,
+                f"must have parameters alone; has {', '.join(others)}, too"
+                + (" (instead of BatchNorm, use GroupNorm)" if "batch_stats" in others else ""),
+            )
+        return made.get("params", {})
 
     def apply(params, inputs, key=None):
-        del key
-        return module.apply({"params": params}, inputs)
+        rngs = None if key is None else {"dropout": key}
+        return module.apply({"params": params}, inputs, rngs=rngs, **mode(key is not None))
 
     return Model(name, tuple(input_shape), num_classes, jax.jit(init), apply)
 

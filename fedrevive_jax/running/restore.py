@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from fedrevive_jax import data, models
+from fedrevive_jax import data
 from fedrevive_jax.clients import feed as feeds
 from fedrevive_jax.clients.evaluation import make_evaluator
 from fedrevive_jax.compute import buckets, environment
@@ -17,7 +17,7 @@ from fedrevive_jax.compute.streams import Stream, jax_key
 from fedrevive_jax.config import is_bucket
 from fedrevive_jax.data import tokens
 from fedrevive_jax.errors import ConfigError
-from fedrevive_jax.models import Model
+from fedrevive_jax.models import Model, judging
 from fedrevive_jax.models.t5_weights import WEIGHTS, digest, read_shape
 from fedrevive_jax.record import derived
 from fedrevive_jax.record.checkpoint import FOLDER, STATE, drop_unfinished
@@ -81,14 +81,13 @@ def evaluate_checkpoint(
         _check_weights(config.t5_weights, kept.origin)
     if dataset is None:
         dataset = data.load(config, kept.tokenizer)
+    judging.check_kind(dataset)
     same = dataset.digest == kept.sources.data_sha256
     if not same:
         _LOG.warning("workdir=%s: these are not the data of the run, or they have changed", folder)
         dataset = with_classes(dataset, kept.sources.classes, config.data_dir)
     split = split or config.eval_split
-    if model is None:
-        model = models.from_config(config, dataset.input_shape, dataset.num_classes)
-    model = models.with_precision(model, config.precision)
+    model = judging.fitting(config, dataset, model)
     version, params = read_params(folder, model, step)
     feed = feeds.create(dataset, model.frozen(jax_key(config.seed, Stream.MODEL_INIT)))
     result = make_evaluator(model, feed.evaluation, config.eval_batch)(

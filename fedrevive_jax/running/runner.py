@@ -18,7 +18,7 @@ from fedrevive_jax import data
 from fedrevive_jax.compute import buckets, environment, processes
 from fedrevive_jax.config import INPUT_FIELDS, LOCATION_FIELDS, Config, is_bucket
 from fedrevive_jax.errors import ConfigError
-from fedrevive_jax.models import Model, convolutions, default_precision
+from fedrevive_jax.models import Model, convolutions, default_precision, judging
 from fedrevive_jax.record import derived, files, lock
 from fedrevive_jax.record.archive import seal_of
 from fedrevive_jax.record.checkpoint import FOLDER as CHECKPOINTS
@@ -119,6 +119,7 @@ def _run(
 
     def build() -> tuple[Simulation, derived.Sources]:
         loaded = dataset if dataset is not None else data.load(config, kept.tokenizer)
+        judging.check_kind(loaded)
         sources = derived.sources_of(config, loaded.digest, loaded.classes)
         if kept.sources is not None:
             _check_sources(config, kept.sources, sources)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedrevive_jax import data, models
+from fedrevive_jax import data
 from fedrevive_jax.clients import feed as feeds
 from fedrevive_jax.clients.evaluation import Evaluation, make_evaluator
 from fedrevive_jax.clients.local_training import make_window_trainer
@@ -20,9 +20,9 @@ from fedrevive_jax.compute import devices, environment, trees
 from fedrevive_jax.compute.streams import Stream, jax_key
 from fedrevive_jax.config import Config
 from fedrevive_jax.data.partition import Shards, partition
-from fedrevive_jax.errors import ConfigError, FileError
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.messages import Upload
-from fedrevive_jax.models import Model
+from fedrevive_jax.models import Model, judging
 from fedrevive_jax.models.model import Params, initial_taps
 from fedrevive_jax.record.derived import Derived
 from fedrevive_jax.server import builder
@@ -72,7 +72,9 @@ class Simulation:
         self.config = config
         self.mesh = devices.create_mesh(config.mesh)
         self.dataset = dataset if dataset is not None else data.load(config, derived.tokenizer)
-        self.model = _fitting(config, self.dataset, model)
+        self.model = judging.fitting(config, self.dataset, model)
+        for split in ("train", config.eval_split):
+            self.dataset.positions(split)  # refused where it is empty
         self._shards = derived.shards or _shared_out(config, self.dataset)
 
         self.position = 0
@@ -370,41 +372,6 @@ def _broken(upload: Upload) -> Upload:
     return upload._replace(
         params=jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), upload.params)
     )
-
-
-def _fitting(config: Config, dataset: data.Dataset, model: Model | None) -> Model:
-    """The given or the configured model, in the configured precision.
-
-    Raises:
-      ConfigError: it does not read what the data set holds, or a split that is needed is empty.
-    """
-    shape, classes = dataset.input_shape, dataset.num_classes
-    if model is None:
-        model = models.from_config(config, shape, classes)
-    if (model.input_shape, model.num_classes) != (shape, classes):
-        raise ConfigError(
-            "model",
-            config.model,
-            f"takes {model.input_shape} and tells {model.num_classes} "
-            f"classes; the data set has {shape} and {classes}",
-        )
-    if dataset.is_text != (model.vocabulary is not None):
-        raise ConfigError(
-            "model", config.model, f"does not read {'text' if dataset.is_text else 'images'}"
-        )
-    if dataset.is_text:
-        known = dataset.tokenizer.size if dataset.tokenizer else dataset.samples.max() + 1
-        # A device would clamp ids beyond the table silently.
-        if known > model.vocabulary.size:
-            where = f"t5_weights={config.t5_weights}" if config.t5_weights else "the model"
-            raise FileError(
-                where,
-                f"the token table has {model.vocabulary.size} rows; the tokenizer of "
-                f"{dataset.name} has {known} entries",
-            )
-    for split in ("train", config.eval_split):
-        dataset.positions(split)
-    return models.with_precision(model, config.precision)
 
 
 def _shared_out(config: Config, dataset: data.Dataset) -> Shards:
