@@ -64,6 +64,12 @@ def test_official_image_data(small, name):
     assert sorted(np.concatenate(list(dataset.splits.values()))) == list(range(300))
     assert spec(name).input_shape == dataset.input_shape
     assert spec(name).num_classes == dataset.num_classes
+    module = importlib.import_module(f"fedrevive_jax.data.{name}")
+    assert dataset.class_names == module.CLASS_NAMES
+    assert len(set(dataset.class_names)) == dataset.num_classes
+    stored = tfds_reader.find(name, str(small)).builder.info.features["label"].names
+    # TFDS's builder of CIFAR reads the names only when it reads the images.
+    assert list(dataset.class_names) == stored or stored == [str(i) for i in range(len(stored))]
     # Each label stands beside its own image, in both splits.
     assert len(np.unique(dataset.labels)) == dataset.num_classes
     np.testing.assert_array_equal(nearest_pattern(dataset), dataset.labels)

@@ -1,11 +1,14 @@
 """The 1,797 real handwritten 8x8 digits that scikit-learn carries; nothing is downloaded."""
 
+import string
+
 import numpy as np
 
 from fedrevive_jax.data.dataset import Dataset, DatasetSpec, split_training
 
 TEST_SAMPLES = 360
 SPEC = DatasetSpec((8, 8, 1), 10, 1797 - TEST_SAMPLES)
+CLASS_NAMES = tuple(string.digits)
 
 
 def load(data_dir: str, seed: int) -> Dataset:
@@ -24,5 +27,10 @@ def load(data_dir: str, seed: int) -> Dataset:
     splits = split_training(len(train), seed)
     splits["test"] = np.arange(len(train), len(order), dtype=np.int32)
     return Dataset(
-        "digits", SPEC.num_classes, images[order], labels[order].astype(np.int32), splits
+        "digits",
+        SPEC.num_classes,
+        images[order],
+        labels[order].astype(np.int32),
+        splits,
+        class_names=CLASS_NAMES,
     )

@@ -10,6 +10,18 @@ from fedrevive_jax.data.tfds_reader import command, image_dataset, version_folde
 from fedrevive_jax.errors import ConfigError
 
 SPEC = DatasetSpec((28, 28, 1), 10, 60_000)
+CLASS_NAMES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
 
 
 def load(data_dir: str, seed: int) -> Dataset:
@@ -28,7 +40,7 @@ def load(data_dir: str, seed: int) -> Dataset:
     if any(Path(data_dir).glob("*-idx?-ubyte*")):
         return _from_idx(data_dir, seed)
     if version_folders("fashion_mnist", data_dir):
-        return image_dataset("fashion_mnist", SPEC, Preprocessing(), data_dir, seed)
+        return image_dataset("fashion_mnist", SPEC, CLASS_NAMES, Preprocessing(), data_dir, seed)
     raise ConfigError(
         "data_dir",
         data_dir,
@@ -58,4 +70,5 @@ def _from_idx(data_dir: str, seed: int) -> Dataset:
         np.concatenate(images)[..., None],
         np.concatenate(labels).astype(np.int32),
         official_splits(*map(len, labels), seed),
+        class_names=CLASS_NAMES,
     )

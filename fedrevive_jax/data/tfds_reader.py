@@ -52,7 +52,12 @@ class Prepared(NamedTuple):
 
 
 def image_dataset(
-    name: str, spec: DatasetSpec, preprocessing: Preprocessing, data_dir: str, seed: int
+    name: str,
+    spec: DatasetSpec,
+    class_names: tuple[str, ...],
+    preprocessing: Preprocessing,
+    data_dir: str,
+    seed: int,
 ) -> Dataset:
     """An image data set with official `train` and `test` splits.
 
@@ -62,7 +67,15 @@ def image_dataset(
     prepared = find(name, data_dir)
     images, labels, _, sizes = read_images(prepared, ("train", "test"), spec)
     splits = official_splits(*sizes, seed)
-    return Dataset(name, spec.num_classes, images, labels, splits, preprocessing)
+    return Dataset(
+        name,
+        spec.num_classes,
+        images,
+        labels,
+        splits,
+        preprocessing,
+        class_names=class_names,
+    )
 
 
 def command(name: str, data_dir: str) -> str:
