@@ -17,7 +17,7 @@ from fedrevive_jax.config import whole_path
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.record import files
-from fedrevive_jax.record.checkpoint import Checkpoints, drop_unfinished
+from fedrevive_jax.record.checkpoint import Checkpoints
 from fedrevive_jax.running import restore, runner
 from fedrevive_jax.simulation.simulator import Simulation
 from tests.test_checkpoint import load, names, needed, save
@@ -101,10 +101,9 @@ def mirror():
 @contextlib.contextmanager
 def opened():
     """The checkpoints of a run in the bucket, as the next process finds them."""
-    with contextlib.closing(mirror()) as copy:
-        copy.pull()
-        drop_unfinished(copy.folder)
-        checkpoints = Checkpoints(copy.folder, publish=copy.push)
+    config = resolve("digits", "fedbuff", workdir=f"{PLACE}/run")
+    with runner._mirrored(config, overwrite=False) as (copy, place):
+        checkpoints = Checkpoints(copy.run_dir, publish=place.publish)
         try:
             yield checkpoints
         finally:

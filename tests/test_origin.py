@@ -255,14 +255,14 @@ def test_a_derived_file_is_never_made_again(made, tmp_path, name, damage):
         path.write_bytes(raw[: len(raw) // 2] + bytes([raw[len(raw) // 2] ^ 128]) + raw[-1:])
         words = "is damaged" if name == derived.ORIGIN else "has changed since the run began"
     readers = [derived.read]
-    readers += [derived.read_for_evaluation] if name != derived.CLIENTS else []
+    readers += [derived.read_known] if name != derived.CLIENTS else []
     readers += [derived.read_sources] if name == derived.ORIGIN else []
     for read in readers:
         with pytest.raises(FileError, match=rf"^{path}: {words}") as raised:
             read(tmp_path)
         assert len(str(raised.value).splitlines()) == 1
     if name == derived.CLIENTS:
-        assert derived.read_for_evaluation(tmp_path).tokenizer == '{"model": 1}'
+        assert derived.read_known(tmp_path).tokenizer == '{"model": 1}'
 
 
 def test_who_holds_what_is_read_not_drawn_again(own):

@@ -168,7 +168,7 @@ def digest_of(
 def digest_of_array(array: np.ndarray) -> str:
     """SHA-256 of an array's type, shape and values."""
     digest = hashlib.sha256(json.dumps([str(array.dtype), list(array.shape)]).encode())
-    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

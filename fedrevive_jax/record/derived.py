@@ -64,6 +64,14 @@ class Derived(NamedTuple):
     sources: Sources | None = None
 
 
+class Known(NamedTuple):
+    """What is known of a recorded model; see `Derived`."""
+
+    origin: dict[str, str]
+    sources: Sources
+    tokenizer: str
+
+
 def sources_of(config: Config, data_sha256: str, classes: tuple[str, ...]) -> Sources:
     """What a run reads, on such data, as it is now."""
 
@@ -101,6 +109,8 @@ def write(folder: Path, derived: Derived, sources: Sources) -> None:
     Raises:
       ConfigError: the folder cannot be written.
     """
+    assert derived.shards is not None
+    assert derived.origin is not None
     tables = io.BytesIO()
     np.savez(tables, **dataclasses.asdict(derived.shards))
     contents = {CLIENTS: tables.getvalue()}
@@ -125,24 +135,24 @@ def read(folder: Path) -> Derived:
     Raises:
       FileError: a file is missing, has changed, or is of another version of the package.
     """
-    derived, digests = _read_origin(folder)
+    origin, sources, digests = _read_origin(folder)
     content = _read(folder / CLIENTS, digests)
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             shards = Shards(arrays["indices"], arrays["offsets"])
     except (KeyError, ValueError, EOFError, zipfile.BadZipFile):  # what nobody here has written
         raise FileError(folder / CLIENTS, "holds something else") from None
-    return derived._replace(shards=shards, tokenizer=_read_tokenizer(folder, digests))
+    return Derived(_read_tokenizer(folder, digests), shards, origin, sources)
 
 
-def read_for_evaluation(folder: Path) -> Derived:
-    """What a model needs to be evaluated: not who holds what.
+def read_known(folder: Path) -> Known:
+    """What an evaluation needs.
 
     Raises:
       FileError: see `read`.
     """
-    derived, digests = _read_origin(folder)
-    return derived._replace(tokenizer=_read_tokenizer(folder, digests))
+    origin, sources, digests = _read_origin(folder)
+    return Known(origin, sources, _read_tokenizer(folder, digests))
 
 
 def read_sources(folder: Path) -> Sources:
@@ -151,25 +161,27 @@ def read_sources(folder: Path) -> Sources:
     Raises:
       FileError: see `read`.
     """
-    return _read_origin(folder)[0].sources
+    return _read_origin(folder)[1]
 
 
-def _read_origin(folder: Path) -> tuple[Derived, dict[str, str]]:
-    """The origin and the sources, and the digests of the other files."""
+def _read_origin(folder: Path) -> tuple[dict[str, str], Sources, dict[str, str]]:
+    """The origin, the sources, and the digests of the other files."""
     path = folder / ORIGIN
     content = _read(path)
     try:
         kept = json.loads(content)
         digests, classes = kept.pop("files"), kept.pop("classes")
         sources = Sources(kept.pop("data_sha256"), tuple(classes), kept.pop("inputs"))
-        sound = isinstance(sources.data_sha256, str) and all(map(_is_texts, (digests, kept)))
-        sound &= _is_texts(sources.inputs) and all(isinstance(name, str) for name in classes)
-        sound &= CLIENTS in digests and "start" in kept
+        if (
+            all(map(_is_texts, (digests, kept, sources.inputs)))
+            and all(isinstance(text, str) for text in (sources.data_sha256, *classes))
+            and CLIENTS in digests
+            and "start" in kept
+        ):
+            return kept, sources, digests
     except (ValueError, RecursionError, AttributeError, LookupError, TypeError):
-        sound = False
-    if not sound:
-        raise FileError(path, "is damaged, or of another version of fedrevive_jax")
-    return Derived(origin=kept, sources=sources), digests
+        pass
+    raise FileError(path, "is damaged, or of another version of fedrevive_jax")
 
 
 def _read_tokenizer(folder: Path, digests: dict[str, str]) -> str:

@@ -194,8 +194,9 @@ def configured_differently(run_dir: Path, config: Config) -> list[str]:
 
     def meant(values: dict[str, Any], name: str) -> Any:
         value = values.get(name)
-        is_path = name in INPUT_FIELDS and isinstance(value, str) and value
-        return os.path.realpath(value) if is_path else value
+        if name in INPUT_FIELDS and isinstance(value, str) and value:
+            return os.path.realpath(value)
+        return value
 
     return [
         f"`{name}`: {recorded.get(name)!r} in the record, {wanted.get(name)!r} now"

@@ -71,7 +71,7 @@ def evaluate_checkpoint(
                 model=model,
             )
     folder = Path(folder)
-    config, kept = read_config(folder), derived.read_for_evaluation(folder)
+    config, kept = read_config(folder), derived.read_known(folder)
     if t5_weights and not config.t5_weights:
         raise ConfigError("t5_weights", t5_weights, f"{folder} did not start from such weights")
     moved = {"data_dir": data_dir, "t5_weights": t5_weights}

@@ -144,10 +144,10 @@ def _run(
                 derived.write(config.run_dir, simulation.derived, sources)
             place.publish()
 
+        stack.enter_context(_told(config.run_dir))
         if keep_record:
             processes.first(open_folder)
         folder = config.run_dir if keep_record and processes.is_first() else None
-        stack.enter_context(_told(config.run_dir))
         return _play(simulation, folder, place.publish, interruption, profile)
 
 
