@@ -1,6 +1,7 @@
 """Sources, splits and augmentation; every kind of bad file gets one clear line."""
 
 import gzip
+import os
 import struct
 import subprocess
 import sys
@@ -56,28 +57,77 @@ def test_specs_tell_the_truth(idx_folder):
 
 
 def good_arrays():
+    parts = ("train", "validation", "distillation", "test")
     return {
         "samples": np.zeros((4, 4, 4, 1), np.uint8),
         "labels": np.arange(4, dtype=np.int32),
-        "splits": dict.fromkeys(("train", "validation", "distillation", "test"), np.arange(4)),
+        "splits": {name: np.asarray([i]) for i, name in enumerate(parts)},
     }
+
+
+def split_as(name, positions):
+    return {"splits": {**good_arrays()["splits"], name: positions}}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"samples": np.zeros((4, 4, 4, 1))}, "samples must be uint8"),
-        ({"samples": np.zeros((4, 4, 4), np.uint8)}, "samples must be uint8"),
+        (
+            {"samples": np.zeros((4, 4, 4, 1))},
+            r"samples must be uint8 .*; are float64 \[4, 4, 4, 1\]",
+        ),
+        ({"samples": np.zeros((4, 4, 4), np.uint8)}, r"samples must be .*; are uint8 \[4, 4, 4\]"),
+        ({"samples": [[0]]}, "samples must be uint8 .*; are a list"),
+        ({"samples": np.full((4, 2), -1, np.int32)}, "token ids must be at least 0; one is -1"),
         ({"samples": np.zeros((5, 4, 4, 1), np.uint8)}, "5 samples, 4 labels"),
-        ({"labels": np.arange(4)}, "labels must be int32"),
-        ({"labels": np.arange(1, 5, dtype=np.int32)}, "labels outside"),
-        ({"splits": {"train": np.arange(4)}}, "no split 'distillation'"),
+        ({"labels": np.arange(4)}, r"labels must be int32 \[n\].*; are int64 \[4\]"),
+        (
+            {"labels": np.eye(4, dtype=np.int32)},
+            r"labels must be int32 \[n\].*; are int32 \[4, 4\]",
+        ),
+        (
+            {"labels": np.zeros((4, 1), np.int32)},
+            r"labels must be int32 \[n\].*; are int32 \[4, 1\]",
+        ),
+        ({"labels": [0, 1, 2, 3]}, r"labels must be int32 \[n\].*; are a list"),
+        ({"labels": np.arange(4.0)}, r"labels must be int32 \[n\].*; are float64 \[4\]"),
+        ({"labels": np.arange(1, 5, dtype=np.int32)}, r"labels outside 0\.\.3; one is 4"),
+        ({"splits": {"train": np.arange(4)}}, "no split 'validation'; there must be train, val"),
+        ({"splits": [np.arange(4)]}, "splits must be a dict of train, .*; is a list"),
+        (split_as("train", np.asarray([0.0])), r"split 'train' must be .*; is float64 \[1\]"),
+        (split_as("train", [0]), "split 'train' must be whole numbers .*; is a list"),
+        (
+            split_as("train", np.asarray([True, False, False, False])),
+            r"split 'train' must be .*; is bool \[4\]; np.flatnonzero gives them",
+        ),
+        (split_as("train", np.asarray([[0]])), r"split 'train' must be .*; is int64 \[1, 1\]"),
+        (split_as("train", np.asarray([0, 3])), "1 samples of test are in train, too, such as 3"),
+        (split_as("train", np.arange(2)), "1 samples of validation are in train, too, such as 1"),
+        (split_as("distillation", np.asarray([3])), "of test are in distillation, too, such as 3"),
+        ({"groups": np.arange(3)}, r"groups must be whole numbers \[4\]; are int64 \[3\]"),
+        ({"class_names": ("a", "b")}, "class_names must be 4 names, one a class; are 2"),
+        ({"class_names": (0, 1, 2, 3)}, "class_names must be texts; one is 0"),
+        (
+            {"class_names": ("a", "b", "c", os.fsdecode(b"caf\xe9"))},
+            r"class 'caf\\udce9' cannot be read in this locale; PYTHONUTF8=1",
+        ),
+        (
+            {"preprocessing": data.Preprocessing(mean=(0.5, 0.5, 0.5), std=(1.0, 1.0, 1.0))},
+            "mean must have 1 numbers, a channel each; has 3",
+        ),
     ],
 )
 def test_a_data_set_is_checked_when_it_is_made(change, message):
     data.Dataset("good", 4, **good_arrays())
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=f"^data set bad: .*{message}") as error:
         data.Dataset("bad", 4, **{**good_arrays(), **change})
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("num_classes", [4.0, 0, "four"])
+def test_the_number_of_classes_is_a_number(num_classes):
+    with pytest.raises(ConfigError, match="num_classes must be a whole number of at least 1"):
+        data.Dataset("bad", num_classes, **good_arrays())
 
 
 def test_positions_outside_the_data_are_refused():

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -148,7 +149,7 @@ def test_an_error_of_one_process_ends_both(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     for message, ends in (
         ("holds thesis.tex but no config.json", two(tmp_path)),
-        ("--seed: '1', but '0' on process 0".replace("'", ""), two(tmp_path / "a", seed=1)),
+        ("seed: 1, but 0 on process 0", two(tmp_path / "a", seed=1)),
     ):
         assert [end.returncode for end in ends] == [1, 1]
         for end in ends:
@@ -161,15 +162,58 @@ def test_an_error_of_one_process_ends_both(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("maybe",), "--distributed=maybe: must be one of auto, on, off"),
-        (("off", None, "2"), "--num_processes=2: needs --distributed=auto or on"),
-        (("on", "host"), "--coordinator_address=host: must be host:port"),
-        (("on", "1234"), "--coordinator_address=1234: must be host:port"),
-        (("on", ":1234"), "--coordinator_address=:1234: must be host:port"),
-        (("auto", "host:1", "two"), "--num_processes=two: must be a whole number"),
-        (("on", "host:1", "2", "-1"), "--process_id=-1: must be a whole number"),
+        (("maybe",), "distributed=maybe: must be one of auto, on, off"),
+        (("off", None, "2"), "num_processes=2: needs distributed=auto or on"),
+        (("on", "host"), "coordinator_address=host: must be host:port"),
+        (("on", "1234"), "coordinator_address=1234: must be host:port"),
+        (("on", ":1234"), "coordinator_address=:1234: must be host:port"),
+        (("auto", "host:1", "two"), "num_processes=two: must be a whole number"),
+        (("on", "host:1", "2", "-1"), "process_id=-1: must be a whole number"),
     ],
 )
 def test_flags_that_make_no_sense(arguments, message):
     with pytest.raises(ConfigError, match=message):
         processes.join(*arguments)
+
+
+def test_a_wait_is_told_and_ends(monkeypatch, caplog):
+    monkeypatch.setattr(processes, "TOLD_AFTER", 0.01)
+    never = threading.Event()
+    with pytest.raises(TimeoutError):
+        processes._in_time(never.wait, 0.02, "waiting for Godot")
+    assert caplog.messages == ["waiting for Godot"]
+    never.set()
+
+
+def test_what_needs_no_wait_is_not_told(caplog):
+    came = []
+    processes._in_time(lambda: came.append(1), 60, "waiting")
+    with pytest.raises(KeyError, match="own"):
+        processes._in_time(lambda: {}["own"], 60, "waiting")
+    assert came == [1]
+    assert not caplog.messages
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("process_id", ["0", "1"])
+def test_one_of_two_announced_processes(process_id):
+    """One line while it waits, one line at the end, and no stack trace of C++."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    code = f"""if True:
+        import sys
+        from fedrevive_jax.compute import processes
+        processes.TOLD_AFTER = 0.5
+        try:
+            processes.join("auto", "{address}", "2", "{process_id}", timeout=1)
+        except Exception as error:
+            print(error, file=sys.stderr)
+            processes.leave(1)
+    """
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 1
+    waits, gives_up = ended.stderr.splitlines()
+    others = f"the other processes (2 in all) at {address}"
+    assert waits.startswith(f"waiting up to 1 s for {others}; each has to be started, or do")
+    assert gives_up.startswith(f"distributed=auto: {others} were not there after 1 s")

@@ -797,7 +797,9 @@ def test_a_class_that_only_the_test_part_has(tmp_path):
 
 
 def test_texts_are_checked_when_they_are_made():
-    splits = dict.fromkeys(("train", "validation", "distillation", "test"), np.arange(2))
+    splits = dict.fromkeys(("validation", "distillation", "test"), np.arange(1))
+    splits["train"] = np.arange(1, 2)
+    splits["distillation"] = np.arange(0)
     good = {"labels": np.arange(2, dtype=np.int32), "splits": splits}
     assert Texts("good", ("a", "b"), ["x", ""], **good).num_classes == 2
     with pytest.raises(ValueError, match="3 samples, 2 labels"):

@@ -4,9 +4,11 @@ Every process runs the same program on the same data and holds the same state; o
 touches the run's folder. What it finds there, errors included, it shares with the others.
 """
 
+import logging
 import os
 import pickle
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +17,11 @@ import numpy as np
 
 from fedrevive_jax.errors import ConfigError, UserError
 
+_LOG = logging.getLogger(__name__)
+
 MODES = ("auto", "on", "off")
+# Seconds of waiting for other processes after which it is told.
+TOLD_AFTER = 5.0
 # Bytes that travel in one call; a longer message takes several calls of one compiled program.
 CHUNK = 2**24
 SHORTEST = 2**10
@@ -70,12 +76,31 @@ def join(
 
     import jax
 
+    def initialize() -> None:
+        # JAX's own client ends the process with a C++ stack trace when its time is up. So it gets
+        # more, and the time is kept here.
+        jax.distributed.initialize(
+            **given, initialization_timeout=2 * timeout, heartbeat_timeout_seconds=timeout
+        )
+
+    count = f" ({given['num_processes']} in all)" if "num_processes" in given else ""
+    others = f"the other processes{count}" + (f" at {address}" if address else "")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about clusters that this may or may not be
-            jax.distributed.initialize(
-                **given, initialization_timeout=timeout, heartbeat_timeout_seconds=timeout
+            _in_time(
+                initialize,
+                timeout,
+                f"waiting up to {timeout} s for {others}; each has to be started, or do without by "
+                "distributed=off",
             )
+    except TimeoutError:
+        raise ConfigError(
+            "distributed",
+            mode,
+            f"{others} were not there after {timeout} s; start each of them, or do without by "
+            "distributed=off",
+        ) from None
     except ValueError as error:
         if mode == "auto" and alone:
             return
@@ -87,6 +112,34 @@ def join(
         ) from None
     except RuntimeError as error:
         raise ConfigError("distributed", mode, f"{_line(error)}") from None
+
+
+def _in_time(function: Callable[[], None], timeout: float, waiting: str) -> None:
+    """Calls a function that may wait for others; a long wait is told in a line.
+
+    It runs in a thread, so that Ctrl-C and the end of the time are heard here meanwhile.
+
+    Raises:
+      TimeoutError: it has not come back in time. It goes on until the process ends.
+    """
+    errors: list[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=guarded, daemon=True)
+    thread.start()
+    thread.join(min(TOLD_AFTER, timeout))
+    if thread.is_alive():
+        _LOG.warning("%s", waiting)
+        thread.join(max(timeout - TOLD_AFTER, 0.0))
+    if thread.is_alive():
+        raise TimeoutError
+    if errors:
+        raise errors[0]
 
 
 def joined() -> bool:

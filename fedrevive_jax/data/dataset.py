@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -78,13 +78,15 @@ class Dataset:
     source_digest: str = ""
 
     def __post_init__(self):
-        kinds = ((np.uint8, 4), (np.int32, 2))
-        if (self.samples.dtype, self.samples.ndim) not in kinds:
-            raise ValueError(
-                f"data set {self.name}: samples must be uint8 [n, height, width, channels] or "
-                f"int32 [n, length]; are {self.samples.dtype} {list(self.samples.shape)}"
-            )
-        check_parts(self.name, len(self.samples), self.labels, self.num_classes, self.splits)
+        check_samples(self)
+        check_parts(
+            self.name,
+            len(self.samples),
+            self.labels,
+            self.num_classes,
+            self.splits,
+            self.class_names,
+        )
 
     def positions(self, split: str) -> np.ndarray:
         """Positions of a split's samples.
@@ -119,27 +121,109 @@ class Dataset:
         return self.samples.shape[1:]
 
 
+def check_samples(dataset: Dataset) -> None:
+    """Checks the samples of a data set, their owners, and how they become inputs.
+
+    Raises:
+      FileError: they are not what a `Dataset` holds.
+    """
+
+    def refuse(reason: str) -> None:
+        raise FileError(f"data set {dataset.name}", reason)
+
+    samples, groups = dataset.samples, dataset.groups
+    kinds = ((np.uint8, 4), (np.int32, 2))
+    if (getattr(samples, "dtype", None), getattr(samples, "ndim", None)) not in kinds:
+        refuse(
+            "samples must be uint8 [n, height, width, channels] or int32 [n, length]; are "
+            f"{_told(samples)}"
+        )
+    if dataset.is_text and samples.size and samples.min() < 0:
+        refuse(f"token ids must be at least 0; one is {samples.min()}")
+    if groups is not None and not _is_whole(groups, (len(samples),)):
+        refuse(f"groups must be whole numbers [{len(samples)}]; are {_told(groups)}")
+    for name in ("mean", "std"):
+        own = getattr(dataset.preprocessing, name)
+        if own and not dataset.is_text and len(own) != samples.shape[-1]:
+            refuse(f"{name} must have {samples.shape[-1]} numbers, a channel each; has {len(own)}")
+
+
 def check_parts(
-    name: str, count: int, labels: np.ndarray, num_classes: int, splits: dict[str, np.ndarray]
+    name: str,
+    count: int,
+    labels: np.ndarray,
+    num_classes: int,
+    splits: dict[str, np.ndarray],
+    class_names: Sequence[str] = (),
 ) -> None:
     """Checks labels and splits of `count` samples, byte images, token ids or texts.
 
     Raises:
-      ValueError: a split is missing or points outside the data, or the labels do not fit.
+      FileError: a split is missing, points outside the data or shares samples with one that it must
+        not, or the labels or the names do not fit.
     """
-    missing = {"train", "validation", "distillation", "test"} - set(splits)
+
+    def refuse(reason: str) -> None:
+        raise FileError(f"data set {name}", reason)
+
+    wanted = ("train", "validation", "distillation", "test")
+    if not isinstance(splits, dict):
+        refuse(f"splits must be a dict of {', '.join(wanted)}; is {_told(splits)}")
+    missing = [split for split in wanted if split not in splits]
     if missing:
-        raise ValueError(f"data set {name}: no split {sorted(missing)[0]!r}")
-    if labels.dtype != np.int32:
-        raise ValueError(f"data set {name}: labels must be int32, not {labels.dtype}")
-    for split, positions in splits.items():
-        # A device would clamp such positions silently.
-        if len(positions) and not 0 <= positions.min() <= positions.max() < len(labels):
-            raise ValueError(f"data set {name}: positions of {split} outside the data")
+        refuse(f"no split {missing[0]!r}; there must be {', '.join(wanted)}")
+    if getattr(labels, "dtype", None) != np.int32 or labels.ndim != 1:
+        refuse(f"labels must be int32 [n], the number of each sample's class; are {_told(labels)}")
     if count != len(labels):
-        raise ValueError(f"data set {name}: {count} samples, {len(labels)} labels")
-    if not np.isin(labels, np.arange(num_classes)).all():
-        raise ValueError(f"data set {name}: labels outside 0..{num_classes - 1}")
+        refuse(f"{count} samples, {len(labels)} labels")
+    if not _is_whole(np.asarray(num_classes), ()) or num_classes < 1:
+        refuse(f"num_classes must be a whole number of at least 1; is {num_classes}")
+    outside = labels[(labels < 0) | (labels >= num_classes)]
+    if len(outside):
+        refuse(f"labels outside 0..{num_classes - 1}; one is {outside[0]}")
+    for split, positions in splits.items():
+        if not _is_whole(positions, (np.size(positions),)):
+            refuse(
+                f"split {split!r} must be whole numbers [m], positions of samples; is "
+                f"{_told(positions)}"
+                + ("; np.flatnonzero gives them" if _told(positions).startswith("bool") else "")
+            )
+        # A device would clamp such positions silently.
+        if len(positions) and not 0 <= positions.min() <= positions.max() < count:
+            refuse(f"positions of {split} outside the data, which are 0..{count - 1}")
+    for held_out, seen in (("test", "train"), ("test", "distillation"), ("validation", "train")):
+        shared = np.intersect1d(splits[held_out], splits[seen])
+        if len(shared):
+            refuse(
+                f"{len(shared)} samples of {held_out} are in {seen}, too, such as {shared[0]}; "
+                "no sample may be in both"
+            )
+    if class_names and len(class_names) != num_classes:
+        refuse(f"class_names must be {num_classes} names, one a class; are {len(class_names)}")
+    for own in class_names:
+        if not isinstance(own, str):
+            refuse(f"class_names must be texts; one is {own!r}")
+        if any("\ud800" <= c <= "\udfff" for c in own):
+            refuse(
+                f"the name of class {own!a} cannot be read in this locale; PYTHONUTF8=1 reads "
+                "file names as UTF-8"
+            )
+
+
+def _is_whole(value: Any, shape: tuple[int, ...]) -> bool:
+    """Whether it is an array of whole numbers of this shape."""
+    return (
+        isinstance(getattr(value, "dtype", None), np.dtype)
+        and np.issubdtype(value.dtype, np.integer)
+        and value.shape == shape
+    )
+
+
+def _told(value: Any) -> str:
+    """What a value is, in a message."""
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{value.dtype} {list(value.shape)}"
+    return f"a {type(value).__name__}"
 
 
 def digest_of(

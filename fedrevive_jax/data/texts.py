@@ -33,7 +33,7 @@ class Texts:
       splits: positions in `texts`, the same splits as those of a `Dataset`.
 
     Raises:
-      ValueError: a split is missing or points outside the data, or the labels do not fit.
+      FileError: see `check_parts`.
     """
 
     name: str
@@ -43,7 +43,14 @@ class Texts:
     splits: dict[str, np.ndarray]
 
     def __post_init__(self):
-        check_parts(self.name, len(self.texts), self.labels, self.num_classes, self.splits)
+        check_parts(
+            self.name,
+            len(self.texts),
+            self.labels,
+            self.num_classes,
+            self.splits,
+            self.class_names,
+        )
 
     @property
     def num_classes(self) -> int:
