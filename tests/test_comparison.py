@@ -475,10 +475,10 @@ def test_several_ablations_share_one_reference(tmp_path):
     assert "fedrevive generation_interval=4 meta=reptile" in statistics.grouped(runs)
 
     for texts, message in (
-        (["meta=maml", "meta=fomaml"], "--ablate=meta=fomaml: must not name a field twice"),
-        (["meta=maml", "seed=1"], "--ablate=seed=1: must be FIELD=v1,v2"),
-        (["meta=maml", "alpha="], "--ablate=alpha=: must be FIELD=v1,v2"),
-        (["meta=maml", "alpha=1,1.0"], "--ablate=alpha=1,1.0: must not hold a value twice"),
+        (["meta=maml", "meta=fomaml"], "ablate=meta=fomaml: must not name a field twice"),
+        (["meta=maml", "seed=1"], "ablate=seed=1: must be FIELD=v1,v2"),
+        (["meta=maml", "alpha="], "ablate=alpha=: must be FIELD=v1,v2"),
+        (["meta=maml", "alpha=1,1.0"], "ablate=alpha=1,1.0: must not hold a value twice"),
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
             campaign.of_ablation(given, texts, 1, tmp_path)
@@ -541,7 +541,7 @@ def test_a_run_that_rejects_too_much_is_marked(tmp_path, monkeypatch):
     assert json.loads((config.run_dir / "failed.json").read_text()) == {
         "by": "RejectLimitError", "message": "too many",
     }  # fmt: skip
-    ends(ConfigError("else"))
+    ends(ConfigError("seed", 1, "else"))
     with pytest.raises(ConfigError, match="else"):
         campaign._run(config, overwrite=False)
 
@@ -723,7 +723,7 @@ def test_an_ablation_continues_what_was_interrupted(tmp_path):
         (["--workdirs=none*"], "--workdirs=none*: there is no none*"),
         (["--ablate=alpha"], "--ablate=alpha: must be FIELD=v1,v2"),
         (["--ablate=alpha=1,2", "--methods=fedbuff"], "--methods=fedbuff: must not be given with"),
-        (["--ablate=pretrained=a/b,a_b"], "--ablate=pretrained=a/b,a_b: pretrained=a_b would name"),
+        (["--ablate=pretrained=a/b,a_b"], "--ablate=pretrained=a/b,a_b: --pretrained=a_b would"),
         (["--tune_seeds=2"], "--tune_seeds=2: goes with --tune"),
         (["--tune", "--tune_time=long"], "--tune_time=long: must be a number above 0"),
         (["--methods=fedbuff,"], "--methods=fedbuff,: '' must be one of"),

@@ -333,7 +333,7 @@ def _become_worker(grace: float | None) -> None:
     if grace is not None:
         _watch = Interruption(grace, (signal.SIGTERM,)).__enter__()
     _warnings = logging.StreamHandler(sys.stderr)
-    logger = logging.getLogger(__package__)
+    logger = logging.getLogger("fedrevive_jax")
     logger.addHandler(_warnings)
     logger.propagate = False  # libraries may have given the root a handler of their own
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
