@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags, logging
 
@@ -197,7 +198,7 @@ def _processor() -> str:
     return "\n".join([platform.machine(), platform.processor(), *sorted(told)])
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """One line on standard error, exit status 1."""
     print(f"error: {message}", file=sys.stderr)
     processes.leave(1)

@@ -58,8 +58,7 @@ def walk(config, out: Path) -> None:
     print("  splits: " + ", ".join(f"{len(p)} {name}" for name, p in dataset.splits.items()))
 
     print("2. The partition says who holds what.")
-    shards = simulation.derived.shards
-    mixes = shards.class_mixes(dataset.labels, dataset.num_classes)
+    mixes = simulation.shards.class_mixes(dataset.labels, dataset.num_classes)
     print(f"  class mixes {mixes.shape}; of client 0: {' '.join(f'{m:.2f}' for m in mixes[0])}")
     plots.clients(out / "clients.png", f"Dirichlet, alpha = {config.alpha:g}", mixes[:20])
 

@@ -324,8 +324,8 @@ def resolve(
     scale = SCALES[0] if preset_scale is None else preset_scale
     if scale not in SCALES:
         raise ConfigError("preset_scale", scale, f"must be one of {', '.join(SCALES)}")
-    dataset = known["dataset"].default if dataset is None else dataset
-    method = known["method"].default if method is None else method
+    dataset = Config.dataset if dataset is None else dataset
+    method = Config.method if method is None else method
     preset = _preset(dataset, method)
     revives = method in METHODS and METHODS[method].distils
     if revives and given.get("revive_on") not in (None, "fedbuff"):
@@ -337,7 +337,7 @@ def resolve(
     if scale == "small":
         preset = _shrink(preset, known)
     values = {**preset, **given, "dataset": dataset, "method": method}
-    if method == "fedavg":
+    if method in METHODS and METHODS[method].cohort:
         # A synchronous cohort: everybody who works is waited for.
         cohort = values.get("concurrency", known["concurrency"].default)
         values = {"buffer_size": cohort, "open_slots": cohort, **values}

@@ -1,5 +1,8 @@
 """Which room may import which, and what some modules must do without."""
 
+import ast
+from pathlib import Path
+
 import grimp
 import pytest
 
@@ -90,3 +93,16 @@ def test_what_a_module_does_without(graph, module):
 def test_the_public_names_lead_somewhere():
     for name in fedrevive_jax.__all__:
         assert getattr(fedrevive_jax, name) is not None
+
+
+def test_a_type_checker_sees_the_same_public_names():
+    tree = ast.parse(Path(fedrevive_jax.__file__).read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    seen = {
+        alias.name: node.module.removeprefix("fedrevive_jax.")
+        for node in imports
+        if node.module.startswith("fedrevive_jax.")
+        for alias in node.names
+    }
+    assert seen == fedrevive_jax._WHERE
+    assert sorted(seen) == sorted(fedrevive_jax.__all__)

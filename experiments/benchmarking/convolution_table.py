@@ -61,7 +61,7 @@ def measure(config: Config, dataset: Dataset, repeats: int, say: Callable) -> li
             "vmap over clients": (lambda all_, f=one_job: jax.vmap(f)(all_), everything, 0),
             "teacher": (lambda pair, m=model: teacher_logits(m, *pair), (ring, pool), 1),
         }
-        row = {"convolution": way}
+        row: dict[str, Any] = {"convolution": way}
         for use, (function, arguments, parts) in uses.items():
             compiled = devices.jit(None, function)
             seconds = time_calls(lambda f=compiled, a=arguments: f(a), repeats).median

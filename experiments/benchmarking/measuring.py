@@ -70,11 +70,11 @@ class Compilations:
     def __init__(self):
         self.count, self.seconds = 0, 0.0
 
-    def note(self, event: str, duration: float, **unused: Any) -> None:
+    def note(self, event: str, duration_secs: float, **unused: Any) -> None:
         del unused
         if event == "/jax/core/compile/backend_compile_duration":
             self.count += 1
-            self.seconds += duration
+            self.seconds += duration_secs
 
 
 @contextlib.contextmanager

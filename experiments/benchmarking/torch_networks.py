@@ -1,3 +1,5 @@
+# PyTorch and transformers are optional, see the extra `parity`.
+# pyright: reportMissingImports=false
 """The networks in plain PyTorch, channels first; parity tests and the benchmark use them."""
 
 import itertools

@@ -1,3 +1,5 @@
+# PyTorch is optional, see the extra `parity`.
+# pyright: reportMissingImports=false
 """The same work as one FedRevive arrival, written as one would in eager PyTorch.
 
 One job after the other, one teacher after the other, with the sizes and steps of a configuration.
@@ -153,7 +155,7 @@ class Peer:
             calls = [torch.cat(own[at : at + together]) for at in range(0, len(own), together)]
             logits = torch.cat([self._apply(net, x)[0] for x in calls])
             of_teachers.append(logits.split(config.distillation_batch))
-        return list(zip(*of_teachers, strict=True))
+        return [list(step) for step in zip(*of_teachers, strict=True)]
 
     def distil(self, batches, targets) -> dict[str, torch.Tensor]:
         """Trains the student; returns Delta^KD."""
@@ -170,7 +172,7 @@ class Peer:
         )
         for step, wanted in zip(batches, targets, strict=True):
             optimizer.zero_grad()
-            loss = 0.0
+            loss = torch.zeros((), device=self.device)
             for at in range(0, len(step), together):
                 x, logits = (torch.cat(part[at : at + together]) for part in (step, wanted))
                 own = functional.log_softmax(self._apply(student, x)[0], 1)
@@ -198,7 +200,7 @@ class Peer:
             ],
             **options,
         )
-        best = float("inf")
+        best, kept = float("inf"), None
         for _ in range(config.synthesis_steps):
             optimizer.zero_grad()
             samples = fast(*latents, targets)
@@ -207,6 +209,7 @@ class Peer:
             optimizer.step()
             if loss.item() < best:
                 best, kept = loss.item(), samples.detach()
+        assert kept is not None, "no step has made finite samples"
         self._add(kept, targets)
         self._meta.zero_grad()
         pairs = zip(self._generator.parameters(), fast.parameters(), strict=True)
@@ -249,7 +252,9 @@ class Peer:
         config, dataset = self._config, self._dataset
         if dataset.is_text:
             return _Prompts(t5_shape(config).width).to(self.device)
-        made = TorchGenerator(dataset.input_shape, config.latent_size, config.generator_features)
+        height, width, channels = dataset.input_shape
+        shape = (height, width, channels)
+        made = TorchGenerator(shape, config.latent_size, config.generator_features)
         return made.to(self.device)
 
     def _latents(self, batch: int, classes: int):
@@ -284,7 +289,7 @@ class Peer:
         share = torch.stack([mix[targets] for _, _, mix in self._teachers])
         weights = share / share.sum(0).clamp_min(1e-8)
         count = len(targets)
-        feature = one_hot = adversarial = 0.0
+        feature = one_hot = adversarial = torch.zeros((), device=self.device)
         for (net, reference, _), weight in zip(self._teachers, weights, strict=True):
             logits, taps = self._apply(net, samples)
             distance = sum(

@@ -75,7 +75,7 @@ def make_window_trainer(
     learning_rate: float,
     seed_key: Callable[[jax.Array, jax.Array], jax.Array],
     mesh: Mesh | None = None,
-) -> Callable:
+) -> jax.stages.Wrapped:
     """Compiles the training of a fixed number of jobs at once, each from its own version.
 
     Args:

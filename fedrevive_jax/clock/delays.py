@@ -117,20 +117,21 @@ class TraceDelays:
         self._rows = rows
         self._seed = seed
         self._num_clients = num_clients
-        self._first = self._count = None
+        self._recorded: tuple[np.ndarray, np.ndarray] | None = None
         if owners is not None:
             order = np.argsort(owners, kind="stable")
             self._rows = rows[order]
             _, first, count = np.unique(owners[order], return_index=True, return_counts=True)
             recorded = np.arange(num_clients) % len(first)
-            self._first, self._count = first[recorded], count[recorded]
+            self._recorded = first[recorded], count[recorded]
 
     def durations(self, visit: int) -> Durations:
-        if self._first is None:
+        if self._recorded is None:
             generator = numpy_generator(self._seed, Stream.DURATION, 3, visit)
             picked = generator.integers(len(self._rows), size=self._num_clients)
         else:
-            picked = self._first + visit % self._count
+            first, count = self._recorded
+            picked = first + visit % count
         return Durations(*self._rows[picked].T)
 
 

@@ -341,7 +341,7 @@ def _become_worker(grace: float | None) -> None:
 
 # Of a worker, as long as the process.
 _watch: Interruption | None = None
-_warnings: logging.Handler | None = None
+_warnings: logging.Handler = logging.NullHandler()
 
 
 def _run_in_worker(config: Config, overwrite: bool) -> None:

@@ -200,8 +200,9 @@ def _mean_over(evaluations: Sequence[Mapping[str, Any]], start: float, end: floa
 def covered(run: Run) -> float:
     """The simulated time that a run covers: all that it was given, though nothing may have arrived
     at the end of it, or up to the version at which it had to stop."""
-    stopped = run.summary.get("versions", 0) >= run.config.max_versions
-    return run.summary["simulated_time"] if stopped else run.config.max_time
+    summary = run.summary or {}
+    stopped = summary.get("versions", 0) >= run.config.max_versions
+    return summary["simulated_time"] if stopped else run.config.max_time
 
 
 def common_end(runs: Iterable[Run]) -> float:
@@ -224,7 +225,7 @@ def figures(run: Run, targets: Sequence[float] = (), horizon: float | None = Non
     rows = [row for row in run.evaluations if row["time"] <= end]
 
     def recorded(name):
-        value = run.summary.get(name)
+        value = (run.summary or {}).get(name)
         return math.nan if value is None else float(value)
 
     columns: dict[str, Callable[[], float]] = {

@@ -80,7 +80,7 @@ def choose(method: str, scores: Mapping[Point, Sequence[float]]) -> Choice:
         point: statistics.fmean(values) if all(map(math.isfinite, values)) else -math.inf
         for point, values in scores.items()
     }
-    best = max(sorted(means, key=lambda p: p.place), key=means.get)
+    best = max(sorted(means, key=lambda p: p.place), key=lambda point: means[point])
     if means[best] == -math.inf:
         raise ConfigError(
             "tune", None, f"a run of every point of the grid of {method} failed; give smaller rates"

@@ -5,6 +5,7 @@ takes its part; everything that lives between calls is replicated. A mesh of Non
 default device alone.
 """
 
+import collections
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -39,9 +40,9 @@ def create_mesh(devices: str) -> Mesh | None:
         )
     if count == 1:
         return None
-    of_each: dict[int, list[jax.Device]] = {}
+    of_each = collections.defaultdict(list)
     for device in jax.devices():
-        of_each.setdefault(device.process_index, []).append(device)
+        of_each[device.process_index].append(device)
     chosen = [device for own in of_each.values() for device in own[: count // processes]]
     return jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=chosen)
 
@@ -64,7 +65,7 @@ def replicate(mesh: Mesh | None, tree: Any) -> Any:
     return jax.tree.map(place, tree)
 
 
-def jit(mesh: Mesh | None, function: Callable, **options: Any) -> Callable:
+def jit(mesh: Mesh | None, function: Callable, **options: Any) -> jax.stages.Wrapped:
     """`jax.jit` with results that are replicated, like everything else between two calls.
 
     So one program serves whatever it is called with, and no call moves an array implicitly. The

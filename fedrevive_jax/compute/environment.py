@@ -59,6 +59,6 @@ def check() -> None:
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
-        asked = jax.config.jax_platforms
+        asked = getattr(jax.config, "jax_platforms", None)
         told = str(error).splitlines()[0] if str(error) else "JAX finds no such device"
         raise ConfigError("JAX_PLATFORMS", asked or "", told) from None

@@ -189,7 +189,7 @@ def first(function: Callable[[], Any]) -> Any:
 
     if jax.process_count() == 1:
         return function()
-    message = b""
+    message, outcome = b"", (None, None)
     if is_first():
         try:
             outcome = function(), None

@@ -40,29 +40,32 @@ class Part:
 # Limits of a number and their words.
 LIMITS = {"at_least": "at least", "above": "above", "at_most": "at most", "below": "below"}
 
+# Types of fields and their words.
+KINDS = {int: "a whole number", float: "a number", str: "a text"}
+
 
 def checked(field: dataclasses.Field, value: Any) -> Any:
     """The value as the field's type, or an error that names field, value and what is allowed."""
     limits = field.metadata
+    kind = next(kind for kind in KINDS if field.type is kind)
     bounds = [f"{words} {limits[name]}" for name, words in LIMITS.items() if name in limits]
 
     def refused(*allowed: str, joined: str = ", ") -> ConfigError:
         return ConfigError(field.name, shown(value), f"must be {joined.join(allowed)}")
 
     try:
-        result = field.type(value)
-        if isinstance(value, bool) or (field.type is int and float(value) != result):
+        result = kind(value)
+        if isinstance(value, bool) or (kind is int and float(value) != result):
             raise ValueError  # int(0.5) would pass silently
     except (TypeError, ValueError, OverflowError):
-        kind = {int: "a whole number", float: "a number", str: "a text"}[field.type]
-        raise refused(kind, *bounds) from None
-    if field.type is int and abs(result) >= 2**31:
+        raise refused(KINDS[kind], *bounds) from None
+    if kind is int and abs(result) >= 2**31:
         raise refused(f"below {2**31}", *bounds)
-    if field.type is float and not math.isfinite(result):
+    if kind is float and not math.isfinite(result):
         raise refused("finite", *bounds)
     if "choices" in limits and result not in limits["choices"]:
         raise refused("one of " + ", ".join(limits["choices"]))
-    if field.type is str and not all(c.isprintable() or ord(c) > 127 for c in result):
+    if kind is str and not all(c.isprintable() or ord(c) > 127 for c in result):
         raise refused("a text without control characters")  # no file has such a name
     if not (
         result >= limits.get("at_least", result)

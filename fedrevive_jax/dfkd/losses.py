@@ -34,10 +34,11 @@ def statistics_distance(taps: Taps, reference: Taps) -> jax.Array:
 
     The gradient of a norm at zero is taken as zero.
     """
-    total = 0.0
-    for (mean, variance), (mean_k, variance_k) in zip(taps, reference, strict=True):
-        total += optax.safe_norm(mean_k - mean, 0.0) + optax.safe_norm(variance_k - variance, 0.0)
-    return total
+    distances = [
+        optax.safe_norm(mean_k - mean, 0.0) + optax.safe_norm(variance_k - variance, 0.0)
+        for (mean, variance), (mean_k, variance_k) in zip(taps, reference, strict=True)
+    ]
+    return functools.reduce(jnp.add, distances)
 
 
 def feature_loss(weights: jax.Array, distances: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """The whole of DFKD at one arrival: observe, synthesise when due, distil when due."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -107,19 +108,22 @@ def create(
       seed_text: labelled texts that synthesis of text starts from.
       mesh: the devices that share teachers and samples.
     """
-    synthesiser = None
-    if real_samples is None:
+    if real_samples is not None:
+        synthesiser = None
+
+        def start() -> tuple[synthesis.GeneratorState | None, pool.Pool]:
+            return None, pool.filled(*real_samples)
+
+    else:
         synthesiser, maker = make_synthesiser(config, model, augment, seed_text, mesh)
 
+        def start() -> tuple[synthesis.GeneratorState | None, pool.Pool]:
+            omega = maker.init(jax_key(config.seed, Stream.GENERATOR_INIT))
+            room = pool.empty(config.pool_size, _shapes_of_samples(maker, config, frozen))
+            return synthesiser.init(omega), room
+
     def init(params: Params) -> ReviverState:
-        generator_state = None
-        if synthesiser is None:
-            samples = pool.filled(*real_samples)
-        else:
-            generator_state = synthesiser.init(
-                maker.init(jax_key(config.seed, Stream.GENERATOR_INIT))
-            )
-            samples = pool.empty(config.pool_size, _shapes_of_samples(maker, config, frozen))
+        generator_state, samples = start()
         if config.proxy == "histogram":
             mixes = proxy.known(class_mixes)
         else:
@@ -138,7 +142,15 @@ def create(
     # What passes through a branch is copied there, so that the branches return what they change
     # alone: a pool of texts may take gigabytes.
 
-    def synthesise(state: ReviverState, proxies, present, params, arrival: Arrival, key):
+    def synthesise(
+        synthesiser: synthesis.Synthesiser,
+        state: ReviverState,
+        proxies,
+        present,
+        params,
+        arrival: Arrival,
+        key,
+    ):
         draw_key, augment_key = jax.random.split(key)
         ensemble = synthesis.Ensemble(
             state.teachers.params,
@@ -216,6 +228,7 @@ def create(
 
         terms = (nan,) * len(SYNTHESIS_METRICS)
         if synthesiser is not None:
+            synthesise_with = functools.partial(synthesise, synthesiser)
             wanted = accepted & due.synthesis(config, arrival.version, state.synthesised_version)
             own = state.generator, state.guard, state.synthesised_version
             rows = state.pool.samples, state.pool.labels
@@ -224,7 +237,7 @@ def create(
             )
             (generator, guard, version), made, terms = jax.lax.cond(
                 wanted,
-                lambda: synthesise(state, proxies, present, params, arrival, synthesis_key),
+                lambda: synthesise_with(state, proxies, present, params, arrival, synthesis_key),
                 lambda: (own, (*nothing, jnp.asarray(False)), terms),
             )
             state = state._replace(
@@ -243,9 +256,8 @@ def create(
             lambda: (state.guard, none, jnp.asarray(False), (nan,) * 3),
         )
         state = state._replace(guard=guard)
-        metrics = dict(
-            zip(SYNTHESIS_METRICS + DISTILLATION_METRICS, (*terms, *values), strict=True)
-        )
+        names: tuple[str, ...] = SYNTHESIS_METRICS + DISTILLATION_METRICS
+        metrics: dict[str, Any] = dict(zip(names, (*terms, *values), strict=True))
         return state, Revival(delta, distilled, metrics)
 
     return Reviver(init, revive)
@@ -271,7 +283,7 @@ def make_maker(config: Config, model: Model, seed_text: SeedText | None = None) 
     """
     if model.vocabulary is not None:
         return prompt_maker(model.vocabulary, model.input_shape[0], seed_text)
-    height, width = model.input_shape[:2]
+    height, width, channels = model.input_shape
     if height % 4 or width % 4:
         raise ConfigError(
             "method",
@@ -279,7 +291,7 @@ def make_maker(config: Config, model: Model, seed_text: SeedText | None = None) 
             f"the generator makes images whose sides are multiples of 4; "
             f"these are {height}x{width}",
         )
-    generator = Generator(model.input_shape, config.generator_features, config.convolution)
+    generator = Generator((height, width, channels), config.generator_features, config.convolution)
     maker = image_maker(generator, config.latent_size, model.num_classes)
     return maker._replace(make=exactly(maker.make)) if config.precision == "float32" else maker
 

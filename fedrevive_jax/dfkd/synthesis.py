@@ -124,11 +124,11 @@ class SynthesisResult(NamedTuple):
 class Synthesiser(NamedTuple):
     """Pure functions of one synthesis; see `make_synthesiser`."""
 
-    init: Callable
-    draw: Callable
-    objective: Callable
-    inner: Callable
-    synthesise: Callable
+    init: Callable[..., GeneratorState]
+    draw: Callable[..., Draw]
+    objective: Callable[..., tuple[jax.Array, Any]]
+    inner: Callable[..., InnerResult]
+    synthesise: Callable[..., SynthesisResult]
 
 
 def make_synthesiser(
@@ -165,13 +165,13 @@ def make_synthesiser(
 
     def draw(key, proxies, present, frozen=()) -> Draw:
         """Targets, latents and condition of a fresh synthesis."""
-        target_key, *maker_keys = jax.random.split(key, 3)
+        target_key, latent_key, condition_key = jax.random.split(key, 3)
         if settings.target_sampling == "uniform":
             targets = jax.random.randint(target_key, (batch,), 0, model.num_classes)
         else:
             mix = proxies.sum(axis=0) / present.sum()
             targets = jax.random.categorical(target_key, jnp.log(mix), shape=(batch,))
-        return Draw(targets, *maker.draw(*maker_keys, targets, frozen))
+        return Draw(targets, *maker.draw(latent_key, condition_key, targets, frozen))
 
     def objective(variables: Variables, drawn: Draw, ensemble: Ensemble, guard: LossGuard, key):
         """L of one step -> (total, (Terms, raw samples, rejected terms bool [3], guard))."""

@@ -41,10 +41,10 @@ def amsgrad(
         zeros = jax.tree.map(jnp.zeros_like, params)
         return Moments(zeros, zeros, zeros, jnp.zeros((), jnp.int32))
 
-    def update(gradient, state, params=None):
+    def update(updates, state, params=None):
         del params
-        first = optax.tree.update_moment(gradient, state.first, beta1, 1)
-        second = optax.tree.update_moment(gradient, state.second, beta2, 2)
+        first = optax.tree.update_moment(updates, state.first, beta1, 1)
+        second = optax.tree.update_moment(updates, state.second, beta2, 2)
         largest = jax.tree.map(jnp.maximum, state.largest, second)
         steps = state.steps + 1
         m, v = first, largest

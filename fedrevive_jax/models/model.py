@@ -145,7 +145,7 @@ def from_flax(
         raise ConfigError("model", name, "must be made of a module of flax.linen")
     arguments = inspect.signature(type(module).__call__).parameters
 
-    def mode(training: bool) -> dict[str, bool]:
+    def mode(training: bool) -> dict[str, Any]:
         told = {"train": training, "training": training, "deterministic": not training}
         return {argument: value for argument, value in told.items() if argument in arguments}
 
@@ -161,7 +161,7 @@ def from_flax(
             )
         return made.get("params", {})
 
-    def apply(params, inputs, key=None):
+    def apply(params, inputs, key=None) -> Any:
         rngs = None if key is None else {"dropout": key}
         return module.apply({"params": params}, inputs, rngs=rngs, **mode(key is not None))
 

@@ -6,7 +6,7 @@ square and before each block, and the first layer's relative position biases ser
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -191,12 +191,15 @@ def create(
         # The key of the parameters' start is the argument; the table takes a key of its own.
         return jax.random.normal(jax.random.fold_in(key, 1), (shape.vocabulary, shape.width))
 
+    def apply(params, inputs, key=None) -> Any:
+        return module.apply({"params": params}, inputs, key)
+
     return Model(
         "t5",
         (length,),
         num_classes,
         jax.jit(init),
-        lambda params, inputs, key=None: module.apply({"params": params}, inputs, key),
+        apply,
         frozen,
         Vocabulary(shape.vocabulary, shape.width),
     )

@@ -138,8 +138,9 @@ class Server:
         self._unreviewed: list[tuple[Ticket, jax.Array, jax.Array]] = []
         self._found: deque[Rejection] = deque(maxlen=REVIEW_AFTER)
 
-        def step(params, base, state, entry, upload, arrival):
+        def step(params, base, state, entry, upload, facts):
             self._traces += 1  # runs when traced, not when called
+            arrival = Arrival(*facts)
             key = jax_key(seed, Stream.SERVER, arrival.job)
             accepted, verdict, norm = judge(upload, base, max_update_norm)
             submission = Submission(upload, arrival, base, params, accepted, key)
@@ -243,23 +244,18 @@ class Server:
         Returns:
           A receipt, whose `accepted` is known once the device is done; or the rejection.
         """
-        rejection = self._check_envelope(job, upload, base_version)
-        if rejection is not None:
-            return self._rejections.add(rejection)
-        ticket = self._jobs[whole_number(job)]
+        ticket = self._check_envelope(job, upload, base_version)
+        if isinstance(ticket, Rejection):
+            return self._rejections.add(ticket)
         base = self._versions.get(ticket.version)
         version = self.version
         completes = self._buffered + 1 == self._method.buffer_size
-        arrival = Arrival(
-            job=np.asarray(ticket.job, np.int32),
-            client=np.asarray(ticket.client, np.int32),
-            version=np.asarray(version, np.int32),
-            staleness=np.asarray(version - ticket.version, np.int32),
-            completes=np.asarray(completes),
-        )
+        # As arrays of NumPy, in the order of `Arrival`: the step traces them.
+        numbers = (ticket.job, ticket.client, version, version - ticket.version)
+        facts = (*(np.asarray(number, np.int32) for number in numbers), np.asarray(completes))
         entry = self._shelf.fetch(self._cache.fetch(ticket.client))
         params, self._state, entry, (accepted, verdict, norm), metrics = self._step(
-            self.params, base, self._state, entry, upload, arrival
+            self.params, base, self._state, entry, upload, facts
         )
         self._cache.store(ticket.client, entry)
         self._buffered = 0 if completes else self._buffered + 1
@@ -315,7 +311,7 @@ class Server:
             return f"update norm {norm:.6g} above max_update_norm={self._max_update_norm:g}"
         return "a number, or the norm of the update, is not finite"
 
-    def _check_envelope(self, job: Any, upload: Any, base_version: Any) -> Rejection | None:
+    def _check_envelope(self, job: Any, upload: Any, base_version: Any) -> Ticket | Rejection:
         """Judges all but the numbers; ends the job of an upload that does not fit it."""
         number = whole_number(job)
         ticket = None if number is None else self._jobs.get(number)
@@ -332,7 +328,7 @@ class Server:
             self._end(ticket)
             words = "its structure, shapes or dtypes are not the model's"
             return Rejection(*ticket, Reason.WRONG_SHAPE, words)
-        return None
+        return ticket
 
     def _end(self, ticket: Ticket) -> Ticket:
         del self._jobs[ticket.job]

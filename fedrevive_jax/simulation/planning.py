@@ -1,6 +1,7 @@
 """What a run will be and cost, told from its configuration alone: no data, no training."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -132,8 +133,7 @@ def forward_flops(model: Model) -> int:
     inputs = jax.eval_shape(
         lambda key: gaussian_inputs(model, key, 1, model.frozen(key)), root_key()
     )
-    analysis = jax.jit(lambda p, x: model.apply(p, x)[0]).lower(params, inputs).cost_analysis()
-    return int(analysis["flops"])
+    return _flops_of(lambda p, x: model.apply(p, x)[0], params, inputs)
 
 
 def making_flops(config: Config, model: Model) -> int:
@@ -149,8 +149,13 @@ def making_flops(config: Config, model: Model) -> int:
         return maker.init(key), *maker.draw(key, key, targets, model.frozen(key))
 
     shapes = jax.eval_shape(start, root_key())
-    analysis = jax.jit(maker.make).lower(*shapes).cost_analysis()
-    return int(analysis.get("flops", 0)) // config.synthesis_batch
+    return _flops_of(maker.make, *shapes) // config.synthesis_batch
+
+
+def _flops_of(function: Callable, *shapes: Any) -> int:
+    """FLOPs of a call as XLA counts them; 0 where it counts none."""
+    analysis = jax.jit(function).lower(*shapes).cost_analysis() or {}
+    return int(analysis.get("flops", 0))
 
 
 def flops_of_an_arrival(config: Config, forward: int, making: int) -> dict[str, int]:

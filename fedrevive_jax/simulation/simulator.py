@@ -126,6 +126,11 @@ class Simulation:
         self._hand_out(self.schedule.initial_jobs)
 
     @property
+    def shards(self) -> Shards:
+        """Who holds what."""
+        return self._shards
+
+    @property
     def derived(self) -> Derived:
         """What was derived from the data, to be kept with the run."""
         tokenizer = self.dataset.tokenizer
@@ -181,7 +186,7 @@ class Simulation:
         timed = index % TIMED_EVERY == TIMED_EVERY - 1  # not the first step, which compiles
         if timed:
             jax.block_until_ready((upload, self.server.params, self.server.method_state))
-            began = time.perf_counter()
+        began = time.perf_counter()
         receipt = self.server.submit(job, upload)
         if timed:
             jax.block_until_ready((self.server.params, self.server.method_state))
@@ -257,7 +262,8 @@ class Simulation:
     def shapes(self, record: dict[str, Any]) -> dict[str, Any]:
         """The structure and shapes of a snapshot's arrays, told from its record."""
         steps = (self.config.local_iterations, self.config.batch_size)
-        (upload,) = self._train.eval_shape(
+        (upload,) = jax.eval_shape(
+            self._train,
             (self.server.params,),
             self._store,
             self._labels,
