@@ -5,7 +5,7 @@ train something else than is meant.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ def judge(model: Model) -> int:
       ConfigError: it does not. The error tells what it gives and what is wanted.
     """
 
-    def refuse(reason: str) -> None:
+    def refuse(reason: str) -> NoReturn:
         raise ConfigError("model", model.name, reason)
 
     key = root_key()

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,16 @@ class Result:
     resumed_version: int | None = None
 
 
+class _Record(NamedTuple):
+    """The folder of a run, its files open."""
+
+    folder: Path
+    metrics: files.Rows
+    arrivals: files.Rows
+    events: files.Events
+    checkpoints: Checkpoints
+
+
 class Recorder:
     """Watches a simulation: evaluates, keeps rows, writes files and checkpoints.
 
@@ -66,7 +76,6 @@ class Recorder:
         self._publish = publish
         self._simulation = simulation
         self._config = simulation.config
-        self._run_dir = run_dir
         self._evaluations: list[dict[str, Any]] = []
         self._pending: list[tuple[int, Receipt]] = []
         self._wall_before = 0.0
@@ -74,9 +83,11 @@ class Recorder:
         self._resumed: int | None = None
         self._health = Health(self._config.reject_limit)
         self._saved_position: int | None = None
-        self._checkpoints = self._metrics = self._arrivals = self._events = None
+        self._folder: tuple[Path, Checkpoints] | None = None
         if run_dir is not None:
-            self._checkpoints = Checkpoints(run_dir, self._config.checkpoint_keep, publish=publish)
+            kept = self._config.checkpoint_keep
+            self._folder = run_dir, Checkpoints(run_dir, kept, publish=publish)
+        self._record: _Record | None = None  # once it is open, see `resume`
 
     def resume(self) -> None:
         """Continues from the newest checkpoint that is whole, cutting the rows that came after it.
@@ -95,7 +106,7 @@ class Recorder:
             sizes = {name: rows["size"] for name, rows in saved["rows"].items()}
             self._wall_before = saved["wall_seconds"]
             self._saved_position = simulation.position
-            if simulation.jobs_restarted and self._run_dir is not None:
+            if simulation.jobs_restarted and self._folder is not None:
                 _LOG.warning(
                     "continued from version %d with checkpoint_mode=params: not exact, the jobs "
                     "in flight start again from it (%d in the whole run)",
@@ -106,16 +117,19 @@ class Recorder:
 
     def _newest(self) -> tuple[int, Saved] | None:
         """The newest checkpoint that is whole, and its version."""
-        return None if self._checkpoints is None else self._checkpoints.newest_good(self._load)
+        if self._folder is None:
+            return None
+        folder, checkpoints = self._folder
+        return checkpoints.newest_good(lambda step: self._load(folder, checkpoints, step))
 
-    def _load(self, step: int) -> Saved:
+    def _load(self, folder: Path, checkpoints: Checkpoints, step: int) -> Saved:
         simulation = self._simulation
-        saved = self._checkpoints.record(step)
+        saved = checkpoints.record(step)
         simulation.check(saved["simulation"])
         for name in (files.METRICS, files.ARRIVALS):
             # Rows before an older checkpoint may be whole still.
-            archive.check_start(self._run_dir / name, **saved["rows"][name])
-        return self._checkpoints.load(
+            archive.check_start(folder / name, **saved["rows"][name])
+        return checkpoints.load(
             step,
             simulation.server.params,
             lambda saved: simulation.shapes(saved["simulation"]),
@@ -124,17 +138,19 @@ class Recorder:
     def _open(self, sizes: dict[str, int]) -> tuple[list[dict[str, Any]], Health]:
         """Opens the files of rows at the sizes that count; returns the evaluations in them, and
         the run's health by them."""
-        if self._run_dir is None:
+        if self._folder is None:
             return [], self._health
-        self._metrics = files.Rows(self._run_dir / files.METRICS, sizes[files.METRICS])
-        self._arrivals = files.Rows(self._run_dir / files.ARRIVALS, sizes[files.ARRIVALS])
-        self._events = files.Events(self._run_dir / files.EVENTS)
-        for row in files.read_rows(self._run_dir / files.METRICS):
+        folder, checkpoints = self._folder
+        metrics = files.Rows(folder / files.METRICS, sizes[files.METRICS])
+        arrivals = files.Rows(folder / files.ARRIVALS, sizes[files.ARRIVALS])
+        events = files.Events(folder / files.EVENTS)
+        self._record = _Record(folder, metrics, arrivals, events, checkpoints)
+        for row in files.read_rows(folder / files.METRICS):
             self._health.metrics(row)
-            self._events.add(row)
-        for row in files.read_rows(self._run_dir / files.ARRIVALS):
+            events.add(row)
+        for row in files.read_rows(folder / files.ARRIVALS):
             self._health.arrival(row)
-        return read_evaluations(self._run_dir), self._health
+        return read_evaluations(folder), self._health
 
     def start(self) -> None:
         """Evaluates version 0 of a new run.
@@ -176,10 +192,10 @@ class Recorder:
 
     def save_now(self) -> str:
         """Saves where the run stands, waits until that is on disk, and tells it in words."""
-        if self._run_dir is None:
+        if self._record is None:
             return "nothing was saved"
         self._save()
-        self._checkpoints.wait()
+        self._record.checkpoints.wait()
         return f"saved at version {self._simulation.server.version}"
 
     def finish(self) -> Result:
@@ -223,20 +239,22 @@ class Recorder:
             "device": str(jax.devices()[0].device_kind),
             "devices": 1 if simulation.mesh is None else simulation.mesh.size,
         }
-        if self._run_dir is not None:
+        if self._record is not None:
             self._save()
-            self._checkpoints.wait()
-            self._pictures()
-            files.write_json(self._run_dir / files.SUMMARY, summary)
+            self._record.checkpoints.wait()
+            self._pictures(self._record.folder)
+            files.write_json(self._record.folder / files.SUMMARY, summary)
             self._publish()
         return Result(simulation.server.params, summary, self._evaluations, self._resumed)
 
     def close(self) -> None:
         """Makes everything durable; errors of a save under way are raised."""
         with contextlib.ExitStack() as stack:
-            for stream in (self._metrics, self._arrivals, self._events, self._checkpoints):
-                if stream is not None:
+            if self._record is not None:
+                for stream in (self._record.metrics, self._record.arrivals, self._record.events):
                     stack.callback(stream.close)
+            if self._folder is not None:
+                stack.callback(self._folder[1].close)
 
     def news(self) -> str:
         """Where the run stands, for a progress bar."""
@@ -264,9 +282,9 @@ class Recorder:
         }
         self._evaluations.append(row)
         self._add_metrics({"kind": "evaluation", **row})
-        if self._run_dir is not None:
-            self._metrics.flush()
-            self._events.flush()
+        if self._record is not None:
+            self._record.metrics.flush()
+            self._record.events.flush()
 
     def _judge(self) -> None:
         """Ends a run that makes no sense any more, with a checkpoint of where it stands."""
@@ -287,10 +305,10 @@ class Recorder:
             self._add_arrival(index, receipt, float(loss), int(verdict), metrics)
         self._pending.clear()
         self._simulation.server.review(leave)
-        if self._run_dir is not None:
-            self._arrivals.flush()
-            self._metrics.flush()
-            self._checkpoints.check()
+        if self._record is not None:
+            self._record.arrivals.flush()
+            self._record.metrics.flush()
+            self._record.checkpoints.check()
 
     def _add_arrival(
         self, index: int, receipt: Receipt, loss: float, verdict: int, metrics
@@ -311,20 +329,21 @@ class Recorder:
             "loss": loss,
         }
         self._health.arrival(row)
-        if self._run_dir is not None:
-            self._arrivals.append(row)
+        if self._record is not None:
+            self._record.arrivals.append(row)
         if any(np.isfinite(value) for value in values.values()):
             self._add_metrics({"kind": "dfkd", "version": receipt.version, "time": now, **values})
 
     def _add_metrics(self, row: dict[str, Any]) -> None:
         self._health.metrics(row)
-        if self._run_dir is not None:
-            self._metrics.append(row)
-            self._events.add(row)
+        if self._record is not None:
+            self._record.metrics.append(row)
+            self._record.events.add(row)
 
     def _save(self) -> None:
         """Saves where the run stands, unless that is the last thing that was saved."""
-        if self._run_dir is None or self._saved_position == self._simulation.position:
+        record = self._record
+        if record is None or self._saved_position == self._simulation.position:
             return
         self._fetch()
         plain, arrays = self._simulation.snapshot()
@@ -333,24 +352,24 @@ class Recorder:
             "simulation": plain,
             "wall_seconds": self._wall_seconds(),
             "rows": {
-                files.METRICS: self._metrics.flush(),
-                files.ARRIVALS: self._arrivals.flush(),
+                files.METRICS: record.metrics.flush(),
+                files.ARRIVALS: record.arrivals.flush(),
             },
         }
-        self._checkpoints.save(saved, self._simulation.server.params, arrays)
+        record.checkpoints.save(saved, self._simulation.server.params, arrays)
         self._saved_position = self._simulation.position
 
-    def _pictures(self) -> None:
+    def _pictures(self, folder: Path) -> None:
         config, simulation = self._config, self._simulation
         title = f"{config.method} on {simulation.dataset.name}, seed {config.seed}"
-        staleness = [row["staleness"] for row in files.read_rows(self._run_dir / files.ARRIVALS)]
-        plots.curves(self._run_dir / "curves.png", title, self._evaluations, staleness)
+        staleness = [row["staleness"] for row in files.read_rows(folder / files.ARRIVALS)]
+        plots.curves(folder / "curves.png", title, self._evaluations, staleness)
         for pool in _synthetic_pools(simulation.server.method_state):
             images, labels, added = jax.device_get(pool[:3])
             # Oldest first: the ring's next place is its oldest.
             order = np.roll(np.arange(len(labels)), -int(added) % len(labels))
             plots.synthetic(
-                self._run_dir / "synthetic.png",
+                folder / "synthetic.png",
                 images[order],
                 labels[order],
                 simulation.dataset.num_classes,
