@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +50,9 @@ def make_evaluator(
         return model.apply(params, prepare(store, positions))[0]
 
     def judge_batch(params, store, labels, positions, valid):
+        chex.assert_shape([positions, valid], (batch,))
         logits = devices.split(mesh, judge)((params, store), positions)
+        chex.assert_shape(logits, (batch, model.num_classes))
         truth = labels[positions]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, truth)
         right = (logits.argmax(axis=-1) == truth) & valid

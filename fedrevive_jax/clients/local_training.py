@@ -4,6 +4,7 @@ import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -51,6 +52,7 @@ def train(
 
     def loss_fn(params, inputs, labels, key):
         logits, activations = model.apply(params, inputs, key)
+        chex.assert_shape(logits, (*labels.shape, model.num_classes))
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         return loss, tap_statistics(activations)
 
@@ -110,6 +112,10 @@ def make_window_trainer(
         return jax.vmap(lambda base, *job: one_job(base, *data, *job))(*jobs)
 
     def train_jobs(bases, store, labels, indices, jobs):
+        chex.assert_rank([labels, indices, jobs], [1, 3, 1])
+        chex.assert_equal(len(bases), len(jobs))
+        chex.assert_equal_shape_prefix([indices, jobs], 1)
+        chex.assert_trees_all_equal_shapes_and_dtypes(*bases)
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *bases)
         train_all = devices.split(mesh, several_jobs)
         uploads = train_all((store, labels), (stacked, indices, jobs))

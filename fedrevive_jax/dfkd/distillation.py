@@ -3,6 +3,7 @@
 import functools
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -52,6 +53,8 @@ def teacher_logits(
       [steps, c, b, classes].
     """
     steps, num_teachers, batch = jax.tree.leaves(samples)[0].shape[:3]
+    chex.assert_tree_shape_prefix(samples, (steps, num_teachers, batch))
+    chex.assert_tree_shape_prefix(teacher_params, (num_teachers,))
 
     def of_teacher(leaf):
         return leaf.swapaxes(0, 1).reshape(num_teachers, steps * batch, *leaf.shape[3:])
@@ -113,7 +116,10 @@ def distil(
         optax.adam(settings.distillation_lr),
     )
     targets = jax.lax.stop_gradient(targets)  # teachers are data
-    num_teachers, batch = targets.shape[1:3]
+    steps, num_teachers, batch = targets.shape[:3]
+    chex.assert_shape(targets, (steps, num_teachers, batch, model.num_classes))
+    chex.assert_tree_shape_prefix(samples, (steps, num_teachers, batch))
+    chex.assert_shape(present, (num_teachers,))
     per_sample = jnp.broadcast_to(present[:, None] / (present.sum() * batch), (num_teachers, batch))
     size = settings.teacher_batch or per_call(num_teachers, batch, model.input_shape)
 

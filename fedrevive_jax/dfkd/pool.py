@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -43,6 +44,8 @@ def add(pool: Pool, samples: Any, labels: jax.Array, wanted: jax.Array | bool = 
 
     Neither way is the ring copied, whereas choosing between two rings would.
     """
+    chex.assert_tree_shape_prefix(samples, labels.shape)
+    chex.assert_rank(labels, 1)
     size = len(pool.labels)
     places = (pool.added + jnp.arange(len(labels))) % size
 
@@ -83,6 +86,7 @@ def draw(pool: Pool, mixes: jax.Array, count: int, key: jax.Array) -> jax.Array:
     Returns:
       int32 [c, count].
     """
+    chex.assert_rank(mixes, 2)
     num_mixes, num_classes = mixes.shape
     size = len(pool.labels)
     # Empty places, -1, count in a cell of their own, the last one.

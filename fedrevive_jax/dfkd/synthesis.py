@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -177,6 +178,9 @@ def make_synthesiser(
         """L of one step -> (total, (Terms, raw samples, rejected terms bool [3], guard))."""
         # Gradients pass through teachers and student to the samples, never into them.
         teacher_params, student = jax.lax.stop_gradient((ensemble.params, ensemble.student))
+        chex.assert_shape(ensemble.proxies, (None, model.num_classes))
+        judges = (ensemble.params, ensemble.taps)
+        chex.assert_tree_shape_prefix(judges, ensemble.proxies.shape[:1])
         samples = maker.make(variables.generator, variables.latents, drawn.condition)
         inputs = as_inputs(augment(samples, key), ensemble.frozen)
         weights = losses.teacher_weights(ensemble.proxies, drawn.targets)

@@ -9,6 +9,7 @@ import math
 from collections import deque
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,6 +142,8 @@ class Server:
         def step(params, base, state, entry, upload, facts):
             self._traces += 1  # runs when traced, not when called
             arrival = Arrival(*facts)
+            chex.assert_trees_all_equal_shapes_and_dtypes(upload.params, base, params)
+            chex.assert_shape(facts, ())
             key = jax_key(seed, Stream.SERVER, arrival.job)
             accepted, verdict, norm = judge(upload, base, max_update_norm)
             submission = Submission(upload, arrival, base, params, accepted, key)
