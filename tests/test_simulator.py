@@ -174,7 +174,7 @@ def test_true_histograms_and_uniform_targets_run():
 def test_nothing_is_recompiled_after_warm_up(method):
     """One trace of the server step and of local training, whatever arrives."""
     simulation, _, _ = play(small(method, client_batch=2))
-    assert simulation.server.traces == 1
+    assert simulation.server._step._cache_size() == 1
     assert simulation._train._cache_size() == 1
 
 

@@ -134,13 +134,11 @@ class Server:
         self._jobs: dict[int, Ticket] = {}
         self._next_job = 0
         self._buffered = 0
-        self._traces = 0
         self._rejections = Rejections()
         self._unreviewed: list[tuple[Ticket, jax.Array, jax.Array]] = []
         self._found: deque[Rejection] = deque(maxlen=REVIEW_AFTER)
 
         def step(params, base, state, entry, upload, facts):
-            self._traces += 1  # runs when traced, not when called
             arrival = Arrival(*facts)
             chex.assert_trees_all_equal_shapes_and_dtypes(upload.params, base, params)
             chex.assert_shape(facts, ())
@@ -177,11 +175,6 @@ class Server:
     def method_state(self) -> Any:
         """The method's state. Read it before the next `submit`, which donates it."""
         return self._state
-
-    @property
-    def traces(self) -> int:
-        """How often the step was traced; more than once means it was compiled more than once."""
-        return self._traces
 
     @property
     def rejected(self) -> dict[str, int]:
