@@ -1,12 +1,15 @@
 """absl flags, one for each field of the configuration, and how user errors are shown."""
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
+import io
 import logging as standard_logging
 import os
 import platform
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -96,6 +99,8 @@ def run(main: Callable[[], int | None]) -> None:
             rest = flags.FLAGS(list(argv), known_only=False)
         except flags.Error as error:
             fail(str(error).splitlines()[0])
+        except OSError as error:  # of the output, to which the help goes
+            _end(error)
         except SystemExit:
             sys.exit(0)  # absl ends with 1 after printing the help that was asked for
         if len(rest) > 1:
@@ -109,9 +114,13 @@ def run(main: Callable[[], int | None]) -> None:
         _show_warnings()
         try:
             keep_programs()
-            return main()
+            status = main()
+            sys.stdout.flush()  # here, where an error is told
+            return status
         except UserError as error:
             return fail(worded(error))
+        except OSError as error:
+            return _end(error)
         except Exception as error:
             if processes.is_lost_contact(error):
                 return fail(f"lost contact with the other processes ({str(error).splitlines()[0]})")
@@ -129,8 +138,33 @@ def run(main: Callable[[], int | None]) -> None:
                 processes.leave(1)
             raise
 
+    _make_streams_whole()
     app.define_help_flags()
     app.run(guarded, flags_parser=parse)
+
+
+def _make_streams_whole() -> None:
+    """Characters that the terminal's locale has not are written escaped; what is closed takes all.
+
+    Where standard error is closed, Python would print errors among the output.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _end(error: OSError) -> NoReturn:
+    """Ends the program after an error of the system that nobody has put into words."""
+    with contextlib.suppress(OSError, ValueError):
+        # What waits for the output goes nowhere; Python would try again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):  # who read the output has gone, as `head` does
+        processes.leave(128 + signal.SIGPIPE)
+        sys.exit(128 + signal.SIGPIPE)
+    fail(f"{error.filename or 'the output or a connection'}: {error.strerror or error}")
 
 
 class _Worded(standard_logging.Formatter):
@@ -161,6 +195,7 @@ def keep_programs() -> None:
         os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
         return
     if given is None and "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        _check_cache(os.environ["JAX_COMPILATION_CACHE_DIR"])
         return
     if given == "":
         raise ConfigError("compilation_cache_dir", "", "must be a folder, or off")
@@ -175,9 +210,7 @@ def keep_programs() -> None:
     # A program is for one kind of processor; hosts of several kinds may share a home.
     folder = folder / hashlib.sha256(_processor().encode()).hexdigest()[:16]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        _make_writable(folder)
     except OSError as error:
         if given:
             raise ConfigError(
@@ -186,6 +219,32 @@ def keep_programs() -> None:
         return  # nobody asked for it, and a run does without
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+def _check_cache(folder: str) -> None:
+    """Without a folder that can be written JAX would complain of every program."""
+    if not folder or "://" in folder:
+        return
+    try:
+        _make_writable(Path(folder))
+    except OSError as error:
+        standard_logging.getLogger("fedrevive_jax").warning(
+            "JAX_COMPILATION_CACHE_DIR=%s: cannot be written (%s); no program is kept",
+            folder,
+            error.strerror,
+        )
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
+
+def _make_writable(folder: Path) -> None:
+    """Makes a folder, unless it is there and can be written.
+
+    Raises:
+      OSError: it cannot be.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def _processor() -> str:
