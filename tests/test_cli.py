@@ -209,12 +209,12 @@ BAD = [
     (["--partition=natural"], "--partition=natural: this data set has no natural groups"),
     (["--model=convnet"], "--model=convnet: images of 8x8 are too small"),
     (["--warmup_versions=10000000000"], "--warmup_versions=10000000000: must be below 2147483648"),
-    (["--dataset=custom"], "--dataset=custom: is given from Python"),
+    (["--dataset=custom"], "--dataset=custom: is given to `run` from Python"),
     (["--dataset=fashion_mnist"], "--data_dir=: must name the folder"),
     (["--dataset=fashion_mnist", "--data_dir=."], "no file train-images-idx3-ubyte"),
     (
         ["--method=ca2fl", "--cache_memory=disk", "--cache_dir=no"],
-        "--cache_dir=no: is not",
+        "/no: is not a folder",
     ),
     (["--grace=0"], "--grace=0: must be above 0 and at most 3600"),
     (["--grace=nan"], "--grace=nan: must be above 0 and at most 3600"),
@@ -222,8 +222,8 @@ BAD = [
     (["--meta=sgd"], "--meta=sgd: must be one of reptile, fomaml, maml"),
     (["--no_such_flag=1"], "Unknown command line flag 'no_such_flag'"),
     (["digits"], "digits: unexpected argument"),
-    (["--workdir=blocked/run"], "--workdir=blocked/run: cannot be written"),
-    (["--workdir=blocked"], "--workdir=blocked: is not a folder"),
+    (["--workdir=blocked/run"], "/blocked/run: cannot be written"),
+    (["--workdir=blocked"], "/blocked: is not a folder"),
 ]
 
 
