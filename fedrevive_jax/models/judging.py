@@ -89,6 +89,7 @@ def judge(model: Model) -> int:
     if model.vocabulary is not None:
         ids = jax.ShapeDtypeStruct((BATCH, *model.input_shape), jnp.int32)
         calls.append((Text(ids, frozen), None))
+    activations = ()
     for given, dropout in calls:
         result = _shapes(model, "apply", model.apply, params, given, dropout)
         if not (isinstance(result, (tuple, list)) and len(result) == 2):

@@ -203,7 +203,7 @@ def _by_name(tree: Any) -> dict[str, np.ndarray]:
 def _describe(name: str, leaf: np.ndarray) -> dict[str, Any]:
     dtype, shape = str(leaf.dtype), list(leaf.shape)
     digest = hashlib.sha256(json.dumps([name, dtype, shape]).encode())
-    digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+    digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
     return {"dtype": dtype, "shape": shape, "sha256": digest.hexdigest()}
 
 

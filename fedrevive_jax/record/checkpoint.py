@@ -238,6 +238,7 @@ class Checkpoints:
         # The next step of the method takes its own arrays' memory; all others stay as they are.
         own = jax.tree.map(_kept, own)
         self._step_in_writing = record["version"]
+        assert self._thread is not None, "opened to be read only"
         self._writing = self._thread.submit(self._write, record, params, own, once)
 
     def check(self) -> None:
@@ -279,7 +280,7 @@ class Checkpoints:
             version, sums = contents["record"]["version"], contents["sums"]
             known = {PARAMS, STATE} <= sums.keys() and all(map(archive.is_sums, sums.values()))
         except (KeyError, TypeError, AttributeError):
-            known = False
+            version, known = None, False
         if not known:
             raise CorruptError(f"{RECORD} is none of this package")
         if version != step:

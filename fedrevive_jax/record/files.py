@@ -135,7 +135,8 @@ class Events:
 
     def add(self, row: dict[str, Any]) -> None:
         """Adds the numbers of a row of metrics.jsonl at its version."""
-        from tensorboardX.proto.event_pb2 import Event
+        # protobuf makes its classes when it is imported.
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboardX.summary import scalar
 
         prefix = "" if row["kind"] == "evaluation" else "dfkd/"

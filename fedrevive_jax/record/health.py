@@ -73,7 +73,7 @@ class Health:
             self.skipped[part] += row.get(f"{part}_skipped") == 1
         for term, own in self._shares.items():
             share = row.get(f"{term}_rejected")
-            if _is_finite(share):
+            if share is not None and _is_finite(share):
                 own.append(share)
 
     def _loss(self, kind: str, row: dict[str, Any]) -> None:
