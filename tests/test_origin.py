@@ -106,8 +106,8 @@ def test_the_digest_of_texts_is_none_of_their_tokens(tmp_path):
         for n in (8, 9)
     )
     assert data.load(short).digest == data.load(long).digest == data.digest(short)
-    parts = {name: np.arange(2, dtype=np.int32) for name in ("train", "validation", "test")}
-    parts["distillation"] = parts["train"]
+    parts = {name: np.zeros(0, np.int32) for name in ("validation", "distillation")}
+    parts |= {"train": np.asarray([0], np.int32), "test": np.asarray([1], np.int32)}
 
     def texts(*words):
         return Texts("t", ("a", "b"), list(words), np.asarray([0, 1], np.int32), parts).digest
@@ -266,9 +266,11 @@ def test_a_derived_file_is_never_made_again(made, tmp_path, name, damage):
 
 
 def test_who_holds_what_is_read_not_drawn_again(own):
-    """What is kept is used, and what is gone is asked for."""
-    (own.run_dir / files.SUMMARY).unlink()
+    """What is gone is asked for, of a finished run and of one that is continued."""
     (own.run_dir / derived.CLIENTS).unlink()
+    with pytest.raises(FileError, match=r"clients\.npz: cannot be read"):
+        runner.is_finished(own)
+    (own.run_dir / files.SUMMARY).unlink()
     with pytest.raises(FileError, match=r"clients\.npz: cannot be read"):
         runner.run(own, keep_record=True)
 

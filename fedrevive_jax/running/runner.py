@@ -248,13 +248,15 @@ def is_finished(
 
 
 def check_sources(config: Config, digest_of: Callable[[Config], str] = data.digest) -> None:
-    """Whether the run that is recorded was one on the data and files that are there now.
+    """Whether the run that is recorded was one on the data and files that are there now, and still
+    has what it derived from them.
 
     Raises:
-      ConfigError: it was not.
+      ConfigError: it was not, or it has not.
     """
     with _at_hand(settle(config)) as config:
-        kept = derived.read_sources(config.run_dir)
+        kept = derived.read(config.run_dir).sources
+        assert kept is not None
         named = config.dataset != "custom"
         digest = digest_of(config) if named else kept.data_sha256
         _check_sources(config, kept, derived.sources_of(config, digest, kept.classes))
@@ -317,7 +319,7 @@ def _stays_here(name: str) -> bool:
 
 def _in_short(name: str) -> bool:
     """The files that tell what a run is, not what it found."""
-    return "/" not in name and name.endswith(".json")
+    return (name.endswith(".json") and "/" not in name) or name == derived.CLIENTS
 
 
 @contextlib.contextmanager
