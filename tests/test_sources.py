@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -15,10 +16,10 @@ import pytest
 from PIL import Image
 
 from experiments.prepare import prepare
-from fedrevive_jax.data import augment, image_folder, text_folder, tfds_reader
+from fedrevive_jax.data import augment, image_folder, names, text_folder, tfds_reader
 from fedrevive_jax.data.builders import femnist as femnist_builder
 from fedrevive_jax.data.builders import newsgroups as newsgroups_builder
-from fedrevive_jax.data.dataset import Preprocessing
+from fedrevive_jax.data.dataset import Preprocessing, split_by_class
 from fedrevive_jax.data.femnist import CHARACTERS, split_writers
 from fedrevive_jax.data.newsgroups import CLASS_NAMES
 from fedrevive_jax.data.partition import partition
@@ -687,8 +688,12 @@ def truncated(folder):
         (lambda f: (f / "train/b/deeper").mkdir(), r"b/deeper: cannot be read as an image"),
         (lambda f: (f / "train/c").mkdir(), r"train/c: holds no files"),
         (lambda f: write_folder(f, {"test/c": 1}), r"test/c/00.png: class 'c' has no training"),
-        (lambda f: (f / "test").rename(f / "dev"), "has a folder 'train' but no folder 'test'"),
-        (lambda f: (f / "train").rename(f / "dev"), "has a folder 'test' but no folder 'train'"),
+        (lambda f: (f / "test").rename(f / "away"), "has a folder 'train' but no folder 'test'"),
+        (lambda f: (f / "train").rename(f / "away"), "has a folder 'test' but no folder 'train'"),
+        (
+            lambda f: (f / "train/c").symlink_to(f / "nowhere"),
+            r"train/c: is a link that leads nowhere",
+        ),
         (
             lambda f: (f / "train/b").rename(f / "away"),
             r"holds the classes \['a'\], must hold two or more",
@@ -794,6 +799,178 @@ def test_a_class_that_only_the_test_part_has(tmp_path):
     write_texts(tmp_path, {"train.jsonl": rows, "test.jsonl": rows + jsonl([("c", "z")])})
     with pytest.raises(ConfigError, match=r"test.jsonl line 3: class 'c' has no training sample"):
         load("text_folder", tmp_path)
+
+
+# Names of classes and of parts, the same for both of the user's sources
+
+
+def write_samples(source, folder, names):
+    """One sample in each of the class folders `names`, given with their parts."""
+    for number, name in enumerate(names):
+        path = Path(folder, name)
+        path.mkdir(parents=True, exist_ok=True)
+        if source == "text_folder":
+            (path / f"{number}.txt").write_text(ascii(name))
+        else:
+            Image.new("L", (2, 2), number).save(path / f"{number}.png")
+
+
+PARTS = ("train", "validation", "test")
+SOURCES = pytest.mark.parametrize("source", ["image_folder", "text_folder"])
+
+
+@SOURCES
+def test_classes_are_in_the_order_of_numbers(tmp_path, source):
+    count_to_eleven = [str(number) for number in range(12)]
+    write_samples(source, tmp_path, [f"{part}/{c}" for part in PARTS for c in count_to_eleven])
+    loaded = load(source, tmp_path)
+    assert loaded.class_names == tuple(count_to_eleven)
+    assert loaded.labels.tolist() == 3 * sorted(range(12), key=str)  # as the folders are read
+
+
+def test_natural_order():
+    shuffled = ["b10", "10", "b2", "-1", "9", "café", "b", "B", "010", "b2x10", "b2x9", "9" * 5000]
+    assert names.ordered([*shuffled, "b"]) == [
+        "-1", "9", "010", "10", "9" * 5000, "B", "b", "b2", "b2x9", "b2x10", "b10", "café",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("label", "classes", "number"),
+    [
+        (2, [str(n) for n in range(12)], 2),
+        ("10", ["2", "10"], 1),
+        (10, ["2", "10"], 1),  # the class, not a place
+        (1, ["3", "2", "1"], 2),
+        (1, ["ant", "bee"], 1),
+        (" cafe\u0301", ["ant", "caf\xe9"], 1),
+        (0, ["1", "2"], "must be a class name; the classes are 1, 2"),
+        (2, ["ant", "bee"], "must be a class name or 0..1"),
+        (True, ["ant", "bee"], "must be a class name"),
+        ("1", ["ant", "bee"], "must be a class name"),
+        ("a", ["a", "a "], "is the name of 2 classes"),
+    ],
+)
+def test_what_a_label_means(label, classes, number):
+    if isinstance(number, int):
+        assert names.label_of(label, classes) == number
+    else:
+        with pytest.raises(ValueError, match=number):
+            names.label_of(label, classes)
+
+
+@SOURCES
+@pytest.mark.parametrize("other", ["a ", "a\u00a0", "\u200ba", "cafe\u0301", "ice  cream"])
+def test_names_that_look_alike_are_refused(tmp_path, source, other):
+    own = {"cafe\u0301": "caf\xe9", "ice  cream": "ice cream"}.get(other, "a")
+    write_samples(source, tmp_path, [f"train/{own}", "train/b", f"test/{other}"])
+    # Told in ASCII, or they would look alike in the message, too.
+    message = f"class {other!a} looks like class {own!a} of {tmp_path}/train/"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load(source, tmp_path)
+    write_samples(source, tmp_path / "own", [f"train/{other}", "train/A", f"test/{other}"])
+    wanted = {"\u200ba": ("A", "\u200ba"), "ice  cream": ("A", "ice  cream")}.get(other, ("A", own))
+    assert load(source, tmp_path / "own").class_names == wanted
+
+
+def test_labels_that_look_alike_are_refused(tmp_path):
+    write_texts(tmp_path, {"some.jsonl": jsonl([("a", "x"), ("b", "y"), ("a ", "z")])})
+    with pytest.raises(ConfigError, match=r"line 3: class 'a ' looks like class 'a' of .* line 1"):
+        load("text_folder", tmp_path)
+
+
+@pytest.mark.parametrize("name", [" ", b"caf\xe9".decode("utf-8", "surrogateescape")])
+def test_names_that_are_none(tmp_path, name):
+    write_samples("text_folder", tmp_path, [f"train/{name}", "train/b", "test/b"])
+    with pytest.raises(ConfigError, match=r"the name of its class, '.*', is (empty|not valid)"):
+        load("text_folder", tmp_path)
+
+
+LOOK_ALIKES = ("Test", "testing", "val", "Validation", "valid2", "dev_set", "Train", "train_images")
+
+
+@SOURCES
+@pytest.mark.parametrize("name", LOOK_ALIKES)
+@pytest.mark.parametrize("others", [["a", "b"], ["train/a", "train/b", "test/a"]])
+def test_folders_that_look_like_parts_are_refused(tmp_path, source, name, others):
+    write_samples(source, tmp_path, [*others, f"{name}/a"])
+    wanted = f"{name}: looks like a part of the data; the parts are named train, test, validation"
+    with pytest.raises(ConfigError, match=wanted):
+        load(source, tmp_path)
+
+
+@SOURCES
+def test_inside_the_parts_a_class_may_have_any_name(tmp_path, source):
+    write_samples(source, tmp_path, ["train/valid", "train/test", "test/valid", "away/c"])
+    assert load(source, tmp_path).class_names == ("test", "valid")
+
+
+@pytest.mark.parametrize("name", [*LOOK_ALIKES[:7], "reviews-test", "val-00000-of-00001"])
+def test_files_that_look_like_parts_are_refused(tmp_path, name):
+    rows = jsonl([("a", "x"), ("b", "y")] * 3)
+    write_texts(tmp_path, {"train-1.jsonl": rows, "more.jsonl": rows, "readme.txt": "no data"})
+    assert len(load("text_folder", tmp_path).texts) == 12
+    write_texts(tmp_path, {f"{name}.jsonl": rows})
+    with pytest.raises(ConfigError, match=f"{name}.jsonl: looks like a part of the data; the"):
+        load("text_folder", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["test.json", "validation/x", "Test.csv", "dev.jsonl.gz", "a.JSONL"]
+)
+def test_what_lies_beside_files_of_rows(tmp_path, name):
+    write_texts(tmp_path, {"train.jsonl": jsonl([("a", "x"), ("b", "y")] * 3), name: "{}"})
+    with pytest.raises(ConfigError, match=r"looks like a part of|is beside texts in .jsonl files"):
+        load("text_folder", tmp_path)
+
+
+def check_validation(loaded, expected):
+    assert {name: len(part) for name, part in loaded.splits.items()} == expected
+    assert loaded.splits["validation"].tolist() == [20, 21]
+    assert sorted(np.concatenate(list(loaded.splits.values()))) == list(range(len(loaded.labels)))
+
+
+@SOURCES
+def test_a_validation_part_is_the_validation_split(tmp_path, source):
+    train = [f"train/{c}" for c in "ab" for _ in range(10)]
+    write_samples(source, tmp_path, [*train, "validation/a", "validation/b", "test/a"])
+    loaded = load(source, tmp_path)
+    check_validation(loaded, {"train": 18, "distillation": 2, "validation": 2, "test": 1})
+    if source == "text_folder":
+        assert loaded.texts[20:] == ["'validation/a'", "'validation/b'", "'test/a'"]
+    write_samples(source, tmp_path, ["validation/c"])
+    with pytest.raises(ConfigError, match="class 'c' has no training sample"):
+        load(source, tmp_path)
+
+
+def test_a_validation_file_is_the_validation_split(tmp_path):
+    rows = [("ab"[i % 2], f"text {i}") for i in range(20)]
+    write_texts(tmp_path, {"train.jsonl": jsonl(rows), "test.jsonl": jsonl(rows[:1])})
+    write_texts(tmp_path, {"validation.jsonl": jsonl([("a", "own a"), ("b", "own b")])})
+    loaded = load("text_folder", tmp_path)
+    check_validation(loaded, {"train": 18, "distillation": 2, "validation": 2, "test": 1})
+    assert [loaded.texts[i] for i in (20, 21)] == ["own a", "own b"]
+
+
+def test_every_class_has_a_training_sample_and_its_share_of_each_split():
+    # Of 100 samples, a class of 80, one of 18, two of one: by chance one may be missing.
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 3], [80, 18, 1, 1]))
+    sizes = {"train": 75, "validation": 15, "distillation": 10}
+    seen = []
+    for seed in range(20):
+        splits = split_by_class(labels, sizes, seed)
+        assert sorted(np.concatenate(list(splits.values()))) == list(range(100))
+        assert {name: len(part) for name, part in splits.items()} == sizes
+        counts = {name: np.bincount(labels[part], minlength=4) for name, part in splits.items()}
+        assert (counts["train"][2:] == 1).all()
+        for name, size in sizes.items():
+            # 80 and 18 of each 100, but for the places at the two ends of a cut, and for the rare.
+            np.testing.assert_allclose(counts[name][:2], [size * 0.8, size * 0.18], atol=2)
+        seen.append(splits["train"].tolist())
+    assert len(set(map(tuple, seen))) == 20
+    # Where each class has one sample, there are as many as fit.
+    splits = split_by_class(np.arange(100), sizes, 0)
+    assert [len(part) for part in splits.values()] == [75, 15, 10]
 
 
 def test_texts_are_checked_when_they_are_made():

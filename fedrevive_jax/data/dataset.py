@@ -276,6 +276,43 @@ def split_training(count: int, seed: int) -> dict[str, np.ndarray]:
     return dict(zip(split_sizes(count), np.split(order, ends[:-1]), strict=True))
 
 
+def split_by_class(labels: np.ndarray, sizes: dict[str, int], seed: int) -> dict[str, np.ndarray]:
+    """Splits samples at random so that each split has its share of every class.
+
+    The samples of a class are spread evenly over the line of all samples, which is then cut. The
+    first of every class come first: where the first split has a place for each class, none is
+    missing there.
+
+    Args:
+      labels: int array [n].
+      sizes: samples of each split, n together.
+      seed: seed of the split.
+
+    Returns:
+      int32 positions of each split, ascending.
+    """
+    generator = numpy_generator(seed, Stream.SPLIT)
+    share = places(labels, generator) / np.bincount(labels)[labels]
+    line = np.lexsort((generator.permutation(len(labels)), share)).astype(np.int32)
+    parts = np.split(line, np.cumsum(list(sizes.values()))[:-1])
+    return {name: np.sort(part) for name, part in zip(sizes, parts, strict=True)}
+
+
+def places(groups: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Of each sample its place, from 0, in a random order of its group's samples.
+
+    Args:
+      groups: int array [n], the group of each sample, from 0.
+      generator: a permutation of n is drawn from it.
+    """
+    sizes = np.bincount(groups)
+    order = generator.permutation(len(groups))
+    order = order[np.argsort(groups[order], kind="stable")]  # group by group
+    found = np.empty(len(groups), np.int64)
+    found[order] = np.arange(len(groups)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return found
+
+
 def split_sizes(count: int) -> dict[str, int]:
     """How many of `count` training samples each split gets."""
     train, validation = round(0.75 * count), round(0.15 * count)

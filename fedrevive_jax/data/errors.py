@@ -1,7 +1,26 @@
-"""Messages of libraries in the one line that a user is shown."""
+"""Messages of libraries and of the file system in the one line that a user is shown."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from fedrevive_jax.errors import FileError
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
     """The message of an error, in one line of bounded length."""
     words = " ".join(str(error).split()) or type(error).__name__
     return words if len(words) <= limit else words[:limit] + " ..."
+
+
+@contextlib.contextmanager
+def reading(where: Any) -> Iterator[None]:
+    """What the file system refuses inside becomes a line about `where`.
+
+    Raises:
+      FileError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise FileError(where, f"cannot be read ({error.strerror or one_line(error)})") from None

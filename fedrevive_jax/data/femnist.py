@@ -8,7 +8,8 @@ import string
 import numpy as np
 
 from fedrevive_jax.compute.streams import Stream, numpy_generator
-from fedrevive_jax.data.dataset import Dataset, DatasetSpec
+from fedrevive_jax.data.dataset import Dataset, DatasetSpec, places
+from fedrevive_jax.data.names import ordered
 from fedrevive_jax.data.tfds_reader import find, read_images
 
 # The classes in the order of their labels, in LEAF as in flwrlabs/femnist.
@@ -24,14 +25,15 @@ def load(data_dir: str, seed: int) -> Dataset:
     """Reads FEMNIST; `groups` are the writers, values stay in [0, 1], no augmentation."""
     prepared = find("femnist", data_dir)
     stored = read_images(prepared, ("train",), SPEC, label="character", group="writer_id")
-    _, writers = np.unique(stored.groups, return_inverse=True)
+    numbers = {writer: number for number, writer in enumerate(ordered(stored.groups))}
+    writers = np.asarray([numbers[writer] for writer in stored.groups], np.int32)
     return Dataset(
         "femnist",
         SPEC.num_classes,
         stored.samples,
         stored.labels,
         split_writers(writers, seed),
-        groups=writers.astype(np.int32),
+        groups=writers,
         class_names=tuple(CHARACTERS),
     )
 
@@ -55,22 +57,12 @@ def split_writers(writers: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     sizes = np.bincount(writers)
     ends = [np.round(share * sizes) for share in np.cumsum(list(SHARES.values()))]
     counts = dict(zip(SHARES, np.diff(ends, axis=0, prepend=0), strict=True))
-    tested = _places(writers, TEST_SEED) < counts["test"][writers]
+    tested = places(writers, numpy_generator(TEST_SEED, Stream.SPLIT)) < counts["test"][writers]
     splits, others = {"test": np.flatnonzero(tested)}, np.flatnonzero(~tested)
     of_writer, start = writers[others], np.zeros(len(sizes))
-    place = _places(of_writer, seed)
+    place = places(of_writer, numpy_generator(seed, Stream.SPLIT))
     for name in ("train", "validation", "distillation"):
         end = start + counts[name]
         splits[name] = others[(place >= start[of_writer]) & (place < end[of_writer])]
         start = end
     return {name: splits[name].astype(np.int32) for name in SHARES}
-
-
-def _places(writers: np.ndarray, seed: int) -> np.ndarray:
-    """Of each sample its place, from 0, in a random order of its writer's samples."""
-    sizes = np.bincount(writers)
-    order = numpy_generator(seed, Stream.SPLIT).permutation(len(writers))
-    order = order[np.argsort(writers[order], kind="stable")]  # writer by writer
-    places = np.empty(len(writers), np.int64)
-    places[order] = np.arange(len(writers)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return places

@@ -29,7 +29,7 @@ def load(data_dir: str, seed: int) -> Dataset:
       ConfigError: the layout is wrong, or an image cannot be read or has a size of its own.
     """
     folder = folders.root(data_dir, "folders of images, one for each class")
-    arranged = folders.arrange(folder, *folders.class_files(folder), seed)
+    arranged = folders.arrange(folder, folders.class_files(folder), seed)
     files = [item.content for item in arranged.items]
     mode, (width, height) = _common_format(files)
     images = np.empty((len(files), height, width, len(mode)), np.uint8)

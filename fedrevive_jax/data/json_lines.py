@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedrevive_jax.data.errors import one_line
+from fedrevive_jax.data.errors import one_line, reading
 from fedrevive_jax.errors import FileError
 
 
@@ -22,10 +22,8 @@ def read(path: Path) -> list[Row]:
     Raises:
       ConfigError: the file cannot be read or holds no rows, or a row has no label or no text.
     """
-    try:
+    with reading(path):
         raw = path.read_bytes()
-    except OSError as error:
-        raise FileError(path, f"cannot be read ({error.strerror})") from None
     # Split as bytes: UTF-8 has more line ends than JSON lines.
     lines = enumerate(raw.split(b"\n"), start=1)
     rows = [_row(line, f"{path} line {number}") for number, line in lines if line.strip()]

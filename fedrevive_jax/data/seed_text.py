@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from fedrevive_jax.data import json_lines, tokens
+from fedrevive_jax.data import json_lines, names, tokens
 from fedrevive_jax.data.dataset import Dataset
 from fedrevive_jax.errors import ConfigError, FileError
 
@@ -14,7 +14,7 @@ def read(path: str, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """Token ids [n, length] and labels [n], int32.
 
     Args:
-      path: a file of JSON lines; a label is a class name or number.
+      path: a file of JSON lines; a label is a class, see `names.label_of`.
       dataset: whose tokenizer, classes and length to use.
 
     Raises:
@@ -30,10 +30,7 @@ def read(path: str, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _label(label: Any, dataset: Dataset, where: str) -> int:
-    if label in dataset.class_names:
-        return dataset.class_names.index(label)
-    if type(label) is int and 0 <= label < dataset.num_classes:
-        return label
-    raise FileError(
-        where, f"has label {label!r}; must be a class name or 0..{dataset.num_classes - 1}"
-    )
+    try:
+        return names.label_of(label, dataset.classes)
+    except ValueError as error:
+        raise FileError(where, f"has label {label!r}; {error}") from None
