@@ -1,5 +1,7 @@
 """The laws of durations, by statistics with a negative control; and the trace file."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -65,6 +67,21 @@ def test_trace_by_client(tmp_path):
     assert model.durations(2).upload.tolist() == [2, 4, 2, 4]
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_headers_are_read_as_a_reader_reads_them(tmp_path, separator):
+    lines = ["\ufeffNote, Client ,DOWNLOAD, Train ,upload", "x,b,3,20,4", "", "x, a ,1,10,2"]
+    text = "\n".join(lines).replace(",", separator)
+    model = delays.create(write_trace(tmp_path / "t.csv", text))
+    assert model.durations(0).train.tolist() == [10, 20, 10, 20]
+
+
+def test_recorded_clients_are_in_the_order_of_numbers(tmp_path):
+    rows = "".join(f"{client},0,{client + 1},0\n" for client in range(12))
+    config = write_trace(tmp_path / "t.csv", f"client,download,train,upload\n{rows}")
+    model = delays.create(dataclasses.replace(config, num_clients=12))
+    assert model.durations(0).train.tolist() == list(range(1, 13))
+
+
 def test_trace_without_clients_draws_rows(tmp_path):
     model = delays.create(write_trace(tmp_path / "t.csv", "train,upload,download\n1,2,3\n4,5,6\n"))
     rows = {tuple(r) for visit in range(20) for r in np.stack(model.durations(visit), 1)}
@@ -79,7 +96,17 @@ def test_trace_without_clients_draws_rows(tmp_path):
         ("download,train,upload\n1,0,1\n", "line 2.*train > 0"),
         ("download,train,upload\n1,1,1\n1,nan,1\n", "line 3.*finite"),
         ("download,train,upload\n1,x,1\n", "line 2"),
-        ("download,train,upload\n1,2\n", "line 2"),
+        ("download,train,upload\n1,2\n", "line 2: has 2 fields, the header has 3, with a comma"),
+        ("download,train,upload\n1,5,1,2\n", "line 2: has 4 fields"),
+        ("download;train;upload\n1,5;1;1\n", "line 2: durations must be finite"),
+        ("download|train|upload\n1|1|1\n", "looks like one .*must name"),
+        ("a b c\n1 2 3\n", "no column 'download'.*separated by comma, semicolon, tab"),
+        ("download,train,upload,train\n1,2,3,4\n", "has two columns 'train'"),
+        ("download,train,upload,Client ,client\n1,2,3,a,b\n", "has two columns 'client'"),
+        ("client_id,download,train,upload\na,1,2,3\n", "column 'client_id' looks like one"),
+        ("clinet,download,train,upload\na,1,2,3\n", "column 'clinet' looks like one"),
+        ("download,train,upload_s\n1,2,3\n", "column 'upload_s' looks like one .*must name down"),
+        ("client,download,train,upload\n ,1,2,3\n", "line 2: the client is empty"),
         ("", "no column"),
     ],
 )

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "presets": "",
     "compute": "",
     "data": "compute",
-    "clock": "compute",
+    "clock": "compute data",
     "models": "compute data",
     "messages": "models",
     "clients": "compute data models messages",

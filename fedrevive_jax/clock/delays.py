@@ -8,6 +8,7 @@ does not depend on the order in which the virtual clock asks for it. Times are i
 import csv
 import math
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -15,6 +16,8 @@ import numpy as np
 
 from fedrevive_jax.compute.streams import Stream, numpy_generator
 from fedrevive_jax.config import Config
+from fedrevive_jax.data import names
+from fedrevive_jax.data.errors import one_line
 from fedrevive_jax.errors import ConfigError
 
 
@@ -107,9 +110,11 @@ class RandomDelays:
 class TraceDelays:
     """Durations replayed from a CSV file of measured ones.
 
-    The header names the columns `download`, `train`, `upload` and optionally `client`. With
-    `client`, simulated client i replays the rows of the (i mod recorded clients)-th recorded client
-    in file order, wrapping round. Without it, every visit takes a random row.
+    The header names the columns `download`, `train`, `upload` and optionally `client`, in letters
+    of any case, with commas, semicolons or tabs between them. With `client`, simulated client i
+    replays the rows of the (i mod recorded clients)-th recorded client in file order, wrapping
+    round. Recorded clients are in natural order, 2 before 10. Without `client`, every visit takes a
+    random row.
     """
 
     def __init__(self, path: str, num_clients: int, seed: int):
@@ -135,27 +140,35 @@ class TraceDelays:
         return Durations(*self._rows[picked].T)
 
 
+COLUMNS = ("download", "train", "upload")
+CLIENT = "client"
+SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}
+
+
 def _read_trace(path: str) -> tuple[np.ndarray, np.ndarray | None]:
-    columns = ("download", "train", "upload")
+    """Durations [rows, 3] and the number of each row's client, or None where none are named."""
     try:
         with Path(path).open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
-            header = reader.fieldnames or []
-            missing = [name for name in columns if name not in header]
-            if missing:
-                raise ConfigError(
-                    "delay_trace",
-                    path,
-                    f"no column {missing[0]!r}; "
-                    "the header must name download, train, upload and may name client",
-                )
+            first = stream.readline()
+            stream.seek(0)
+            separator = max(SEPARATORS, key=first.count)
+            reader = csv.reader(stream, delimiter=separator)
+            header = _header(path, next(reader, []))
             rows, owners = [], []
-            for row in reader:
+            for fields in reader:
+                if not any(field.strip() for field in fields):
+                    continue
+                row = dict(zip(header, fields, strict=False))
+                if len(fields) != len(header):
+                    raise ConfigError(
+                        "delay_trace",
+                        path,
+                        f"line {reader.line_num}: has {len(fields)} fields, the header has "
+                        f"{len(header)}, with a {SEPARATORS[separator]} between them",
+                    )
                 try:
-                    values = [float(row[name]) for name in columns]
-                except (TypeError, ValueError):
-                    values = [math.nan]
-                if "client" in header and row["client"] is None:
+                    values = [float(row[name]) for name in COLUMNS]
+                except ValueError:
                     values = [math.nan]
                 if not all(math.isfinite(v) and v >= 0 for v in values) or values[1] <= 0:
                     raise ConfigError(
@@ -165,12 +178,52 @@ def _read_trace(path: str) -> tuple[np.ndarray, np.ndarray | None]:
                         "numbers, download and upload >= 0, train > 0",
                     )
                 rows.append(values)
-                owners.append(row.get("client"))
+                if CLIENT in header:
+                    owners.append(_owner(path, row[CLIENT], reader.line_num))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError("delay_trace", path, f"cannot be read as CSV ({error})") from error
+        message = one_line(error)
+        raise ConfigError(
+            "delay_trace", path, f"cannot be read as CSV in UTF-8 ({message})"
+        ) from None
     if not rows:
         raise ConfigError("delay_trace", path, "no rows; at least one is needed")
-    return np.asarray(rows), np.asarray(owners) if "client" in header else None
+    if not owners:
+        return np.asarray(rows), None
+    numbers = {owner: number for number, owner in enumerate(names.ordered(owners))}
+    return np.asarray(rows), np.asarray([numbers[owner] for owner in owners])
+
+
+def _header(path: str, fields: list[str]) -> list[str]:
+    """The columns' names, cleaned. Columns of other names are not read.
+
+    Raises:
+      ConfigError: a column is missing, comes twice, or is named nearly as one that is read.
+    """
+    header = [field.strip().casefold() for field in fields]
+    known = (*COLUMNS, CLIENT)
+    allowed = "; the header must name download, train, upload and may name client"
+    for given, name in zip(fields, header, strict=True):
+        if name in known:
+            if header.count(name) > 1:
+                raise ConfigError("delay_trace", path, f"has two columns {name!r}{allowed}")
+        elif any(word in name for word in known) or get_close_matches(name, known, cutoff=0.8):
+            raise ConfigError(
+                "delay_trace", path, f"column {given!r} looks like one that is read{allowed}"
+            )
+    missing = [name for name in COLUMNS if name not in header]
+    if missing:
+        separators = ", ".join(SEPARATORS.values())
+        raise ConfigError(
+            "delay_trace", path, f"no column {missing[0]!r}{allowed}, separated by {separators}"
+        )
+    return header
+
+
+def _owner(path: str, name: str, line: int) -> str:
+    try:
+        return names.clean(name)
+    except ValueError as error:
+        raise ConfigError("delay_trace", path, f"line {line}: the client {error}") from None
 
 
 def create(config: Config) -> DelayModel:
