@@ -50,12 +50,12 @@ def test_streams_that_are_closed_or_of_another_locale(monkeypatch, capfd):
 
 
 def test_an_error_of_the_system_is_one_line():
-    """One that no part of the package has put into words: a name that no file can have."""
+    """A name that no file can have."""
     name = "/" + "x" * 300
     result = call("--dry_run", "--dataset=image_folder", f"--data_dir={name}")
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.startswith("error: ")
-    assert result.stderr.endswith(": File name too long\n")
+    assert "File name too long" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 

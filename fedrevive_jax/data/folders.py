@@ -39,7 +39,7 @@ class Item(NamedTuple):
 
     where: str
     class_name: str
-    content: Path | str
+    content: str
 
 
 class Arranged(NamedTuple):
@@ -215,7 +215,7 @@ def _class_folders(folder: Path) -> list[Item]:
         files = visible(path)
         if not files:
             raise FileError(path, f"holds no files, must hold samples of class {path.name!r}")
-        items += [Item(str(file), path.name, file) for file in files]
+        items += [Item(str(file), path.name, str(file)) for file in files]
     return items
 
 

@@ -30,7 +30,7 @@ def load(data_dir: str, seed: int) -> Dataset:
     """
     folder = folders.root(data_dir, "folders of images, one for each class")
     arranged = folders.arrange(folder, folders.class_files(folder), seed)
-    files = [item.content for item in arranged.items]
+    files = [Path(item.content) for item in arranged.items]
     mode, (width, height) = _common_format(files)
     images = np.empty((len(files), height, width, len(mode)), np.uint8)
     for image, file in zip(images, files, strict=True):

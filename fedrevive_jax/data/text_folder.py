@@ -41,7 +41,7 @@ def _from_files(folder: Path) -> dict[str, list[Item]]:
 
 
 def _text(item: Item) -> str:
-    path = item.content
+    path = Path(item.content)
     with reading(path):
         if path.suffix != ".txt" or not path.is_file():
             raise FileError(item.where, "must be a .txt file, as all in a class folder")
