@@ -115,7 +115,7 @@ def make_window_trainer(
         chex.assert_rank([labels, indices, jobs], [1, 3, 1])
         chex.assert_equal(len(bases), len(jobs))
         chex.assert_equal_shape_prefix([indices, jobs], 1)
-        chex.assert_trees_all_equal_shapes_and_dtypes(*bases)
+        chex.assert_trees_all_equal_shapes_and_dtypes(bases[0], *bases)  # also of a single one
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *bases)
         train_all = devices.split(mesh, several_jobs)
         uploads = train_all((store, labels), (stacked, indices, jobs))
