@@ -30,7 +30,7 @@ flags.adopt_module_key_flags(config_flags)
 def main() -> None:
     from experiments.benchmarking import convolution_table, measuring, report, stages
     from fedrevive_jax.compute import environment
-    from fedrevive_jax.compute.devices import create_mesh
+    from fedrevive_jax.compute.devices import make_mesh
 
     given = {name: value for name, value in config_flags.given_values().items() if value}
     name = given.pop("model", None) or "convnet"
@@ -48,7 +48,7 @@ def main() -> None:
         raise ConfigError("peak_tflops", PEAK.value, "must be above 0")
     environment.check()
     config, dataset = stages.workload(name, **given)
-    mesh = create_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     devices = 1 if mesh is None else mesh.size
     if PEER.value:
         if devices > 1:

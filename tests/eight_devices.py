@@ -148,14 +148,14 @@ def test_split_is_the_plain_function_with_the_plain_gradients(count):
 
     expected = all_of(None)
     for number in ("3", "8"):
-        result = all_of(devices.create_mesh(number))
+        result = all_of(devices.make_mesh(number))
         for a, b in zip(*map(jax.tree.leaves, (result, expected)), strict=True):
             assert a.shape == b.shape
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_meshes():
-    assert devices.create_mesh("auto").size == jax.device_count() == 8
-    assert devices.create_mesh("0") is devices.create_mesh("1") is None
+    assert devices.make_mesh("auto").size == jax.device_count() == 8
+    assert devices.make_mesh("0") is devices.make_mesh("1") is None
     with pytest.raises(ConfigError, match="mesh=9: there are 8 devices"):
-        devices.create_mesh("9")
+        devices.make_mesh("9")

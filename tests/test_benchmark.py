@@ -127,7 +127,7 @@ def test_a_whole_benchmark(tmp_path):
     }
     parts = told["stages"]
     # The clock of the preset's windows, in calls of the size that was measured here.
-    sizes = [len(window.jobs) for window in plan_windows(schedule.from_config(preset))]
+    sizes = [len(window.jobs) for window in plan_windows(schedule.create(preset))]
     size = told["jobs_in_a_call"]
     padding = sum(math.ceil(jobs / size) for jobs in sizes) * size / sum(sizes)
     assert told["jobs_trained_per_arrival"] == pytest.approx(padding)

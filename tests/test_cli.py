@@ -99,7 +99,7 @@ def test_dry_run_needs_no_data_and_writes_nothing(tmp_path):
 
 def test_flops_are_those_of_the_model():
     """ConvNet at 28x28, width 64, 10 classes, counted by hand: 2 per multiply-add."""
-    model = models.create(
+    model = models.make_network(
         "convnet", input_shape=(28, 28, 1), num_classes=10, width=64, convolution="lax"
     )
     multiply_adds = (
@@ -128,12 +128,12 @@ def test_flops_of_a_whole_run():
     # every teacher and the student.
     samples = config.distillation_steps * config.distillation_batch * config.num_teachers
     images = config.synthesis_batch * config.synthesis_steps
-    model = models.create("digitsnet", input_shape=(8, 8, 1), num_classes=10, width=8)
+    model = models.make_network("digitsnet", input_shape=(8, 8, 1), num_classes=10, width=8)
     making = making_flops(config, model)
     products = 16 * 256 + 16 * 9 * 64 * 64 + 64 * 9 * 64 * 32 + 64 * 9 * 32
     # Borders, where a kernel hangs over, are not counted; activations and normalisation are.
     assert 1.5 * products <= making <= 2.2 * products
-    fresh = int((schedule.from_config(config).staleness[61:] == 0).sum())
+    fresh = int((schedule.create(config).staleness[61:] == 0).sum())
     assert 0 < fresh < 20
     distilled, synthesised = 100 - 61 - fresh, len(range(20, 100, config.generation_interval))
     assert told["arrivals"] == 100

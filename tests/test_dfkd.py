@@ -15,7 +15,7 @@ from fedrevive_jax.config import Dfkd
 from fedrevive_jax.dfkd import distillation, loss_guard, losses, pool, proxy, synthesis, teachers
 from fedrevive_jax.dfkd.generator import Generator, image_maker
 from fedrevive_jax.dfkd.reviver import create
-from fedrevive_jax.models import create as create_model
+from fedrevive_jax.models import make_network
 from fedrevive_jax.models.model import per_call, tap_statistics
 from fedrevive_jax.presets import resolve
 from tests.toys import KEY, arrival, scalar_model, scalar_upload, submission
@@ -238,7 +238,7 @@ def test_the_newest_uploads_teach():
 
 
 def small_synthesis(**kwargs):
-    model = create_model("digitsnet", input_shape=(8, 8, 1), num_classes=10, width=4)
+    model = make_network("digitsnet", input_shape=(8, 8, 1), num_classes=10, width=4)
     generator = Generator((8, 8, 1), 4)
     options = {
         "synthesis_batch": 12, "synthesis_steps": 2, "generator_lr": 0.01, "latent_lr": 0.003,
@@ -372,7 +372,7 @@ DISTIL = Dfkd(
 
 
 def small_distillation(num_teachers=2):
-    model = create_model("digitsnet", input_shape=(8, 8, 1), num_classes=10, width=4)
+    model = make_network("digitsnet", input_shape=(8, 8, 1), num_classes=10, width=4)
     student = model.init(jax.random.key(0))
     params = [model.init(jax.random.key(1 + k)) for k in range(num_teachers)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
@@ -413,7 +413,7 @@ def test_equal_parameters_give_equal_logits(width):
     """In single precision, as they come from two programs, a teacher's and a student's: Adam would
     make a step of any difference."""
     shape = (28, 28, 1)
-    model = create_model("convnet", input_shape=shape, num_classes=10, width=width)
+    model = make_network("convnet", input_shape=shape, num_classes=10, width=width)
     params = model.init(KEY)
     samples = jax.random.normal(KEY, (2, 2, 32, *shape))
 
@@ -520,7 +520,7 @@ TINY = {
 @pytest.fixture(scope="module")
 def tiny():
     config = resolve("digits", "fedrevive", **TINY)
-    model = create_model("digitsnet", input_shape=(8, 8, 1), num_classes=10, width=4)
+    model = make_network("digitsnet", input_shape=(8, 8, 1), num_classes=10, width=4)
     reviver = create(config, model, lambda images, key: images)
     params = model.init(jax.random.key(0))
     return reviver, jax.jit(reviver.revive), model, params
@@ -576,7 +576,7 @@ def test_full_maml_runs_inside_the_reviver():
     """The costliest meta-step: the generator moves by at most Adam's rate and stays finite, also
     for classes that were not drawn."""
     config = resolve("digits", "fedrevive", **{**TINY, "meta": "maml", "warmup_versions": 4})
-    model = create_model("digitsnet", input_shape=(8, 8, 1), num_classes=10, width=4)
+    model = make_network("digitsnet", input_shape=(8, 8, 1), num_classes=10, width=4)
     reviver = create(config, model, lambda images, key: images)
     params = model.init(jax.random.key(0))
     before = reviver.init(params)

@@ -11,7 +11,7 @@ import fedrevive_jax
 from fedrevive_jax.compute import environment
 from fedrevive_jax.compute.streams import Stream, jax_key, root_key
 from fedrevive_jax.errors import ConfigError
-from fedrevive_jax.models import create
+from fedrevive_jax.models import make_network
 from fedrevive_jax.running import restore
 from fedrevive_jax.simulation.planning import plan
 from fedrevive_jax.simulation.simulator import Simulation
@@ -68,7 +68,7 @@ def test_every_entrance_looks(tmp_path):
 def test_another_default_generator_draws_the_same():
     """The control: keys that JAX makes by default are others."""
     key, default = jax_key(3, Stream.SERVER, 5), jax.random.key(3)
-    init = create("digitsnet", input_shape=(8, 8, 1), num_classes=10, width=4).init
+    init = make_network("digitsnet", input_shape=(8, 8, 1), num_classes=10, width=4).init
     params = init(root_key())
     with setting("jax_default_prng_impl", "rbg"):
         assert jax.random.key(3).dtype != default.dtype

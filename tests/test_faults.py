@@ -27,7 +27,7 @@ from tests.test_simulator import assert_same_params, play, rows, small
 
 
 def plan_of(method="fedrevive", **kwargs):
-    return schedule.from_config(resolve("digits", method, **kwargs))
+    return schedule.create(resolve("digits", method, **kwargs))
 
 
 def check_contract(plan, concurrency, buffer_size):
@@ -146,7 +146,7 @@ def test_failures_are_drawn_at_their_rate_and_leave_other_draws_alone():
 
 
 def test_a_world_in_which_nothing_ever_comes():
-    """`from_config` refuses it; the clock runs it."""
+    """`schedule.create` refuses it; the clock runs it."""
     lost = {"fault_rate": 1.0, "fault_kinds": [Fault.LOST]}
     plan = clock(Fixed([1.0] * 40), 40, 20, max_time=5.0, **lost)
     assert plan.num_arrivals == 0

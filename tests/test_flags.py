@@ -90,7 +90,7 @@ def outcome(values):
     """The number of planned windows, or the message of the refusal."""
     try:
         config = resolve(**values)
-        plan = schedule.from_config(config)
+        plan = schedule.create(config)
     except ConfigError as error:
         return str(error)
     windows = plan_windows(plan, config.window_limit)

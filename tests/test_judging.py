@@ -11,7 +11,7 @@ import pytest
 from fedrevive_jax.compute.streams import root_key
 from fedrevive_jax.data import digits
 from fedrevive_jax.errors import ConfigError
-from fedrevive_jax.models import Model, create, from_flax, t5
+from fedrevive_jax.models import Model, from_flax, make_network, t5
 from fedrevive_jax.models.judging import fitting, judge
 from tests.test_simulator import small
 from tests.toys import scalar_model
@@ -106,10 +106,10 @@ def test_networks_that_are_models(dataset):
     assert fitting(small("fedrevive"), dataset, network()).name == "net"
     fitting(small("fedbuff"), dataset, network("no taps"))
     fitting(small("fedrevive", feature_weight=0), dataset, network("no taps"))
-    assert judge(create("digitsnet", input_shape=(8, 8, 1), num_classes=10, width=4)) == 3
+    assert judge(make_network("digitsnet", input_shape=(8, 8, 1), num_classes=10, width=4)) == 3
     assert judge(scalar_model()) == 1
     shape = t5.T5Shape(30, 8, 8, 2, 2, 4, 8, 16, 1e-6)
-    assert judge(t5.create(shape, 6, 3, None)) == 2
+    assert judge(t5.make_classifier(shape, 6, 3, None)) == 2
 
 
 def test_dropout_is_on_where_there_is_a_key():

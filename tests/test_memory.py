@@ -83,7 +83,7 @@ def test_jobs_in_a_call_on_a_cpu():
     for model, shape, count in (
         ("digitsnet", (8, 8, 1), 2), ("convnet", (28, 28, 1), 1), ("resnet18", (32, 32, 3), 1),
     ):  # fmt: skip
-        images = models.create(model, input_shape=shape, num_classes=10, width=4)
+        images = models.make_network(model, input_shape=shape, num_classes=10, width=4)
         assert sizing.default_client_batch(images, config, 1, 0) == count
     texts = scalar_model()._replace(vocabulary=Vocabulary(16, 8))
     assert sizing.default_client_batch(texts, config, 1, 0) == 1
@@ -110,7 +110,7 @@ def test_calls_of_the_size_that_suits_the_windows(windows, limit, devices, size)
 
 def tiny_convnet():
     """The ConvNet at 28x28 and width 8, and the shapes of its parameters."""
-    model = models.create(
+    model = models.make_network(
         "convnet", input_shape=(28, 28, 1), num_classes=10, width=8, convolution="lax"
     )
     return model, jax.eval_shape(model.init, jax.random.key(0))

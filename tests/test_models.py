@@ -22,7 +22,7 @@ CASES = {
 
 def create(name, convolution="lax", width=None):
     shape, classes, published = CASES[name]
-    return models.create(
+    return models.make_network(
         name,
         input_shape=shape,
         num_classes=classes,
@@ -200,8 +200,10 @@ def test_second_derivatives_of_mixed(x64, channels):
 
 def test_convnet_names_the_least_size():
     shape = (12, 12, 1)
-    models.create("convnet", input_shape=shape, num_classes=3, width=2).init(jax.random.key(0))
-    small = models.create("convnet", input_shape=(11, 12, 1), num_classes=3, width=2)
+    models.make_network("convnet", input_shape=shape, num_classes=3, width=2).init(
+        jax.random.key(0)
+    )
+    small = models.make_network("convnet", input_shape=(11, 12, 1), num_classes=3, width=2)
     with pytest.raises(ConfigError, match="12x12 is the least"):
         small.init(jax.random.key(0))
 
@@ -267,7 +269,7 @@ def test_half_precision_is_in_the_arithmetic_alone(name):
 @pytest.mark.parametrize("convolution", convolutions.WAYS)
 def test_float32_is_float32_on_accelerators(monkeypatch, convolution):
     """Every product, on the way back too, asks for all digits; without it none does."""
-    plain = models.create(
+    plain = models.make_network(
         "convnet", input_shape=(28, 28, 1), num_classes=10, width=8, convolution=convolution
     )
     params = plain.init(jax.random.key(0))

@@ -52,7 +52,7 @@ def folder(encoder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(folder):
     shape = t5_weights.read_shape(str(folder))
-    return t5.create(shape, LENGTH, CLASSES, t5_weights.read(str(folder), shape))
+    return t5.make_classifier(shape, LENGTH, CLASSES, t5_weights.read(str(folder), shape))
 
 
 def expected(encoder, params, embeddings, mask):
@@ -124,7 +124,7 @@ def test_a_start_has_the_law_of_transformers():
         transformers.T5Config(**sizes, num_heads=8, relative_attention_num_buckets=64)
     )
     shape = t5.T5Shape(3300, 128, 512, 2, 8, 32, 64)
-    model = t5.create(shape, LENGTH, CLASSES)
+    model = t5.make_classifier(shape, LENGTH, CLASSES)
     ours = model.init(jax.random.key(0))
     block = theirs.encoder.block[1].layer
     pairs = [

@@ -34,7 +34,7 @@ from experiments.benchmarking.torch_networks import (  # noqa: E402
     ],
 )
 def test_logits_and_taps(name, shape, classes, twin, convolution):
-    model = models.create(
+    model = models.make_network(
         name, input_shape=shape, num_classes=classes, width=64, convolution=convolution
     )
     params = model.init(jax.random.key(0))
@@ -60,7 +60,7 @@ def test_logits_and_taps(name, shape, classes, twin, convolution):
 
 def test_start_has_the_law_of_pytorch():
     """Kernels and biases of each kind of layer: the same bound, and a uniform law within it."""
-    params = models.create("convnet", input_shape=(28, 28, 1), num_classes=62, width=64).init(
+    params = models.make_network("convnet", input_shape=(28, 28, 1), num_classes=62, width=64).init(
         jax.random.key(0)
     )
     net = TorchConvNet()
@@ -80,7 +80,7 @@ def test_the_peer_of_the_benchmark_does_the_same_work():
     a few entries may differ.
     """
     config, dataset = stages.workload("digits", distillation_steps=2, concurrency=3, num_clients=6)
-    model = models.from_config(config, dataset.input_shape, dataset.num_classes)
+    model = models.create(config, dataset.input_shape, dataset.num_classes)
     student, *teachers = (model.init(jax.random.key(i)) for i in range(1 + config.num_teachers))
     shape = (config.distillation_steps, config.num_teachers, config.distillation_batch)
     images = np.random.default_rng(0).random((*shape, *dataset.input_shape), np.float32)

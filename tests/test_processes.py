@@ -15,7 +15,7 @@ import pytest
 
 from fedrevive_jax.compute import processes
 from fedrevive_jax.errors import ConfigError
-from fedrevive_jax.models import create
+from fedrevive_jax.models import make_network
 from fedrevive_jax.record import files, reading
 from fedrevive_jax.running import runner
 from tests.test_simulator import SMALL, small
@@ -77,7 +77,7 @@ def assert_same_run(folder, expected):
     for a, b in zip(rows(folder), rows(expected), strict=True):
         assert {**a, "loss": 0} == {**b, "loss": 0}
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
-    model = create("digitsnet", input_shape=(8, 8, 1), num_classes=10, width=4)
+    model = make_network("digitsnet", input_shape=(8, 8, 1), num_classes=10, width=4)
     (version, params), (same, others) = (reading.read_params(f, model) for f in (folder, expected))
     assert version == same
     for a, b in zip(*map(jax.tree.leaves, (params, others)), strict=True):

@@ -270,8 +270,8 @@ def test_a_plan_without_a_version_is_refused(tmp_path):
         ),
     ):
         with pytest.raises(ConfigError, match=told):
-            schedule.from_config(Config(**settings))
-    plan = schedule.from_config(Config(**replay, max_time=1600, buffer_size=1))
+            schedule.create(Config(**settings))
+    plan = schedule.create(Config(**replay, max_time=1600, buffer_size=1))
     assert plan.num_versions == 1  # the control: client 0 arrives at 1600
 
 

@@ -159,7 +159,7 @@ def test_a_cohort_moves_the_model_by_the_mean_of_its_updates():
 
 
 def test_a_model_for_other_data_is_refused():
-    other = models.create("digitsnet", input_shape=(12, 12, 1), num_classes=10, width=4)
+    other = models.make_network("digitsnet", input_shape=(12, 12, 1), num_classes=10, width=4)
     with pytest.raises(ConfigError, match=r"takes \(12, 12, 1\).*data set has \(8, 8, 1\)"):
         Simulation(small("fedavg"), model=other)
 

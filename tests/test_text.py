@@ -89,7 +89,7 @@ def test_tokenizers_beside_weights(tmp_path):
 
 @pytest.fixture(scope="module")
 def model():
-    return t5.create(SHAPE, LENGTH, 3)
+    return t5.make_classifier(SHAPE, LENGTH, 3)
 
 
 @pytest.fixture(scope="module")
@@ -459,7 +459,7 @@ def test_half_precision_of_an_encoder():
         vocabulary=50, width=16, feed_forward=32, layers=2, heads=2, head_width=8,
         classifier_token=3,
     )  # fmt: skip
-    single = t5.create(shape, 12, 4)
+    single = t5.make_classifier(shape, 12, 4)
     half = models.with_precision(single, "bfloat16")
     params, table = single.init(jax.random.key(0)), single.frozen(jax.random.key(0))
     ids = jax.random.randint(jax.random.key(1), (6, 12), 1, 50)

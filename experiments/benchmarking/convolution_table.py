@@ -42,7 +42,7 @@ def measure(config: Config, dataset: Dataset, repeats: int, say: Callable) -> li
     for way in convolutions.WAYS:
         say(f"convolution {way}")
         chosen = dataclasses.replace(config, convolution=way)
-        model = models.from_config(chosen, dataset.input_shape, dataset.num_classes)
+        model = models.create(chosen, dataset.input_shape, dataset.num_classes)
         model = models.with_precision(model, config.precision)
         params = model.init(jax.random.key(config.seed))
         ring = jax.tree.map(lambda leaf: leaf[None], params)

@@ -139,7 +139,7 @@ def workload(name: str, **changes: Any) -> tuple[Config, data.Dataset]:
 def model_that_counts(config: Config, input_shape: tuple[int, ...], num_classes: int) -> Model:
     """The model in the form in which its FLOPs are counted, whatever way it is computed."""
     plain = dataclasses.replace(config, convolution="lax")
-    return models.from_config(plain, input_shape, num_classes)
+    return models.create(plain, input_shape, num_classes)
 
 
 def _population() -> dict[str, int]:
@@ -166,7 +166,7 @@ def measure(
             interval,
             "must be at least 2, so that a server step can be timed with and without synthesis",
         )
-    made = schedule.from_config(config).num_versions
+    made = schedule.create(config).num_versions
     needed = interval + 2 + 2 * arrivals + config.concurrency
     if made < needed:
         raise ConfigError(
@@ -264,7 +264,7 @@ def _time_schedule(config: Config) -> tuple[float, schedule.Schedule]:
     """Seconds of planning the preset's own population and time, and that plan."""
     preset = resolve(config.dataset, config.method, seed=config.seed)
     start = time.perf_counter()
-    planned = schedule.from_config(preset)
+    planned = schedule.create(preset)
     return time.perf_counter() - start, planned
 
 

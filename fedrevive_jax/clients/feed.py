@@ -28,7 +28,7 @@ class Feed(NamedTuple):
     augment_real: Callable[[Any, jax.Array], Any]
 
 
-def create(dataset: Dataset, frozen: Any) -> Feed:
+def make_feed(dataset: Dataset, frozen: Any) -> Feed:
     """The feed of a data set for a model whose frozen arrays are `frozen`."""
     samples = dataset.samples
     if dataset.is_text:

@@ -165,7 +165,7 @@ class _UniformBlocks:
         return self._values[offset]
 
 
-def from_config(config: Config) -> Schedule:
+def create(config: Config) -> Schedule:
     """The plan of a configuration; needs neither data nor JAX.
 
     Raises:

@@ -20,7 +20,7 @@ from fedrevive_jax.errors import ConfigError
 AXIS = "clients"
 
 
-def create_mesh(devices: str) -> Mesh | None:
+def make_mesh(devices: str) -> Mesh | None:
     """The mesh that a configuration asks for.
 
     Args:

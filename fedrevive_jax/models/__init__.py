@@ -20,8 +20,8 @@ __all__ = [
     "Model",
     "create",
     "default_precision",
-    "from_config",
     "from_flax",
+    "make_network",
     "parameter_count",
     "t5_shape",
     "tap_statistics",
@@ -36,7 +36,7 @@ NETWORKS = {
 }
 
 
-def from_config(config: Config, input_shape: tuple[int, ...], num_classes: int) -> Model:
+def create(config: Config, input_shape: tuple[int, ...], num_classes: int) -> Model:
     """The model that a configuration names, for a data set's inputs and classes."""
     if config.model not in (*NETWORKS, "t5"):
         raise ConfigError(
@@ -54,7 +54,7 @@ def from_config(config: Config, input_shape: tuple[int, ...], num_classes: int) 
         )
     if config.model == "t5":
         return _t5(config, input_shape[0], num_classes)
-    return create(
+    return make_network(
         config.model,
         input_shape=input_shape,
         num_classes=num_classes,
@@ -66,7 +66,7 @@ def from_config(config: Config, input_shape: tuple[int, ...], num_classes: int) 
 def _t5(config: Config, length: int, num_classes: int) -> Model:
     shape = t5_shape(config)
     weights = t5_weights.read(config.t5_weights, shape) if config.t5_weights else None
-    return t5.create(shape, length, num_classes, weights)
+    return t5.make_classifier(shape, length, num_classes, weights)
 
 
 def t5_shape(config: Config) -> t5.T5Shape:
@@ -88,7 +88,7 @@ def t5_shape(config: Config) -> t5.T5Shape:
     )
 
 
-def create(
+def make_network(
     name: str,
     *,
     input_shape: tuple[int, ...],

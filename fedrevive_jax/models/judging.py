@@ -34,7 +34,7 @@ def fitting(config: Config, dataset: Dataset, model: Model | None = None) -> Mod
     """
     check_kind(dataset)
     if model is None:
-        model = models.from_config(config, dataset.input_shape, dataset.num_classes)
+        model = models.create(config, dataset.input_shape, dataset.num_classes)
     elif not isinstance(model, Model):
         raise ConfigError("model", None, f"must be a `Model`, see `from_flax`; is {_told(model)}")
     else:

@@ -162,7 +162,7 @@ def _dropout(x, key):
     return jnp.where(keep, x / (1 - HEAD_DROPOUT), 0)
 
 
-def create(
+def make_classifier(
     shape: T5Shape,
     length: int,
     num_classes: int,

@@ -89,7 +89,7 @@ def evaluate_checkpoint(
     split = split or config.eval_split
     model = judging.fitting(config, dataset, model)
     version, params = read_params(folder, model, step)
-    feed = feeds.create(dataset, model.frozen(jax_key(config.seed, Stream.MODEL_INIT)))
+    feed = feeds.make_feed(dataset, model.frozen(jax_key(config.seed, Stream.MODEL_INIT)))
     result = make_evaluator(model, feed.evaluation, config.eval_batch)(
         params, feed.store, jnp.asarray(dataset.labels), dataset.positions(split)
     )

@@ -37,7 +37,7 @@ def plan(
     A data set or a model stands in for the one that the configuration names.
     """
     environment.check()
-    clock = schedule.from_config(config)
+    clock = schedule.create(config)
     windows = plan_windows(clock, config.window_limit)
     sizes = _sizes(config, dataset, model)
     params, shared, entry = sizes.params, sizes.frozen, sizes.entry
@@ -109,7 +109,7 @@ def _sizes(
     if model is None:
         # Counting is the same whatever way a convolution is computed; lax's form is counted.
         plain = dataclasses.replace(config, convolution="lax")
-        model = models.from_config(plain, shape, classes)
+        model = models.create(plain, shape, classes)
     params, shared = jax.eval_shape(lambda k: (model.init(k), model.frozen(k)), root_key())
 
     holdings = Ingredients(

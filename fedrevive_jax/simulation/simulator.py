@@ -70,7 +70,7 @@ class Simulation:
         """
         environment.check()
         self.config = config
-        self.mesh = devices.create_mesh(config.mesh)
+        self.mesh = devices.make_mesh(config.mesh)
         self.dataset = dataset if dataset is not None else data.load(config, derived.tokenizer)
         self.model = judging.fitting(config, self.dataset, model)
         for split in ("train", config.eval_split):
@@ -80,12 +80,12 @@ class Simulation:
         self.position = 0
         self.step_seconds: list[float] = []
         self._uploads: dict[int, Upload] = {}
-        self._planned = schedule.from_config(config)
+        self._planned = schedule.create(config)
         self._follow(self._planned, [])
 
         start = builder.start(config, self.model, self.dataset, self.mesh, derived.origin)
         self.origin, self.frozen = start.origin, start.frozen
-        self.feed = feeds.create(self.dataset, start.frozen)
+        self.feed = feeds.make_feed(self.dataset, start.frozen)
         self._store, self._labels = devices.replicate(
             self.mesh, (self.feed.store, self.dataset.labels)
         )
