@@ -49,7 +49,7 @@ python_use_unqualified_type_names = True
 
 
 def display_formulas(app, what, name, obj, options, lines):
-    """An indented block of a module's docstring is shown as it is: a formula, or a list of files."""
+    """An indented block of a module's docstring is shown as it is: a formula, a list of files."""
     if what != "module":
         return
     shown = []
@@ -62,9 +62,11 @@ def display_formulas(app, what, name, obj, options, lines):
 
 
 def plain_words(app, what, name, obj, options, lines):
-    """Docstrings are plain text with code in backticks: what else means something to Sphinx is quoted."""
+    """Docstrings are plain text with code in backticks; what else Sphinx would read is quoted."""
     for number, line in enumerate(lines):
-        pieces = re.split(r"(`[^`]*`|(?<![\w*])\*\w[^*]*\w\*(?![\w*])|^ *\*\*?\w+(?=[,:])|^ *\* )", line)
+        pieces = re.split(
+            r"(`[^`]*`|(?<![\w*])\*\w[^*]*\w\*(?![\w*])|^ *\*\*?\w+(?=[,:])|^ *\* )", line
+        )
         for place in range(0, len(pieces), 2):
             pieces[place] = re.sub(r"([*|])", r"\\\1", pieces[place])
             if place and re.match(r"\w", pieces[place]):  # `Upload`s
@@ -112,11 +114,16 @@ def write_settings(app):
 
     text = [
         "# Settings",
-        "Every field of `Config`, which is also a flag: `num_clients` is `--num_clients`. The default stands for what "
-        "the preset of (data set, method) leaves open; `presets.py` has the presets.",
+        "Every field of `Config`, which is also a flag: `num_clients` is `--num_clients`. The "
+        "default stands for what the preset of (data set, method) leaves open; `presets.py` has "
+        "the presets.",
     ]
     for part in (World, Clients, Server, Dfkd, Record, Device):
-        text += [f"## {part.__name__}", part.__doc__.strip(), "| field | default | what |\n|---|---|---|"]
+        text += [
+            f"## {part.__name__}",
+            part.__doc__.strip(),
+            "| field | default | what |\n|---|---|---|",
+        ]
         for field in dataclasses.fields(part):
             limits = field.metadata
             words = [limits["help"]]
@@ -132,7 +139,19 @@ def write_settings(app):
         page.write_text(new)
 
 
+def lead_out(app, docname, source):
+    """Pages of Markdown outside of docs/ are no pages of Sphinx: they are offered as files."""
+    page = Path(app.env.doc2path(docname))
+
+    def link(found):
+        outside = not (page.parent / found[1]).resolve().is_relative_to(Path(app.srcdir).resolve())
+        return f"](path:{found[1]})" if outside else found[0]
+
+    source[0] = re.sub(r"\]\((\.\./[^)#]*\.md)(?:#[^)]*)?\)", link, source[0])
+
+
 def setup(app):
+    app.connect("source-read", lead_out)
     app.connect("builder-inited", write_settings)
     # Before napoleon reads the sections.
     app.connect("autodoc-process-docstring", plain_words, priority=300)

@@ -62,7 +62,7 @@ def walk(config, out: Path) -> None:
     print(f"  class mixes {mixes.shape}; of client 0: {' '.join(f'{m:.2f}' for m in mixes[0])}")
     plots.clients(out / "clients.png", f"Dirichlet, alpha = {config.alpha:g}", mixes[:20])
 
-    print("3. The schedule is computed before any training; see docs/clock.md.")
+    print("3. The schedule is computed before any training; see docs/concepts/clock.md.")
     print(f"  {plan.num_arrivals} arrivals make {plan.num_versions} versions, "
           f"mean staleness {plan.staleness.mean():.1f}")  # fmt: skip
     window = simulation.windows[0]

@@ -1,18 +1,38 @@
-"""What docs/ shows is what the code does: golden traces of the clock, code beside equations."""
+"""What README and docs/ show is what the code does.
 
+Golden traces of the clock, code beside equations, flags, links, files, and the commands themselves.
+"""
+
+import dataclasses
 import json
 import re
+import shlex
 import textwrap
 from pathlib import Path
 
 import pytest
 
-from fedrevive_jax.config import METHODS
+from fedrevive_jax.config import METHODS, Config
+from fedrevive_jax.errors import ConfigError
+from fedrevive_jax.presets import resolve
 from tests.test_cli import call, flags
 from tests.test_schedule import Fixed, clock
 from tests.test_simulator import SMALL
 
 ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+STUDY = ROOT / "experiments" / "studies" / "fashion_mnist" / "README.md"
+# What is made by the build of the pages is not looked for in them.
+MADE = ("_build", "generated")
+PAGES = [
+    README,
+    *(
+        page
+        for page in sorted((ROOT / "docs").rglob("*.md"))
+        if not set(page.relative_to(ROOT).parts) & set(MADE)
+    ),
+]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 TRACES = sorted((ROOT / "tests" / "traces").glob("*.json"))
 COLUMNS = ("time", "client", "base_version", "version", "staleness", "new_version", "starts")
 HEADER = ("time", "arrives", "started from", "version", "τ", "new version", "starts")
@@ -55,10 +75,10 @@ def shown(rows):
 
 @pytest.mark.parametrize("path", TRACES, ids=lambda path: path.stem)
 def test_golden_traces(path):
-    """The clock replays each trace, and docs/clock.md shows it."""
+    """The clock replays each trace, and the page shows it."""
     trace = json.loads(path.read_text())
     assert replay(trace["settings"]) == trace["arrivals"]
-    assert shown(trace["arrivals"]) in (ROOT / "docs" / "clock.md").read_text()
+    assert shown(trace["arrivals"]) in (ROOT / "docs" / "concepts" / "clock.md").read_text()
 
 
 def test_a_trace_notices_a_different_contract():
@@ -69,13 +89,13 @@ def test_a_trace_notices_a_different_contract():
 
 def snippets():
     """(file, code) of every Python block in the guide; the file is the link before it."""
-    text = (ROOT / "docs" / "methods.md").read_text()
-    blocks = re.finditer(r"\]\(\.\./(\S+?)\):\n+```python\n(.*?)```", text, re.DOTALL)
+    text = (ROOT / "docs" / "concepts" / "methods.md").read_text()
+    blocks = re.finditer(r"\]\(\.\./\.\./(\S+?)\):\n+```python\n(.*?)```", text, re.DOTALL)
     return [(block[1], block[2]) for block in blocks]
 
 
 def test_code_beside_the_equations_is_the_code():
-    text = (ROOT / "docs" / "methods.md").read_text()
+    text = (ROOT / "docs" / "concepts" / "methods.md").read_text()
     assert len(snippets()) == text.count("```python")
     for file, code in snippets():
         source = textwrap.dedent((ROOT / file).read_text())
@@ -84,15 +104,162 @@ def test_code_beside_the_equations_is_the_code():
 
 
 def test_the_guide_holds_every_method():
-    text = (ROOT / "docs" / "methods.md").read_text()
+    text = (ROOT / "docs" / "concepts" / "methods.md").read_text()
     for method in METHODS:
         assert f"`{method}`" in text
 
 
-def test_links_of_the_docs_lead_somewhere():
-    for page in (ROOT / "docs").glob("*.md"):
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+def test_the_readme_is_read_in_two_minutes():
+    assert len(README.read_text().splitlines()) <= 150
+
+
+def prose(page):
+    """The text of a page without its code blocks."""
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchor(heading):
+    """As GitHub and MyST make it of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def dead_links(page):
+    """Relative links that lead nowhere, to a file or to a heading in one."""
+    dead = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if "://" in target:
+            continue
+        name, _, wanted = target.partition("#")
+        file = page.parent / name if name else page
+        if set(MADE) & set(Path(name).parts):
+            continue
+        headings = re.findall(r"^#+ (.*)$", prose(file), re.MULTILINE) if wanted else []
+        if not file.exists() or (wanted and wanted not in map(anchor, headings)):
+            dead.append(target)
+    return dead
+
+
+@pytest.mark.parametrize("page", [*PAGES, STUDY], ids=[*NAMES, "study"])
+def test_links_lead_somewhere(page):
+    assert dead_links(page) == []
+
+
+def test_dead_links_are_seen(tmp_path):
+    """The control."""
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A head, line\n[a](no.md) [b](page.md#a-head-line) [c](#b) [d](https://x.y)\n"
+    )
+    assert dead_links(page) == ["no.md", "#b"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_files_and_rooms_exist(page):
+    """Every `file.py`, and every `room/`, is one of the repository."""
+    folders = ("fedrevive_jax", "experiments", "tests", "docs")
+    files = [path.as_posix() for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    for name in re.findall(r"`([\w./-]+\.py)`", prose(page)):
+        assert any(file.endswith(f"/{name}") for file in files), name
+    for name in re.findall(r"`((?:fedrevive_jax|experiments|tests|docs)/[\w./-]*)`", prose(page)):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_readme_names_all_rooms():
+    table = re.search(r"^\| room \|.*?\n\n", README.read_text(), re.DOTALL | re.MULTILINE)[0]
+    named = set(re.findall(r"`(\w+)/`", table)) | {"config"}
+    assert named == {path.parent.name for path in (ROOT / "fedrevive_jax").glob("*/__init__.py")}
+
+
+PROGRAMS = ("main", "compare", "evaluate", "prepare", "benchmark", "tour")
+# Flags of other programs, as the pages call them.
+OTHERS = {
+    "gcloud": "accelerator-type command recurse version worker zone",
+    "slurm": "cpus-per-task gpus-per-node nodes ntasks-per-node",
+    "sphinx-build": "keep-going",
+    "ruff": "check",
+    "tensorboard": "logdir",
+    "any": "help",
+}
+
+
+def program_flags(program):
+    """The flags that a command defines itself."""
+    source = (ROOT / "experiments" / f"{program}.py").read_text()
+    own = set(re.findall(r"flags\.DEFINE_\w+\(\s*\"(\w+)\"", source))
+    if "define_grace()" in source:
+        own.add("grace")
+    if re.search(r"^config_flags\.define\(\)|^    config_flags\.define\(\)", source, re.MULTILINE):
+        own |= {"conv", "preset_scale", *(field.name for field in dataclasses.fields(Config))}
+    return own | {"compilation_cache_dir"}
+
+
+def named_flags(text):
+    return set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_flags_are_flags(page):
+    known = set().union(
+        *map(program_flags, PROGRAMS), *(words.split() for words in OTHERS.values())
+    )
+    assert named_flags(page.read_text()) <= known
+
+
+def test_a_flag_that_is_none_is_seen():
+    """The control."""
+    assert named_flags("x `--no_such=1`, --seed\n-e --a-b") == {"no_such", "seed", "a-b"}
+    assert "no_such" not in set().union(*map(program_flags, PROGRAMS))
+
+
+def commands():
+    """(page, program, arguments) of every command of ours on the pages."""
+    found = []
+    for page, name in zip([*PAGES, STUDY], [*NAMES, "study"], strict=True):
+        text = re.sub(r"\\\n\s*", " ", page.read_text())
+        calls = re.findall(r"python -m experiments\.(\w+)((?: +(?:'[^']*'|[^`'\s&|,)]+))*)", text)
+        calls += [
+            ("compare", f" --dataset=fashion_mnist{rest}")
+            for rest in re.findall(r"^\s*\$(?:study|read)(.*)$", text, re.MULTILINE)
+        ]
+        found += [
+            pytest.param(program, rest, id=f"{name}-{program}-{number}")
+            for number, (program, rest) in enumerate(calls)
+        ]
+    return found
+
+
+@pytest.mark.parametrize(("program", "arguments"), commands())
+def test_commands_are_commands(program, arguments):
+    """Every flag belongs to its command, and the settings make a configuration."""
+    given = named_flags(arguments)
+    assert given <= program_flags(program) | {"help"}
+    if "$" in arguments or program not in ("main", "compare", "tour"):
+        return
+    fields = {field.name for field in dataclasses.fields(Config)} | {"preset_scale"}
+    words = [word[2:].partition("=") for word in shlex.split(arguments) if word.startswith("--")]
+    resolve(**{name: value for name, equals, value in words if name in fields and equals})
+
+
+def test_a_command_with_a_wrong_value_is_seen():
+    """The control."""
+    with pytest.raises(ConfigError, match="alpha"):
+        test_commands_are_commands("main", "--alpha=-1")
+    with pytest.raises(AssertionError):
+        test_commands_are_commands("main", "--methods=fedbuff")
+
+
+def test_the_python_of_the_readme_runs(capsys):
+    """As it stands, but for its size."""
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    whole = '"digits", "fedrevive", seed=1, max_time=20'
+    assert code.count(whole) == 1
+    sizes = ", ".join(f"{name}={value!r}" for name, value in SMALL.items())
+    small = f'"digits", "fedrevive", {sizes}'
+    exec(code.replace(whole, small), {})
+    out = capsys.readouterr().out
+    assert re.match(
+        r"\d+ versions, mean staleness \d+\.\d\n0\.\d+ \(3, 3, 1, 4\)\n(\d+ \d+ [\d.]+\n){5}$", out
+    )
 
 
 def test_the_tour(tmp_path):
