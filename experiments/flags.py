@@ -208,7 +208,7 @@ def keep_programs() -> None:
         return
     folder = Path(folder).absolute()
     # A program is for one kind of processor; hosts of several kinds may share a home.
-    folder = folder / hashlib.sha256(_processor().encode()).hexdigest()[:16]
+    folder = folder / hashlib.sha256(processor().encode()).hexdigest()[:16]
     try:
         _make_writable(folder)
     except OSError as error:
@@ -247,7 +247,7 @@ def _make_writable(folder: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
-def _processor() -> str:
+def processor() -> str:
     """What tells kinds of processors apart."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

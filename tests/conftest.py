@@ -1,19 +1,27 @@
 """Settings of all tests, made once before JAX is first used."""
 
+import hashlib
 import os
-import tempfile
+from pathlib import Path
 
 import pytest
 
-# Programs that several tests share are compiled once, also by processes that tests start. The
-# workers of pytest-xdist inherit the folder.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    _CACHE = tempfile.TemporaryDirectory(prefix="fedrevive-test-programs-")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+# Most of the time of the tests is compilation, most of that for speed, which no test measures.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+)
 
-# Most of the time of the tests is compilation, half of it for speed, which no test measures.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+# Programs are compiled once: for all workers, for processes that tests start, and for the next run
+# of the tests. Those of another kind of processor have a folder of their own.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    from experiments.flags import processor
+
+    kind = hashlib.sha256(processor().encode()).hexdigest()[:16]
+    folder = Path(__file__).parent.parent / ".pytest_cache" / "programs" / kind
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax
 

@@ -19,7 +19,7 @@ from fedrevive_jax.compute import devices
 from fedrevive_jax.config import METHODS, PUBLISHED_METHODS
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.simulation.simulator import Simulation
-from tests.test_simulator import assert_same_params, rows, small
+from tests.toys import assert_same_params, rows, small
 
 # Three teachers, nine samples of a step, calls of odd numbers of jobs: no mesh divides them all.
 UNEVEN = {

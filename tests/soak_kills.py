@@ -31,7 +31,7 @@ from fedrevive_jax.record.checkpoint import Checkpoints
 from fedrevive_jax.running import runner
 from fedrevive_jax.simulation.simulator import Simulation
 from tests.killed_run import as_flags
-from tests.test_simulator import small
+from tests.toys import small
 
 # Of the promise for the digits preset, in seconds.
 LIMIT = 10.0

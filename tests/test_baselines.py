@@ -16,9 +16,17 @@ from fedrevive_jax.presets import resolve
 from fedrevive_jax.record.checkpoint import Checkpoints
 from fedrevive_jax.server import client_cache
 from fedrevive_jax.simulation.simulator import Simulation
-from tests.test_methods import ONE, TINY, create, drive, scalar_reviver
-from tests.test_simulator import small
-from tests.toys import arrival, scalar_upload, submission
+from tests.toys import (
+    ONE,
+    arrival,
+    drive,
+    make,
+    scalar_reviver,
+    scalar_upload,
+    small,
+    submission,
+)
+from tests.toys import TINY_METHOD as TINY
 
 # Deltas of clients 0 and 1, then twice of client 0, then of clients 2 and 1; all bases are 0.
 PAIRS = [
@@ -50,10 +58,10 @@ def test_fedasync_by_hand():
     """
     upload = [(3.0, 0.0, arrival(staleness=3))]
     settings = {"server_lr": 0.5, "staleness_weight": "polynomial", "staleness_exponent": 0.5}
-    history, seen = drive(create("fedasync", **settings), ONE, upload)
+    history, seen = drive(make("fedasync", **settings), ONE, upload)
     assert history == pytest.approx([1.5])
     assert seen[0]["beta"] == pytest.approx(0.5)  # what the weight takes away
-    history, _ = drive(create("fedasync", fedasync_form="delta", **settings), ONE, upload)
+    history, _ = drive(make("fedasync", fedasync_form="delta", **settings), ONE, upload)
     assert history == pytest.approx([1.75])
 
 
@@ -74,13 +82,13 @@ def test_staleness_weights_by_hand():
 def test_fedbuff_under_the_weight_beta_is_afl_dw():
     uploads = random_uploads(6, 2, staleness=9)
     settings = {"buffer_size": 2, "server_lr": 0.3, "beta_s_max": 10}
-    weighted, _ = drive(create("fedbuff", staleness_weight="beta", **settings), ONE, uploads)
-    assert weighted == drive(create("afl_dw", **settings), ONE, uploads)[0]
+    weighted, _ = drive(make("fedbuff", staleness_weight="beta", **settings), ONE, uploads)
+    assert weighted == drive(make("afl_dw", **settings), ONE, uploads)[0]
 
 
 def test_any_weight_goes_with_any_optimiser():
     """Adam's first step is its rate in the direction of the weighted update, whatever its size."""
-    method = create(
+    method = make(
         "fedbuff", buffer_size=1, server_lr=0.25, server_optimizer="adam", staleness_weight="hinge"
     )
     history, seen = drive(method, ONE, [(-5.0, 1.0, arrival(staleness=5))])
@@ -91,10 +99,10 @@ def test_any_weight_goes_with_any_optimiser():
 @pytest.mark.parametrize("form", ["delta", "mixing"])
 def test_fedasync_of_fresh_updates_is_fedbuff_of_one(form):
     """Constant alpha; at tau = 0 the base is the global model, so that the forms agree too."""
-    asynchronous = create(
+    asynchronous = make(
         "fedasync", fedasync_form=form, staleness_weight="none", server_lr=0.4
     )  # fmt: skip
-    buffered = create("fedbuff", buffer_size=1, server_lr=0.4)
+    buffered = make("fedbuff", buffer_size=1, server_lr=0.4)
     w = 1.0
     for target in (2.0, -1.5, 0.3):
         upload, params = [(target, w, arrival())], {"w": jnp.asarray(w)}
@@ -112,13 +120,13 @@ def test_ca2fl_by_hand():
     v = 0 + (2 - 1)/2 = 1/2. Then h = (2 - 1)/4 and client 0 is compared with its own 4 the second
     time: v = 1/4 + ((4 - 2) + (1 - 4))/2 = -1/4. Then h = (1 - 1)/4 = 0 and v = (3 + (0 + 1))/2.
     """
-    history, _ = drive(create("ca2fl", buffer_size=2, server_lr=0.5), {"w": jnp.zeros(())}, PAIRS)
+    history, _ = drive(make("ca2fl", buffer_size=2, server_lr=0.5), {"w": jnp.zeros(())}, PAIRS)
     assert history == pytest.approx([0, 0.25, 0.25, 0.125, 0.125, 1.125])
 
 
 def test_fedstale_by_hand():
     """As above with beta = 1/2: v = 1/2, 1/8 + ((4 - 1) + (1 - 2))/2, 0 + (3 + (0 + 1/2))/2."""
-    method = create("fedstale", buffer_size=2, server_lr=0.5, fedstale_beta=0.5)
+    method = make("fedstale", buffer_size=2, server_lr=0.5, fedstale_beta=0.5)
     history, _ = drive(method, {"w": jnp.zeros(())}, PAIRS)
     assert history == pytest.approx([0, 0.25, 0.25, 0.8125, 0.8125, 1.6875])
 
@@ -126,9 +134,7 @@ def test_fedstale_by_hand():
 def test_ace_by_hand():
     """B = 1, eta = 1/2: the means of the four are 2/4, 1/4, 3/4."""
     uploads = [(w, base, facts._replace(completes=jnp.asarray(True))) for w, base, facts in PAIRS]
-    history, _ = drive(
-        create("ace", buffer_size=1, server_lr=0.5), {"w": jnp.zeros(())}, uploads[:3]
-    )
+    history, _ = drive(make("ace", buffer_size=1, server_lr=0.5), {"w": jnp.zeros(())}, uploads[:3])
     assert history == pytest.approx([0.25, 0.375, 0.75])
 
 
@@ -138,7 +144,7 @@ def test_fedstale_lies_between_fedbuff_and_ca2fl():
     settings = {"buffer_size": 3, "server_lr": 0.7}
 
     def history(name, **kwargs):
-        return drive(create(name, **settings, **kwargs), ONE, uploads)[0]
+        return drive(make(name, **settings, **kwargs), ONE, uploads)[0]
 
     stale = functools.partial(history, "fedstale")
     assert stale(fedstale_beta=0.0) == history("fedbuff")
@@ -154,7 +160,7 @@ def test_incremental_means_are_means_over_all_clients(name):
     """
     size, clients = 3, 4
     uploads = random_uploads(40, size)
-    history, _ = drive(create(name, buffer_size=size, server_lr=0.5), ONE, uploads)
+    history, _ = drive(make(name, buffer_size=size, server_lr=0.5), ONE, uploads)
     kept, w, expected, buffer = np.zeros(clients), 1.0, [], []
     beta = {"ca2fl": 1.0, "fedstale": 0.5, "ace": 1.0}[name]
     before = kept.mean()
@@ -172,7 +178,7 @@ def test_incremental_means_are_means_over_all_clients(name):
 def test_ca2fl_with_every_entry_like_the_update_is_fedbuff():
     """Whatever beta: the memory cancels."""
     for name in ("ca2fl", "fedstale"):
-        method = create(name, buffer_size=1, server_lr=0.5)
+        method = make(name, buffer_size=1, server_lr=0.5)
         state = method.init(ONE)
         update = {"w": jnp.asarray(2.0)}
         state = state._replace(aggregation=state.aggregation._replace(average=update))
@@ -185,7 +191,7 @@ def test_ca2fl_with_every_entry_like_the_update_is_fedbuff():
 
 def test_the_memory_in_bfloat16_stays_consistent():
     """1 + 2^-9 is kept as 1; h is the mean of what is kept, the update itself is not rounded."""
-    method = create("ca2fl", buffer_size=1, server_lr=1.0, cache_dtype="bfloat16")
+    method = make("ca2fl", buffer_size=1, server_lr=1.0, cache_dtype="bfloat16")
     delta = 1 + 2.0**-9
     state, entry = method.init(ONE), method.entry(ONE)
     assert entry["w"].dtype == jnp.bfloat16
@@ -209,9 +215,9 @@ def test_fadas_by_hand():
     settings = {
         "buffer_size": 1, "server_lr": 0.1, "fadas_beta1": 0.5, "fadas_beta2": 0.75,
     }  # fmt: skip
-    history, _ = drive(create("fadas", **settings), ONE, uploads)
+    history, _ = drive(make("fadas", **settings), ONE, uploads)
     assert history == pytest.approx([1.1, 1.15])
-    history, _ = drive(create("fadas", fadas_bias_correction="on", **settings), ONE, uploads)
+    history, _ = drive(make("fadas", fadas_bias_correction="on", **settings), ONE, uploads)
     second = 0.1 * (0.5 / 0.75) / np.sqrt(1 / (7 / 16))
     assert history == pytest.approx([1.1, 1.1 + second])
 
@@ -225,7 +231,7 @@ def test_fadas_by_hand():
 )  # fmt: skip
 def test_the_delay_rules_of_fadas(rule, stale, expected):
     """Without memory a step is the rate itself: eta = 1/4, tau_c = 2, the stalest of two counts."""
-    method = create(
+    method = make(
         "fadas", buffer_size=2, server_lr=0.25, fadas_beta1=0, fadas_beta2=0, fadas_patience=2,
         fadas_delay_rule=rule,
     )  # fmt: skip
@@ -242,12 +248,12 @@ def test_the_delay_rules_of_fadas(rule, stale, expected):
 def test_fadas_without_memory_is_a_scaled_fedbuff():
     """beta1 = 0 and a second moment that stays at 4: FedBuff at eta / (2 + eps)."""
     uploads = random_uploads(8, 2)
-    adaptive = create("fadas", buffer_size=2, server_lr=0.3, fadas_beta1=0, fadas_delay_rule="none")
+    adaptive = make("fadas", buffer_size=2, server_lr=0.3, fadas_beta1=0, fadas_delay_rule="none")
     frozen = adaptive.init(ONE)
     frozen = frozen._replace(optimizer=frozen.optimizer._replace(largest={"w": jnp.asarray(4.0)}))
     adaptive = adaptive._replace(init=lambda params: frozen)
     scaled, _ = drive(adaptive, ONE, uploads)
-    plain, _ = drive(create("fedbuff", buffer_size=2, server_lr=0.3 / 2), ONE, uploads)
+    plain, _ = drive(make("fedbuff", buffer_size=2, server_lr=0.3 / 2), ONE, uploads)
     assert scaled == pytest.approx(plain, rel=1e-6)
     assert scaled[-1] != 1.0
 
@@ -255,9 +261,9 @@ def test_fadas_without_memory_is_a_scaled_fedbuff():
 def test_fedfa_by_hand():
     """k = 2: the queue is (1, 1), (3, 1), (3, 6), (0, 6)."""
     uploads = [(3.0, 1.0, arrival()), (6.0, 2.0, arrival(1)), (0.0, 1.0, arrival(2))]
-    history, _ = drive(create("fedfa", fedfa_queue=2), ONE, uploads)
+    history, _ = drive(make("fedfa", fedfa_queue=2), ONE, uploads)
     assert history == pytest.approx([2.0, 4.5, 3.0])
-    history, _ = drive(create("fedfa", fedfa_queue=2, server_lr=0.5), ONE, uploads[:1])
+    history, _ = drive(make("fedfa", fedfa_queue=2, server_lr=0.5), ONE, uploads[:1])
     assert history == pytest.approx([1.5])
 
 
@@ -281,7 +287,7 @@ def test_revived_steps(base):
         )  # fmt: skip
         return drive(revived(config, scalar_reviver(-1.0)), ONE, uploads)[0]
 
-    plain, _ = drive(create(base, **settings), ONE, uploads)
+    plain, _ = drive(make(base, **settings), ONE, uploads)
     assert history(0.0, uploads) == plain
     assert history(1.0, uploads) == history(1.0, others) != plain
     assert history(0.5, uploads) not in (plain, history(0.5, others))

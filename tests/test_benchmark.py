@@ -16,7 +16,7 @@ from fedrevive_jax.clock.windows import plan_windows
 from fedrevive_jax.models import convolutions
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.simulation.planning import forward_flops, making_flops
-from tests.test_cli import call, flags
+from tests.commands import call, flags
 
 TINY = {
     "model": "digits", "model_width": 4, "local_iterations": 2, "batch_size": 8, "concurrency": 3,
@@ -97,6 +97,7 @@ def test_a_workload_is_the_presets_with_random_data():
     assert cifar.local_iterations == 25
 
 
+@pytest.mark.slow
 def test_a_whole_benchmark(tmp_path):
     result = call(*flags(**TINY, json=tmp_path / "out.json"), program="benchmark")
     assert result.returncode == 0, result.stderr
@@ -138,6 +139,7 @@ def test_a_whole_benchmark(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_ways_of_convolution_are_measured(monkeypatch):
     monkeypatch.setattr(convolutions, "WAYS", ("patches", "shifted"))
     config, dataset = stages.workload("digits", model_width=4, distillation_steps=1, batch_size=2)

@@ -344,6 +344,7 @@ def reaper():
     return Reaper()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "version"), [([], 3), ([3, 4], 5), ([4, 5], 5)], ids=["first", "next", "again"]
 )

@@ -3,9 +3,6 @@
 import csv
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,28 +11,8 @@ from fedrevive_jax import models
 from fedrevive_jax.clock import schedule
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.simulation.planning import forward_flops, making_flops, plan
-from tests.test_simulator import SMALL
-
-
-def started(*arguments, program="main", cwd=None):
-    return subprocess.Popen(
-        [sys.executable, "-m", f"experiments.{program}", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
-    )
-
-
-def call(*arguments, **where):
-    with started(*arguments, **where) as process:
-        out, errors = process.communicate()
-    return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
-
-
-def flags(**values):
-    return [f"--{name}={value}" for name, value in values.items()]
+from tests.commands import call, flags
+from tests.toys import SMALL
 
 
 def test_run_then_evaluate_then_run_again(tmp_path, monkeypatch):

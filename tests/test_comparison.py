@@ -22,8 +22,8 @@ from fedrevive_jax.comparison.tuning import Point
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.record import plots
-from tests.test_cli import call, flags, started
-from tests.test_simulator import SMALL
+from tests.commands import call, flags, started
+from tests.toys import SMALL
 
 
 def evaluations(*pairs):
@@ -569,6 +569,7 @@ def test_warnings_of_a_worker_are_told_and_nothing_else():
     assert done.stderr == "warning: digits_fedbuff_seed3: the loss guard\n"
 
 
+@pytest.mark.slow
 def test_a_lost_process_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(campaign, "_run_in_worker", die)
     configs = campaign.of_methods({"dataset": "digits"}, ["fedbuff"], 1, tmp_path)
@@ -598,6 +599,7 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_signal_saves_the_runs_under_way(tmp_path, jobs):
     """FedBuff is done long before FedRevive; the same command finishes what is left."""
@@ -621,6 +623,7 @@ def test_a_signal_saves_the_runs_under_way(tmp_path, jobs):
     assert len(list(tmp_path.glob("*/summary.json"))) == 2
 
 
+@pytest.mark.slow
 def test_a_process_that_is_told_to_stop_alone(tmp_path):
     """It saves, the comparison ends without a table, and not with status 0."""
     arguments = flags(**TINY, methods="fedbuff,fedrevive", seeds=1, out=tmp_path, jobs=2)

@@ -9,9 +9,10 @@ import pytest
 
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.record import files
-from tests.test_simulator import small
+from tests.toys import small
 
 
+@pytest.mark.slow
 def test_on_eight_devices():
     settings = {"JAX_NUM_CPU_DEVICES": "8", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     tests = Path(__file__).with_name("eight_devices.py")

@@ -15,9 +15,8 @@ import pytest
 from fedrevive_jax.config import METHODS, Config
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.presets import resolve
-from tests.test_cli import call, flags
-from tests.test_schedule import Fixed, clock
-from tests.test_simulator import SMALL
+from tests.commands import call, flags
+from tests.toys import SMALL, Fixed, clock
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -262,6 +261,7 @@ def test_the_python_of_the_readme_runs(capsys):
     )
 
 
+@pytest.mark.slow
 def test_the_tour(tmp_path):
     """At the size of the tests; the programs are those of other tests."""
     result = call(*flags(**SMALL, out=tmp_path), program="tour")

@@ -9,7 +9,7 @@ from fedrevive_jax.dfkd import due
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.simulation import planning
 from fedrevive_jax.simulation.simulator import Simulation
-from tests.test_simulator import SMALL
+from tests.toys import SMALL
 
 
 def test_synthesis_by_hand():

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from experiments import flags as config_flags
-from tests.test_cli import call
+from tests.commands import call
 
 
 def main(*arguments, **where):

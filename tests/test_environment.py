@@ -15,8 +15,8 @@ from fedrevive_jax.models import make_network
 from fedrevive_jax.running import restore
 from fedrevive_jax.simulation.planning import plan
 from fedrevive_jax.simulation.simulator import Simulation
-from tests.test_cli import call
-from tests.test_simulator import small
+from tests.commands import call
+from tests.toys import small
 
 REFUSED = {
     "jax_enable_x64": True,

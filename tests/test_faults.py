@@ -22,8 +22,7 @@ from fedrevive_jax.record.health import (
 )
 from fedrevive_jax.running import runner
 from fedrevive_jax.simulation.simulator import Simulation
-from tests.test_schedule import Fixed, clock
-from tests.test_simulator import assert_same_params, play, rows, small
+from tests.toys import Fixed, assert_same_params, clock, play, rows, small
 
 
 def plan_of(method="fedrevive", **kwargs):

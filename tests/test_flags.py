@@ -16,7 +16,7 @@ from fedrevive_jax.clock.windows import plan_windows
 from fedrevive_jax.config import FAULTS, LIMITS, METHODS, Config
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.presets import SCALES, resolve
-from tests.test_cli import call
+from tests.commands import call
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 # The world stays small enough to plan at once; all else may be as large as it likes.

@@ -13,8 +13,7 @@ from fedrevive_jax.data import digits
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.models import Model, from_flax, make_network, t5
 from fedrevive_jax.models.judging import fitting, judge
-from tests.test_simulator import small
-from tests.toys import scalar_model
+from tests.toys import scalar_model, small
 
 
 class Net(nn.Module):

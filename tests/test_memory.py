@@ -17,8 +17,7 @@ from fedrevive_jax.server import shelf as shelves
 from fedrevive_jax.server.version_store import VersionStore
 from fedrevive_jax.simulation import sizing
 from fedrevive_jax.simulation.simulator import Simulation
-from tests.test_simulator import assert_same_params, play, rows, small
-from tests.toys import scalar_model
+from tests.toys import assert_same_params, play, rows, scalar_model, small
 
 
 def kinds(tree):

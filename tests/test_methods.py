@@ -16,55 +16,24 @@ from fedrevive_jax.methods import blending
 from fedrevive_jax.methods import method as interface
 from fedrevive_jax.methods.fedrevive import blend
 from fedrevive_jax.presets import resolve
-from fedrevive_jax.server import client_cache
-from tests.toys import arrival, scalar_model, scalar_upload, submission
+from tests.toys import (
+    ONE,
+    TINY_METHOD,
+    arrival,
+    drive,
+    make,
+    scalar_model,
+    scalar_reviver,
+    scalar_upload,
+    submission,
+)
 
-TINY = {
-    "num_clients": 4, "concurrency": 2, "num_teachers": 2, "latent_size": 4,
-    "generator_features": 2, "synthesis_batch": 4, "pool_size": 8, "distillation_steps": 1,
-    "distillation_batch": 2,
-    "proxy_samples": 4,
-}  # fmt: skip
-
-
-def create(name, **kwargs):
-    config = resolve("digits", name, **{**TINY, **kwargs})
-    ingredients = methods.Ingredients(
-        scalar_model(),
-        lambda images, key: images,
-        augment_real=lambda images, key: images.astype(jnp.float32),
-        class_mixes=np.full((4, 2), 0.5, np.float32),
-        real_samples=(np.ones((6, 4, 4, 1), np.uint8), np.asarray([0, 1] * 3, np.int32)),
-    )
-    return methods.create(config, ingredients)
-
-
-def drive(method, params, uploads, accepted=True):
-    """Submits (upload w, base w, arrival) one after the other; the history of w."""
-    state, history, seen = method.init(params), [], []
-    cache = client_cache.DeviceCache(method.entry(params), 4)
-    step = jax.jit(method.step)
-    for w, base, facts in uploads:
-        params, state, entry, metrics = step(
-            state,
-            cache.fetch(int(facts.client)),
-            submission(
-                scalar_upload(w), facts, params, {"w": jnp.asarray(base)}, accepted=accepted
-            ),
-        )
-        cache.store(int(facts.client), entry)
-        history.append(float(params["w"]))
-        seen.append({name: float(value) for name, value in metrics.items()})
-    return history, seen
-
-
-ONE = {"w": jnp.asarray(1.0)}
 NEW = [name for name in METHODS if name not in PUBLISHED_METHODS]
 
 
 def test_fedavg_by_hand():
     """Cohort of 2: mean Delta = (0.5 + 1.5) / 2; w = 1 + 1.4 * 1."""
-    method = create("fedavg", server_lr=1.4)
+    method = make("fedavg", server_lr=1.4)
     assert method.buffer_size == 2
     history, _ = drive(
         method, ONE, [(1.5, 1.0, arrival(completes=False)), (2.5, 1.0, arrival(1, 1))]
@@ -74,7 +43,7 @@ def test_fedavg_by_hand():
 
 def test_fedbuff_by_hand():
     """Deltas 2 and -1 of different bases, then a second, empty buffer with 4 and 0."""
-    method = create("fedbuff", buffer_size=2, server_lr=0.5)
+    method = make("fedbuff", buffer_size=2, server_lr=0.5)
     history, _ = drive(
         method,
         ONE,
@@ -90,7 +59,7 @@ def test_fedbuff_by_hand():
 
 def test_afl_dw_by_hand():
     """At tau = s_max the cosine is 1/2: w = 1 + 0.1 * 0.5 * 2; at 2 s_max nothing moves."""
-    method = create("afl_dw", server_lr=0.1, beta_s_max=75)
+    method = make("afl_dw", server_lr=0.1, beta_s_max=75)
     for staleness, expected in ((0, 1.2), (75, 1.1), (150, 1.0), (400, 1.0)):
         history, seen = drive(method, ONE, [(3.0, 1.0, arrival(staleness=staleness))])
         assert history[0] == pytest.approx(expected)
@@ -99,21 +68,10 @@ def test_afl_dw_by_hand():
 
 def test_fedrevive_before_warm_up_is_the_plain_update():
     """tau = 150 would be beta = 1, yet the update goes in unblended and beta is recorded as 0."""
-    method = create("fedrevive", server_lr=0.1, beta_s_max=75)
+    method = make("fedrevive", server_lr=0.1, beta_s_max=75)
     history, seen = drive(method, ONE, [(3.0, 1.0, arrival(version=5, staleness=150))])
     assert history == pytest.approx([1.2])
     assert seen[0]["beta"] == 0.0
-
-
-def scalar_reviver(delta, distilled=True):
-    """A reviver that always offers the same Delta^KD."""
-    from fedrevive_jax.dfkd.reviver import Revival, Reviver
-
-    def revive(state, beta, submission):
-        offer = Revival({"w": jnp.asarray(delta)}, jnp.asarray(distilled), {})
-        return state, offer
-
-    return Reviver(lambda params: (), revive)
 
 
 def test_fedrevive_blend_by_hand():
@@ -152,7 +110,7 @@ def test_dd_fedrevive_by_hand():
     Adam's first step is lr_kd towards the teacher: Delta^KD = 0.01, so with beta = 1/2
     w = 1 + 0.2 * (0.5 * 2 + 0.5 * 0.01).
     """
-    method = create("dd_fedrevive", server_lr=0.2, distillation_lr=0.01)
+    method = make("dd_fedrevive", server_lr=0.2, distillation_lr=0.01)
     history, seen = drive(method, ONE, [(3.0, 1.0, arrival())])
     # Inputs are 1: a byte image of ones goes through this test's augmentation unscaled.
     assert history == pytest.approx([1 + 0.2 * (1.0 + 0.005)], rel=1e-5)
@@ -162,7 +120,7 @@ def test_dd_fedrevive_by_hand():
 
 
 def test_dd_fedrevive_needs_real_samples():
-    config = resolve("digits", "dd_fedrevive", **TINY)
+    config = resolve("digits", "dd_fedrevive", **TINY_METHOD)
     nothing = (np.zeros((0, 4, 4, 1), np.uint8), np.zeros(0, np.int32))
     for images in (None, nothing):
         with pytest.raises(ConfigError, match="distillation split"):
@@ -173,24 +131,24 @@ def test_dd_fedrevive_needs_real_samples():
 
 def test_the_generator_needs_sides_that_are_multiples_of_four():
     model = scalar_model()._replace(input_shape=(26, 28, 1))
-    config = resolve("digits", "fedrevive", **TINY)
+    config = resolve("digits", "fedrevive", **TINY_METHOD)
     with pytest.raises(ConfigError, match="multiples of 4; these are 26x28"):
         methods.create(config, methods.Ingredients(model, lambda x, k: x))
 
 
 def test_server_optimisers_are_optax():
     """Adam's first step is the rate in the direction of the mean update."""
-    method = create("fedbuff", buffer_size=1, server_lr=0.25, server_optimizer="adam")
+    method = make("fedbuff", buffer_size=1, server_lr=0.25, server_optimizer="adam")
     history, _ = drive(method, ONE, [(-5.0, 1.0, arrival())])
     assert history == pytest.approx([0.75], rel=1e-5)
-    method = create("fedbuff", buffer_size=1, server_lr=0.5, server_optimizer="momentum")
+    method = make("fedbuff", buffer_size=1, server_lr=0.5, server_optimizer="momentum")
     history, _ = drive(method, ONE, [(2.0, 1.0, arrival()), (1.0, 1.0, arrival())])
     assert history == pytest.approx([1.5, 1.95])  # 1.5 + 0.5 * 0.9
 
 
 def test_fedbuff_with_its_own_staleness_weight():
     """s(3) = 1/2 and s(0) = 1, mean over B = 2: w = 1 + 0.5 * (0.5 * 2 + 1) / 2."""
-    method = create("fedbuff", buffer_size=2, server_lr=0.5, staleness_weight="sqrt")
+    method = make("fedbuff", buffer_size=2, server_lr=0.5, staleness_weight="sqrt")
     history, seen = drive(
         method,
         ONE,
@@ -204,7 +162,7 @@ def test_fedbuff_with_its_own_staleness_weight():
 def test_an_update_of_nothing_moves_nothing(optimizer):
     """No server optimiser pulls weights towards zero on its own. Yogi starts with moments of 1e-6,
     a step of less than a thousandth of the rate."""
-    method = create("fedbuff", buffer_size=1, server_optimizer=optimizer)
+    method = make("fedbuff", buffer_size=1, server_optimizer=optimizer)
     large = {"w": jnp.asarray(1000.0)}
     params, _, _, _ = method.step(
         method.init(large), (), submission(scalar_upload(1000.0), arrival(), large)
@@ -225,7 +183,7 @@ def test_a_rejected_upload_leaves_no_trace(name, optimizer):
 
     An optimiser with a memory gets one good step first, so that it has somewhere to go.
     """
-    method = create(name, buffer_size=1, open_slots=1, concurrency=1, server_optimizer=optimizer)
+    method = make(name, buffer_size=1, open_slots=1, concurrency=1, server_optimizer=optimizer)
     step = jax.jit(method.step)
     params, state, entry, _ = step(
         method.init(ONE), method.entry(ONE), submission(scalar_upload(2.0), arrival(), ONE)
@@ -243,7 +201,7 @@ def test_a_rejected_upload_leaves_no_trace(name, optimizer):
 @pytest.mark.parametrize("name", METHODS)
 def test_state_is_stable(name):
     """Structure, shapes and dtypes of the state survive a step, so that nothing is recompiled."""
-    method = create(name)
+    method = make(name)
     state = method.init(ONE)
     before = method.entry(ONE)
     params, after, entry, metrics = jax.eval_shape(

@@ -15,7 +15,7 @@ from fedrevive_jax.errors import ConfigError, FileError
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.record import derived, files
 from fedrevive_jax.running import restore, runner
-from tests.test_simulator import SMALL
+from tests.toys import SMALL
 
 CLASSES = ("ant", "bee", "cat")
 

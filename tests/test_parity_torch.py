@@ -12,8 +12,8 @@ import pytest
 from fedrevive_jax import models
 from fedrevive_jax.dfkd import distillation, loss_guard
 from fedrevive_jax.errors import ConfigError
+from tests.commands import call, flags
 from tests.test_benchmark import TINY
-from tests.test_cli import call, flags
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[parity]'")
 from experiments.benchmarking import stages, torch_peer  # noqa: E402

@@ -18,7 +18,7 @@ from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.models import make_network
 from fedrevive_jax.record import files, reading
 from fedrevive_jax.running import runner
-from tests.test_simulator import SMALL, small
+from tests.toys import SMALL, small
 
 # With distillation, so that everything that is ever split is; teachers that two do not divide.
 METHOD = "dd_fedrevive"
@@ -97,6 +97,7 @@ def cut(folder, to):
     return version
 
 
+@pytest.mark.slow
 def test_two_processes_finish_the_run_of_one(runs):
     config, folder = runs
     assert_same_run(folder, config.run_dir)
@@ -104,6 +105,7 @@ def test_two_processes_finish_the_run_of_one(runs):
     assert any(row["beta"] > 0 for row in rows(folder))
 
 
+@pytest.mark.slow
 def test_two_continue_what_one_began(runs, tmp_path):
     config, _ = runs
     version = cut(config.run_dir, tmp_path / "run")
@@ -113,6 +115,7 @@ def test_two_continue_what_one_began(runs, tmp_path):
     assert_same_run(tmp_path / "run", config.run_dir)
 
 
+@pytest.mark.slow
 def test_one_continues_what_two_began(runs, tmp_path):
     config, folder = runs
     version = cut(folder, tmp_path / "run")
@@ -144,6 +147,7 @@ def test_a_signal_to_one_process_saves_and_ends_both(tmp_path, number):
     assert len(rows(folder)) > arrivals > 10
 
 
+@pytest.mark.slow
 def test_an_error_of_one_process_ends_both(tmp_path):
     """The folder is the first one's business; a flag that differs is noticed by the second."""
     (tmp_path / "thesis.tex").write_text("years of work")

@@ -23,7 +23,7 @@ from fedrevive_jax.record.files import RecordError
 from fedrevive_jax.running import restore, runner
 from fedrevive_jax.simulation.simulator import Simulation
 from tests import killed_run
-from tests.test_simulator import small
+from tests.toys import small
 
 RUN = {"max_time": 5.0, "checkpoint_every": 7, "eval_every": 4}
 
@@ -116,6 +116,7 @@ def assert_same_end(config, reference):
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "signals", "settings"),
     [
@@ -501,6 +502,7 @@ def test_an_earlier_model_that_does_not_fit_is_named(whole, tmp_path):
             Simulation(small("fedbuff", **{"pretrained": str(config.run_dir), **changes}))
 
 
+@pytest.mark.slow
 def test_a_text_run_continues_exactly_and_keeps_its_tokenizer(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for split, count in (("train", 120), ("test", 30)):

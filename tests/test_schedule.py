@@ -10,37 +10,11 @@ import numpy as np
 import pytest
 
 from fedrevive_jax.clock import delays, schedule
-from fedrevive_jax.clock.delays import Durations
-from fedrevive_jax.clock.schedule import simulate
 from fedrevive_jax.clock.windows import plan_windows
 from fedrevive_jax.config import Config
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.server.version_store import VersionStore
-
-
-class Fixed:
-    """Durations told by a table: train[client]; transfers of all clients or by client."""
-
-    def __init__(self, train, download=0.0, upload=0.0):
-        self._train = np.asarray(train, float)
-        self._other = tuple(np.broadcast_to(x, self._train.shape) for x in (download, upload))
-
-    def durations(self, visit):
-        del visit
-        return Durations(self._other[0], self._train, self._other[1])
-
-
-def clock(model, clients, concurrency, buffer_size=1, open_slots=1, max_time=10.0, **kwargs):
-    options = {"max_versions": 10**9, "seed": 0, **kwargs}
-    return simulate(
-        model,
-        num_clients=clients,
-        concurrency=concurrency,
-        buffer_size=buffer_size,
-        open_slots=open_slots,
-        max_time=max_time,
-        **options,
-    )
+from tests.toys import Fixed, clock
 
 
 def published(name, max_time, seed=0, **kwargs):

@@ -11,40 +11,9 @@ from fedrevive_jax import models
 from fedrevive_jax.clients.local_training import train
 from fedrevive_jax.config import METHODS
 from fedrevive_jax.errors import ConfigError
-from fedrevive_jax.presets import resolve
 from fedrevive_jax.simulation import sizing
 from fedrevive_jax.simulation.simulator import Simulation
-
-SMALL = {
-    "model_width": 4, "num_clients": 12, "concurrency": 6, "samples_per_client": 20,
-    "max_time": 6.0, "local_iterations": 2, "batch_size": 8, "num_teachers": 3, "latent_size": 6,
-    "generator_features": 4, "synthesis_batch": 8, "pool_size": 32, "distillation_steps": 2,
-    "distillation_batch": 4, "proxy_samples": 8, "freeze_versions": 3, "warmup_versions": 5,
-    "generation_interval": 2, "beta_s_max": 3.0,
-}  # fmt: skip
-
-
-def small(method, **kwargs):
-    return resolve("digits", method, **{**SMALL, **kwargs})
-
-
-def play(config):
-    simulation = Simulation(config)
-    live = 0
-    receipts = []
-    for receipt in simulation.arrivals():
-        live = max(live, len(simulation.server.live_versions))
-        receipts.append(receipt)
-    return simulation, receipts, live
-
-
-def rows(receipts):
-    return [(r.job, r.client, r.base_version, r.version, r.staleness) for r in receipts]
-
-
-def assert_same_params(a, b, atol):
-    for x, y in zip(*map(jax.tree.leaves, (a.server.params, b.server.params)), strict=True):
-        np.testing.assert_allclose(x, y, rtol=0, atol=atol)
+from tests.toys import assert_same_params, play, rows, small
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,7 +1,4 @@
-"""Small runs of the paper's workloads, on data prepared as a user's would be, only fewer.
-
-Each data set has a test file of its own, so that the files can run side by side.
-"""
+"""Small runs of the paper's workloads, on data prepared as a user's would be, only fewer."""
 
 import json
 import math
@@ -10,7 +7,7 @@ from pathlib import Path
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.running import restore, runner
 from tests import prepared
-from tests.test_cli import call, flags
+from tests.commands import call, flags
 
 RECORD = {
     "config.json", "metrics.jsonl", "arrivals.jsonl", "summary.json", "curves.png", "tensorboard",

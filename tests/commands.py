@@ -1,0 +1,26 @@
+"""Commands as a user types them, in processes of their own."""
+
+import os
+import subprocess
+import sys
+
+
+def started(*arguments, program="main", cwd=None):
+    return subprocess.Popen(
+        [sys.executable, "-m", f"experiments.{program}", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
+
+
+def call(*arguments, **where):
+    with started(*arguments, **where) as process:
+        out, errors = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
+
+
+def flags(**values):
+    return [f"--{name}={value}" for name, value in values.items()]
