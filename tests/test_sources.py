@@ -7,16 +7,17 @@ import re
 import subprocess
 import sys
 import tarfile
+import zlib
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from experiments.prepare import prepare
-from fedrevive_jax.data import augment, image_folder, names, text_folder, tfds_reader
+from fedrevive_jax.data import augment, image_folder, names, pixels, text_folder, tfds_reader
 from fedrevive_jax.data.builders import femnist as femnist_builder
 from fedrevive_jax.data.builders import newsgroups as newsgroups_builder
 from fedrevive_jax.data.dataset import Preprocessing, split_by_class
@@ -196,6 +197,10 @@ def test_damaged_prepared_data(tmp_path, damage, message):
         ({"classes": 11}, r"cifar10-train\S*: label 10, must be in 0..9"),
         ({"encode": lambda image: b"no image"}, r"cifar10-train\S*: an image cannot be decoded"),
         ({"encode": lambda image: prepared.png(image)[:-60]}, "an image cannot be decoded"),
+        (
+            {"encode": lambda image: encode(Image.fromarray(image).convert("P"), "PNG")},
+            r"cifar10-train\S*: an image's pixels are P, must be L or RGB",
+        ),
         (
             {"encode": lambda image: prepared.png(image[1:])},
             r"an image is 31x32x3 uint8, must be 32x32x3 uint8",
@@ -656,13 +661,15 @@ def test_image_folder_without_a_test_part(tmp_path):
 
 
 def test_image_folder_colours(tmp_path):
-    write_folder(tmp_path, {"grey": 4})
+    write_folder(tmp_path, {"grey": 4, "b": 4})
     write_folder(tmp_path, {"colour": 4}, mode="RGB")
     dataset = load("image_folder", tmp_path)
-    assert dataset.samples.shape == (8, 6, 5, 3)
-    grey = dataset.samples[dataset.labels == 1]
+    assert dataset.samples.shape == (12, 6, 5, 3)
+    grey = dataset.samples[dataset.labels != 1]
     assert (grey == grey[..., :1]).all()
-    assert (dataset.samples[dataset.labels == 0].std(axis=-1) > 0).any()
+    assert (dataset.samples[dataset.labels == 1].std(axis=-1) > 0).any()
+    first = np.asarray(Image.open(tmp_path / "b" / "00.png"))
+    assert (dataset.samples[..., 0] == first).all(axis=(1, 2)).any()  # read before any colour
 
 
 def own_size(folder):
@@ -682,7 +689,7 @@ def truncated(folder):
     ("damage", "message"),
     [
         (own_size, r"a/odd.png: is 9x9 pixels, must be 5x6 as .*train/a/00.png"),
-        (own_depth, r"a/deep.png: pixels are I;16, must be 8 bits"),
+        (own_depth, r"a/deep.png: pixels are I;16 of 16 bits, must be grey or RGB of 8 bits"),
         (truncated, r"a/00.png: cannot be read as an image"),
         (lambda f: (f / "train/b/x.txt").write_text("no"), r"b/x.txt: cannot be read as an image"),
         (lambda f: (f / "train/b/deeper").mkdir(), r"b/deeper: cannot be read as an image"),
@@ -799,6 +806,163 @@ def test_a_class_that_only_the_test_part_has(tmp_path):
     write_texts(tmp_path, {"train.jsonl": rows, "test.jsonl": rows + jsonl([("c", "z")])})
     with pytest.raises(ConfigError, match=r"test.jsonl line 3: class 'c' has no training sample"):
         load("text_folder", tmp_path)
+
+
+# What a viewer shows is what is trained on
+
+
+def encode(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def shown(tmp_path, encoded):
+    path = tmp_path / "image"
+    path.write_bytes(encoded)
+    return pixels.read(path).squeeze()
+
+
+def image_of(rows):
+    return Image.fromarray(np.asarray(rows, np.uint8))
+
+
+def palette(colours, indices):
+    image = Image.new("P", (len(indices), 1))
+    image.putpalette(sum(colours, ()))
+    image.putdata(indices)
+    return image
+
+
+def chunk(kind, content=b""):
+    """A chunk of a PNG file."""
+    body = kind + content
+    return len(content).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
+
+
+def with_gamma(encoded, gamma):
+    at = encoded.index(b"IDAT") - 4
+    return encoded[:at] + chunk(b"gAMA", round(gamma * 1e5).to_bytes(4, "big")) + encoded[at:]
+
+
+# 40% of red 100 on white: 0.4 x 100 + 0.6 x 255 = 193.
+CLEAR = [
+    (image_of([[[100, 0, 0, 102]]]), {}, [193, 153, 153]),
+    (image_of([[[0, 0, 0, 0]]]), {}, [255, 255, 255]),
+    (image_of([[[9, 8, 7, 255]]]), {}, [9, 8, 7]),
+    (image_of([[[100, 102]]]), {}, 193),
+    (image_of([[100]]), {"transparency": 100}, 255),
+    (image_of([[100]]), {"transparency": 99}, 100),
+    (image_of([[[1, 2, 3]]]), {"transparency": (1, 2, 3)}, [255, 255, 255]),
+    (palette([(5, 5, 5), (100, 0, 0)], [1]), {"transparency": bytes([255, 102])}, [193, 153, 153]),
+    (palette([(5, 5, 5), (100, 0, 0)], [1]), {"transparency": 1}, [255, 255, 255]),
+    (palette([(5, 5, 5), (100, 0, 0)], [1]), {}, [100, 0, 0]),
+    (Image.new("1", (1, 1), 1), {}, 255),
+]
+
+
+@pytest.mark.parametrize(("image", "options", "expected"), CLEAR)
+def test_transparent_images_are_put_on_white(tmp_path, image, options, expected):
+    assert shown(tmp_path, encode(image, **options)).tolist() == expected
+    if image.mode == "RGBA":
+        for kind in ("TIFF", "WEBP"):
+            assert shown(tmp_path, encode(image, kind, lossless=True)).tolist() == expected
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_as_exif_says(tmp_path, kind, orientation):
+    upright = np.kron([[0, 90, 255], [160, 40, 200]], np.ones((16, 16))).astype(np.uint8)
+    # How an image must lie in the file to be shown upright, by the table of EXIF's tag 274: where
+    # the file's first row and first column are shown.
+    stored = {
+        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+        5: upright.T, 6: upright.T[::-1], 7: upright.T[::-1, ::-1], 8: upright.T[:, ::-1],
+    }[orientation]  # fmt: skip
+    exif = Image.Exif()
+    exif[274] = orientation
+    options = {"exif": exif, "lossless": True, "quality": 95}
+    found = shown(tmp_path, encode(image_of(stored), kind, **options)).astype(int)
+    found = found if found.ndim == 2 else found[..., 0]
+    assert found.shape == upright.shape
+    np.testing.assert_allclose(found, upright, atol=4 if kind == "JPEG" else 0)  # JPEG's rounding
+
+
+def test_sizes_are_compared_as_shown(tmp_path):
+    write_folder(tmp_path, {"a": 4, "b": 4}, shape=(6, 5))
+    exif = Image.Exif()
+    exif[274] = 6
+    lying = image_of(np.arange(30).reshape(5, 6))
+    (tmp_path / "a" / "lying.png").write_bytes(encode(lying, exif=exif))
+    assert load("image_folder", tmp_path).samples.shape == (9, 6, 5, 1)
+
+
+def two_frames(kind):
+    return encode(
+        image_of([[0] * 4] * 4), kind, save_all=True, append_images=[image_of([[255] * 4] * 4)]
+    )
+
+
+def test_a_telephones_photograph_shows_its_first_picture(tmp_path):
+    assert (shown(tmp_path, two_frames("MPO")) == 0).all()
+
+
+DEEP = b"\x12\x34" * 3
+DEEP_PNG = (  # one pixel of 16 bits a channel; Pillow writes none
+    b"\x89PNG\r\n\x1a\n"
+    + chunk(b"IHDR", bytes([0, 0, 0, 1, 0, 0, 0, 1, 16, 2, 0, 0, 0]))
+    + chunk(b"IDAT", zlib.compress(b"\0" + DEEP))
+    + chunk(b"IEND")
+)
+
+
+@pytest.mark.parametrize(
+    ("encoded", "message"),
+    [
+        *((two_frames(kind), "holds 2 frames") for kind in ("GIF", "TIFF", "PNG", "WEBP")),
+        (encode(Image.new("I;16", (1, 1))), "are I;16 of 16 bits, must be grey or RGB of 8 bits"),
+        (encode(Image.new("I;16", (1, 1)), "TIFF"), "pixels are I;16 of 16 bits"),
+        (encode(Image.new("F", (1, 1)), "TIFF"), "pixels are F of 32 bits"),
+        (DEEP_PNG, "pixels are RGB of 16 bits"),
+        (b"P6 1 1 65535\n" + DEEP, "pixels are RGB of 16 bits"),
+        (b"P5 1 1 4095\n" + DEEP[:2], "must be grey or RGB of 8 bits"),
+        (encode(Image.new("CMYK", (8, 8)), "JPEG"), "are CMYK without a colour profile"),
+        (encode(Image.new("LAB", (1, 1)), "TIFF"), "pixels are LAB, must be"),
+        (with_gamma(encode(image_of([[9]])), 1.0), "has gamma 1, must have that of sRGB, 0.4545"),
+        (encode(image_of([[9]]), icc_profile=b"none"), "colour profile cannot be applied"),
+    ],
+)
+def test_images_that_are_not_shown_in_one_way_are_refused(tmp_path, encoded, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        shown(tmp_path, encoded)
+    assert str(caught.value).startswith(f"{tmp_path}/image: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_gamma_of_srgb_is_accepted(tmp_path):
+    assert shown(tmp_path, with_gamma(encode(image_of([[9]])), 0.45455)) == 9
+
+
+def test_colour_profiles_are_applied(tmp_path):
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image, grey = image_of([[[200, 30, 60]]]), image_of([[200]])
+    assert shown(tmp_path, encode(image, icc_profile=srgb)).tolist() == [200, 30, 60]
+    assert shown(tmp_path, encode(grey, icc_profile=srgb)) == 200
+    # The tags of red and blue changed places, and so did the colours that are shown.
+    red, blue = srgb.index(b"rXYZ"), srgb.index(b"bXYZ")
+    swapped = bytearray(srgb)
+    swapped[red + 4 : red + 8], swapped[blue + 4 : blue + 8] = (
+        srgb[blue + 4 : blue + 8], srgb[red + 4 : red + 8],
+    )  # fmt: skip
+    swapped = bytes(swapped).replace(b"s\0R\0G\0B", b"o\0t\0h\0e").replace(b"sRGB", b"othe")
+    for other, expected in (
+        (image, [60, 30, 200]),
+        (image_of([[[200, 30, 60, 255]]]), [60, 30, 200]),
+        (image_of([[[200, 30, 60, 0]]]), [255, 255, 255]),
+        (grey, 200),
+    ):
+        found = shown(tmp_path, encode(other, icc_profile=swapped)).astype(int)
+        np.testing.assert_allclose(found, expected, atol=1)  # rounding of the profile's tables
 
 
 # Names of classes and of parts, the same for both of the user's sources

@@ -19,7 +19,7 @@ from PIL import Image
 from experiments.prepare import prepare
 from fedrevive_jax.clock import delays
 from fedrevive_jax.config import Config
-from fedrevive_jax.data import cifar10, idx, image_folder, json_lines, text_folder
+from fedrevive_jax.data import cifar10, idx, image_folder, json_lines, pixels, text_folder
 from fedrevive_jax.data.builders import femnist as femnist_builder
 from fedrevive_jax.data.builders import newsgroups as newsgroups_builder
 from fedrevive_jax.errors import ConfigError
@@ -149,11 +149,11 @@ def test_images_are_never_handed_to_another_program(tmp_path, monkeypatch):
 def test_any_damage_to_an_image_is_one_line(tmp_path):
     """420 seeded cuts, flips and blocks of zeros in files of every format: an image or an error."""
     generator = np.random.default_rng(0)
-    pixels = generator.integers(0, 256, (6, 5, 3), dtype=np.uint8)
+    colours = generator.integers(0, 256, (6, 5, 3), dtype=np.uint8)
     messages = []
-    for name in image_folder.FORMATS:
+    for name in pixels.FORMATS:
         buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, name)
+        Image.fromarray(colours).save(buffer, name)
         for turn in range(60):
             raw = bytearray(buffer.getvalue())
             place = int(generator.integers(len(raw)))
@@ -166,8 +166,7 @@ def test_any_damage_to_an_image_is_one_line(tmp_path):
             path = tmp_path / "image"
             path.write_bytes(raw)
             try:
-                image_folder._common_format([path])
-                image_folder._pixels(path, "RGB")
+                pixels.read(path)
             except ConfigError as error:
                 messages.append(str(error))
     assert len(messages) > 100

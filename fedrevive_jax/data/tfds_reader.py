@@ -258,9 +258,12 @@ def _decode(encoded: bytes, path: Path, shape: tuple[int, ...]) -> np.ndarray:
     from PIL import Image
 
     try:
-        pixels = np.asarray(Image.open(io.BytesIO(encoded), formats=("PNG", "JPEG")))
+        image = Image.open(io.BytesIO(encoded), formats=("PNG", "JPEG"))
+        pixels = np.asarray(image)
     except Exception as error:  # Pillow's readers pass all kinds on
         raise FileError(path, f"an image cannot be decoded ({one_line(error)})") from None
+    if image.mode not in ("L", "RGB"):  # numbers of a palette's colours look like grey
+        raise FileError(path, f"an image's pixels are {image.mode}, must be L or RGB")
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     if pixels.shape != shape or pixels.dtype != np.uint8:
         raise FileError(

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from fedrevive_jax.data import pixels
 from fedrevive_jax.data.builders import manual_folder
 from fedrevive_jax.data.errors import one_line
 from fedrevive_jax.data.femnist import CHARACTERS
@@ -166,15 +167,17 @@ def _parquet_row(row: dict[str, Any], where: str) -> Row:
     try:
         raw = row["image"]["bytes"]
         image = Image.open(io.BytesIO(raw), formats=FORMATS)
-        image.load()
+        shown = pixels.as_shown(image)
+    except pixels.NotShown as error:
+        raise FileError(where, f"image {error}") from None
     except Exception as error:  # Pillow's readers pass all kinds on
         raise FileError(where, f"image cannot be decoded ({one_line(error)})") from None
-    if image.size != (SIDE, SIDE):
+    if shown.size != (SIDE, SIDE):
         raise FileError(
-            where, f"image is {image.width}x{image.height} pixels, must be {SIDE}x{SIDE}"
+            where, f"image is {shown.width}x{shown.height} pixels, must be {SIDE}x{SIDE}"
         )
-    if (image.format, image.mode) != ("PNG", "L"):
-        raw = _png(image.convert("L"))
+    if (image.format, image.mode) != ("PNG", "L") or shown.tobytes() != image.tobytes():
+        raw = _png(shown.convert("L"))
     return _row(raw, row["writer_id"], row.get("hsf_id", UNKNOWN_HSF), row["character"], where)
 
 
