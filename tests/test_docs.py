@@ -10,13 +10,15 @@ import shlex
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fedrevive_jax.config import METHODS, Config
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.presets import resolve
+from fedrevive_jax.running.runner import run
 from tests.commands import call, flags
-from tests.toys import SMALL, Fixed, clock
+from tests.toys import SMALL, Fixed, clock, small
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -259,6 +261,38 @@ def test_the_python_of_the_readme_runs(capsys):
     assert re.match(
         r"\d+ versions, mean staleness \d+\.\d\n0\.\d+ \(3, 3, 1, 4\)\n(\d+ \d+ [\d.]+\n){5}$", out
     )
+
+
+def test_a_model_of_your_own_is_taken():
+    """The page's own data and model make a simulation; nothing is trained."""
+    page = (ROOT / "docs" / "guide" / "python.md").read_text()
+    _, code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert code.count("fr.run(") == 1
+    generator = np.random.default_rng(0)
+    given = {
+        "n": 90,
+        "m": 10,
+        "images": generator.integers(0, 256, (100, 8, 8, 1), dtype=np.uint8),
+        "labels": generator.integers(0, 10, 100, dtype=np.int32),
+    }
+    exec(code.replace("fr.run(", "simulation = fr.Simulation("), given)
+    assert given["simulation"].server.version == 0
+
+
+def test_the_record_is_told_field_by_field(tmp_path):
+    """Every file in the folder of a run, and every field in those files, stands on its page."""
+    page = (ROOT / "docs" / "record.md").read_text()
+    told = set(re.findall(r"`([\w./]+)`", page))
+    folder = tmp_path / "run"
+    run(small("fedrevive", workdir=folder), keep_record=True)
+    assert {f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir()} <= told
+    rows = [json.loads(line) for name in ("metrics", "arrivals")
+            for line in (folder / f"{name}.jsonl").read_text().splitlines()]  # fmt: skip
+    for fields in (
+        *rows,
+        *(json.loads((folder / f"{name}.json").read_text()) for name in ("summary", "origin")),
+    ):
+        assert set(fields) <= told
 
 
 @pytest.mark.slow
