@@ -121,7 +121,7 @@ def write_settings(app):
     for part in (World, Clients, Server, Dfkd, Record, Device):
         text += [
             f"## {part.__name__}",
-            part.__doc__.strip(),
+            (part.__doc__ or "").strip(),
             "| field | default | what |\n|---|---|---|",
         ]
         for field in dataclasses.fields(part):
