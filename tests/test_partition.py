@@ -1,5 +1,7 @@
 """Handing data to clients: sizes, wrap-around, class mixes, and no hanging at any alpha."""
 
+import sys
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -19,7 +21,10 @@ def split(kind="dirichlet", **kwargs):
     return partition(kind, SAMPLES, LABELS, **options)
 
 
-@pytest.mark.parametrize("alpha", [1e-6, 1e-3, 0.1, 0.5, 10.0, 1e6])
+SMALLEST, LARGEST = 5e-324, sys.float_info.max
+
+
+@pytest.mark.parametrize("alpha", [SMALLEST, 1e-300, 1e-6, 1e-3, 0.1, 0.5, 10.0, 1e6, LARGEST])
 def test_every_client_gets_its_share_at_any_alpha(alpha):
     shards = split(alpha=alpha)
     assert np.diff(shards.offsets).tolist() == [35] * 40
@@ -28,8 +33,15 @@ def test_every_client_gets_its_share_at_any_alpha(alpha):
     np.testing.assert_allclose(mixes.sum(1), 1, rtol=1e-6)
     if alpha <= 1e-3:
         assert (mixes.max(axis=1) > 0.97).all()  # one class each
-    if alpha == 1e6:
+    if alpha >= 1e6:
         assert (np.abs(mixes - 0.1) <= 1 / 35).all()  # rounding of 3.5 samples
+
+
+@pytest.mark.parametrize("alpha", [SMALLEST, 1e-300, 1e-6])
+def test_no_class_is_preferred_where_each_client_has_one(alpha):
+    shards = split(alpha=alpha, num_clients=2000)
+    clients = np.bincount(shards.class_mixes(LABELS, 10).argmax(axis=1), minlength=10)
+    assert (abs(clients - 200) < 5 * np.sqrt(2000 * 0.1 * 0.9)).all()  # five standard deviations
 
 
 def test_samples_are_handed_out_evenly_with_wrap_around():

@@ -110,6 +110,8 @@ def _dirichlet(generator, samples, labels, num_classes, num_clients, per_client,
     """
     own_labels = labels[samples]
     present = np.flatnonzero(np.bincount(own_labels, minlength=num_classes))
+    # Beyond these, mixes are of one class or even, as at them; but sums and shares are no floats.
+    alpha = min(max(alpha, 1e-100), 1e100)
     mixes = generator.dirichlet(np.full(len(present), alpha), size=num_clients)
     # For extremely small alpha all gamma draws may underflow; such a client gets a single class.
     broken = ~np.isfinite(mixes).all(axis=1) | (np.abs(mixes.sum(axis=1) - 1) > 1e-6)
