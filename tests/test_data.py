@@ -1,5 +1,6 @@
 """Sources, splits and augmentation; every kind of bad file gets one clear line."""
 
+import dataclasses
 import gzip
 import os
 import struct
@@ -14,9 +15,11 @@ import pytest
 from fedrevive_jax import data, models
 from fedrevive_jax.config import DATASETS, METHODS, MODELS
 from fedrevive_jax.data import augment, digits, fashion_mnist
-from fedrevive_jax.data.dataset import Preprocessing, split_training
+from fedrevive_jax.data.dataset import Preprocessing, split_training, warn_of_missing_classes
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.presets import BY_DATASET, BY_METHOD
+from fedrevive_jax.simulation.simulator import Simulation
+from tests.toys import small
 
 
 def test_names_agree_everywhere():
@@ -54,6 +57,30 @@ def test_specs_tell_the_truth(idx_folder):
         assert module.SPEC.input_shape == dataset.input_shape
         assert module.SPEC.num_classes == dataset.num_classes
     assert digits.SPEC.training_samples == 1797 - 360
+
+
+def test_classes_without_samples_are_told(caplog):
+    labels = np.asarray([0, 1, 3, 0, 1, 0], np.int32)
+    ends = {"train": [0, 1, 2], "validation": [], "distillation": [], "test": [3, 4, 5]}
+    splits = {name: np.asarray(part, np.int32) for name, part in ends.items()}
+    samples = np.zeros((6, 1, 1, 1), np.uint8)
+    dataset = data.Dataset("mine", 4, samples, labels, splits, class_names=tuple("abcd"))
+    warn_of_missing_classes(dataset)
+    assert caplog.messages == [
+        "data set mine: 1 of 4 classes without a sample in the split 'train' ('c'); none can be "
+        "learnt",
+        "data set mine: 2 of 4 classes without a sample in the split 'test' ('c', 'd'); none is "
+        "tested",
+    ]
+    caplog.clear()
+    dataset = digits.load("", 0)
+    train = dataset.splits["train"]
+    splits = {**dataset.splits, "train": train[dataset.labels[train] != 3]}
+    Simulation(small("fedbuff"), dataset)
+    assert not caplog.messages
+    Simulation(small("fedbuff"), dataclasses.replace(dataset, splits=splits))
+    (told,) = caplog.messages
+    assert "1 of 10 classes without a sample in the split 'train' ('3')" in told
 
 
 def good_arrays():

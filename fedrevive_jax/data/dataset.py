@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -12,6 +13,9 @@ import numpy as np
 from fedrevive_jax.compute.streams import Stream, numpy_generator
 from fedrevive_jax.data.tokens import Tokenizer
 from fedrevive_jax.errors import ConfigError, FileError
+
+_LOG = logging.getLogger(__name__)
+SHOWN = 10  # names of classes in a warning
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,19 @@ class Dataset:
     @property
     def input_shape(self) -> tuple[int, ...]:
         return self.samples.shape[1:]
+
+
+def warn_of_missing_classes(dataset: Dataset) -> None:
+    """Warns of classes that nothing is trained on, and of those that nothing is tested on."""
+    for split, consequence in (("train", "none can be learnt"), ("test", "none is tested")):
+        held = np.bincount(dataset.labels[dataset.splits[split]], minlength=dataset.num_classes)
+        missing = [name for name, count in zip(dataset.classes, held, strict=True) if not count]
+        if missing:
+            shown = ", ".join(map(repr, missing[:SHOWN])) + (", ..." if missing[SHOWN:] else "")
+            _LOG.warning(
+                "data set %s: %d of %d classes without a sample in the split %r (%s); %s",
+                dataset.name, len(missing), len(held), split, shown, consequence,
+            )  # fmt: skip
 
 
 def check_samples(dataset: Dataset) -> None:

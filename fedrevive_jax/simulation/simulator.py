@@ -19,6 +19,7 @@ from fedrevive_jax.clock.windows import plan_windows
 from fedrevive_jax.compute import devices, environment, trees
 from fedrevive_jax.compute.streams import Stream, jax_key
 from fedrevive_jax.config import Config
+from fedrevive_jax.data.dataset import warn_of_missing_classes
 from fedrevive_jax.data.partition import Shards, partition
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.messages import Upload
@@ -75,6 +76,7 @@ class Simulation:
         self.model = judging.fitting(config, self.dataset, model)
         for split in ("train", config.eval_split):
             self.dataset.positions(split)  # refused where it is empty
+        warn_of_missing_classes(self.dataset)
         self._shards = derived.shards or _shared_out(config, self.dataset)
 
         self.position = 0
