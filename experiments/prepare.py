@@ -14,7 +14,7 @@ from absl import flags
 from experiments import flags as config_flags
 from fedrevive_jax.config import whole_path
 from fedrevive_jax.data import tfds_reader
-from fedrevive_jax.data.errors import one_line
+from fedrevive_jax.data.errors import entries, one_line
 from fedrevive_jax.errors import ConfigError
 
 DATASET = flags.DEFINE_string("dataset", None, "data set to prepare")
@@ -43,7 +43,7 @@ def prepare(name: str, data_dir: str, manual_dir: str = "") -> str:
         raise ConfigError("data_dir", "", "must name the folder to write to")
     data_dir = whole_path("data_dir", data_dir)
     manual = Path(whole_path("manual_dir", manual_dir)) if manual_dir else None
-    if manual and not (manual.is_dir() and any(manual.iterdir())):
+    if manual and not entries(manual):
         raise ConfigError("manual_dir", manual_dir, "no such folder, or it is empty")
     words = "is prepared already"
     if not tfds_reader.version_folders(name, data_dir):

@@ -1,5 +1,6 @@
-"""Commands as a user types them, in processes of their own."""
+"""Commands as a user types them, in processes of their own; and that user."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -20,6 +21,19 @@ def call(*arguments, **where):
     with started(*arguments, **where) as process:
         out, errors = process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
+
+
+@contextlib.contextmanager
+def nobody():
+    """As a user whom permissions bind; root is bound by none."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
 
 
 def flags(**values):

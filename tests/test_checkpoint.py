@@ -27,6 +27,7 @@ from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.record import archive
 from fedrevive_jax.record.archive import CorruptError
 from fedrevive_jax.record.checkpoint import CheckpointError, Checkpoints, has_checkpoint
+from tests.commands import nobody
 from tests.killed_run import is_change
 
 
@@ -446,19 +447,6 @@ def test_a_folder_that_is_removed_is_told(saved, tmp_path):
             checkpoints.save(record_of(6), params_of(6), arrays_of(record_of(6)))
             with pytest.raises(CheckpointError, match=rf"\(No such file or directory\); {left}"):
                 checkpoints.wait()
-
-
-@contextlib.contextmanager
-def nobody():
-    """As a user whom permissions bind; root is bound by none."""
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
 
 
 def test_a_folder_that_becomes_read_only_is_told(saved):

@@ -3,10 +3,12 @@
 import importlib
 import io
 import json
+import os
 import re
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -17,7 +19,17 @@ import pytest
 from PIL import Image, ImageCms
 
 from experiments.prepare import prepare
-from fedrevive_jax.data import augment, image_folder, names, pixels, text_folder, tfds_reader
+from fedrevive_jax.clock import delays
+from fedrevive_jax.config import Config
+from fedrevive_jax.data import (
+    augment,
+    image_folder,
+    names,
+    pixels,
+    text_folder,
+    tfds_reader,
+    tokens,
+)
 from fedrevive_jax.data.builders import femnist as femnist_builder
 from fedrevive_jax.data.builders import newsgroups as newsgroups_builder
 from fedrevive_jax.data.dataset import Preprocessing, split_by_class
@@ -26,7 +38,9 @@ from fedrevive_jax.data.newsgroups import CLASS_NAMES
 from fedrevive_jax.data.partition import partition
 from fedrevive_jax.data.texts import Texts
 from fedrevive_jax.errors import ConfigError
+from fedrevive_jax.models import t5_weights
 from tests import prepared
+from tests.commands import nobody
 
 IMAGES = {"cifar10": (32, 32, 3), "cifar100": (32, 32, 3), "fashion_mnist": (28, 28, 1)}
 
@@ -501,6 +515,120 @@ def test_bad_newsgroups_files(tmp_path, damage, message):
     whole_archive(raw)
     prepare("newsgroups", str(out), str(raw))
     assert len(load("newsgroups", out).texts) == 60
+
+
+# Files that must not be read, and what are no files
+
+
+def read_idx(folder):
+    (folder / "t10k-labels-idx1-ubyte").touch()
+    return folder, lambda: load("fashion_mnist", folder)
+
+
+def read_prepared(folder):
+    path = prepared.write_images("cifar10", folder, {"train": 6, "test": 3})
+    return path.parent, lambda: load("cifar10", folder)
+
+
+def read_shard(folder):
+    path = prepared.write_images("cifar10", folder, {"train": 6, "test": 3})
+    return shard(path), lambda: load("cifar10", folder)
+
+
+def read_class(folder):
+    write_folder(folder, {"a": 3, "b": 3})
+    return folder / "a", lambda: load("image_folder", folder)
+
+
+def read_image(folder):
+    return read_class(folder)[0] / "00.png", lambda: load("image_folder", folder)
+
+
+def read_rows(folder):
+    write_texts(folder, {"a.jsonl": jsonl([("a", "x")])})
+    return folder / "a.jsonl", lambda: load("text_folder", folder)
+
+
+def read_raw_femnist(folder):
+    prepared.write_parquet(folder / "train.parquet", prepared.femnist_rows(4, 2))
+    return folder, lambda: list(femnist_builder.manual_rows(folder))
+
+
+def read_raw_newsgroups(folder):
+    group = folder / "20news-bydate-train" / "sci.med"
+    group.mkdir(parents=True)
+    return group, lambda: list(newsgroups_builder.posts(folder))
+
+
+def read_manual(folder):
+    (folder / "file").touch()
+    return folder, lambda: prepare("femnist", str(folder / "out"), str(folder))
+
+
+def read_trace(folder):
+    path = folder / "trace.csv"
+    path.write_text("download,train,upload\n1,2,3\n")
+    return path, lambda: delays.create(Config(delays="trace", delay_trace=str(path)))
+
+
+def read_sizes(folder):
+    (folder / "config.json").touch()
+    return folder, lambda: t5_weights.read_shape(str(folder))
+
+
+def read_weights(folder):
+    (folder / "model.safetensors").touch()
+    return folder, lambda: t5_weights.read(str(folder), None)
+
+
+def digest_weights(folder):
+    (folder / "model.safetensors").touch()
+    return folder / "model.safetensors", lambda: t5_weights.digest(str(folder))
+
+
+def digest_tokenizer(folder):
+    (folder / "spiece.model").touch()
+    return folder / "spiece.model", lambda: tokens.digest(str(folder))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        read_idx, read_prepared, read_shard, read_class, read_image, read_rows, read_raw_femnist,
+        read_raw_newsgroups, read_manual, read_trace, read_sizes, read_weights, digest_weights,
+        digest_tokenizer,
+    ],
+)  # fmt: skip
+def test_what_must_not_be_read_is_told(made):
+    with tempfile.TemporaryDirectory() as outer:
+        os.chmod(outer, 0o755)
+        locked, read = made(Path(outer))
+        locked.chmod(0)
+        try:
+            with nobody(), pytest.raises(ConfigError, match=r"annot be read .*Permission") as told:
+                read()
+        finally:
+            locked.chmod(0o755)
+    assert str(locked) in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("made", [read_image, read_rows, read_trace])
+def test_what_is_no_file_is_not_waited_for(tmp_path, made):
+    path, read = made(tmp_path)
+    for make in (os.mkfifo, os.mkdir):
+        path.unlink()
+        make(path)
+        with pytest.raises(ConfigError, match=r"is no file") as told:
+            read()
+        assert str(path) in str(told.value)
+        if make is os.mkfifo:
+            continue
+        path.rmdir()
+        path.symlink_to(tmp_path / "nowhere")
+        with pytest.raises(ConfigError, match=r"leads nowhere|No such file") as told:
+            read()
+        assert str(path) in str(told.value)
 
 
 # The command

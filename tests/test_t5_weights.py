@@ -91,6 +91,8 @@ def reshape_tensor(folder):
         (lambda f: rewrite(f, d_ff=None), "config.json has no d_ff"),
         (lambda f: rewrite(f, d_model="512"), "d_model='512'; must be a number, at least 1"),
         (lambda f: rewrite(f, num_layers=1), "num_layers=1; must be a number, at least 2"),
+        (lambda f: rewrite(f, num_heads=True), "num_heads=True; must be a number, at least 1"),
+        (lambda f: rewrite(f, layer_norm_epsilon=float("nan")), "epsilon=nan; must be a number"),
         (lambda f: rewrite(f, feed_forward_proj="gated-gelu"), "must be relu"),
         (
             lambda f: rewrite(f, relative_attention_max_distance=2),

@@ -148,6 +148,8 @@ SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}
 def _read_trace(path: str) -> tuple[np.ndarray, np.ndarray | None]:
     """Durations [rows, 3] and the number of each row's client, or None where none are named."""
     try:
+        if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
+            raise ConfigError("delay_trace", path, "is no file")
         with Path(path).open(newline="", encoding="utf-8-sig") as stream:
             first = stream.readline()
             stream.seek(0)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from fedrevive_jax.data.dataset import Dataset, DatasetSpec, Preprocessing, official_splits
+from fedrevive_jax.data.errors import entries
 from fedrevive_jax.data.idx import read_idx
 from fedrevive_jax.data.tfds_reader import command, image_dataset, version_folders
 from fedrevive_jax.errors import ConfigError
@@ -37,7 +38,7 @@ def load(data_dir: str, seed: int) -> Dataset:
             "(Debian: dataset-fashion-mnist, /usr/share/datasets/fashion-mnist), or that of "
             + command("fashion_mnist", "DIR"),
         )
-    if any(Path(data_dir).glob("*-idx?-ubyte*")):
+    if any(path.match("*-idx?-ubyte*") for path in entries(Path(data_dir).expanduser())):
         return _from_idx(data_dir, seed)
     if version_folders("fashion_mnist", data_dir):
         return image_dataset("fashion_mnist", SPEC, CLASS_NAMES, Preprocessing(), data_dir, seed)

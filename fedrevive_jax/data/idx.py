@@ -17,10 +17,10 @@ def read_idx(folder: str, name: str, dimensions: int) -> np.ndarray:
     Raises:
       ConfigError: the file is missing, cut short, too long, or not an IDX file of bytes.
     """
-    path = Path(folder, name)
+    path = Path(folder, name).expanduser()
     try:
         if not path.is_file():
-            path = Path(folder, name + ".gz")
+            path = path.with_name(name + ".gz")
         raw = path.read_bytes()
         if path.suffix == ".gz":
             raw = gzip.decompress(raw)

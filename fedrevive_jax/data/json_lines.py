@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedrevive_jax.data.errors import one_line, reading
+from fedrevive_jax.data.errors import one_line, read_file
 from fedrevive_jax.errors import FileError
 
 
@@ -22,8 +22,7 @@ def read(path: Path) -> list[Row]:
     Raises:
       ConfigError: the file cannot be read or holds no rows, or a row has no label or no text.
     """
-    with reading(path):
-        raw = path.read_bytes()
+    raw = read_file(path)
     # Split as bytes: UTF-8 has more line ends than JSON lines.
     lines = enumerate(raw.split(b"\n"), start=1)
     rows = [_row(line, f"{path} line {number}") for number, line in lines if line.strip()]

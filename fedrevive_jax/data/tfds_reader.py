@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedrevive_jax.data.dataset import Dataset, DatasetSpec, Preprocessing, official_splits
-from fedrevive_jax.data.errors import one_line
+from fedrevive_jax.data.errors import entries, one_line, reading
 from fedrevive_jax.errors import ConfigError, FileError
 
 _BLOCK = 1000  # records fetched in one call
@@ -137,7 +137,7 @@ def _feature_classes(node: Any) -> Iterator[str]:
 
 def version_folders(name: str, data_dir: str) -> list[Path]:
     """Folders of whole versions, oldest first; TFDS writes into folders with other names."""
-    inside = Path(data_dir).expanduser().joinpath(name).glob("*")
+    inside = entries(Path(data_dir).expanduser() / name)
     folders = [path for path in inside if re.fullmatch(r"\d+\.\d+\.\d+", path.name)]
     return sorted(folders, key=lambda path: tuple(map(int, path.name.split("."))))
 
@@ -163,8 +163,10 @@ def check_shards(prepared: Prepared, split: str) -> list[tuple[Path, int]]:
     if not shards:
         raise FileError(prepared.folder, f"split {split!r} is empty{prepared.again}")
     for path, length in shards:
-        if not path.is_file():
-            raise FileError(path, f"no such file{prepared.again}")
+        with reading(path):
+            if not path.is_file():
+                raise FileError(path, f"no such file{prepared.again}")
+            path.open("rb").close()  # the reader of records would end the program
         found = ArrayRecordReader(str(path)).num_records()  # 0 where the file's end is damaged
         if found != length:
             raise FileError(

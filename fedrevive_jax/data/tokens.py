@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedrevive_jax.data.errors import one_line
+from fedrevive_jax.data.errors import one_line, reading
 from fedrevive_jax.errors import ConfigError, FileError
 
 PADDING, END, UNKNOWN = 0, 1, 2
@@ -100,8 +100,9 @@ def digest(folder: str) -> str:
     """
     for name in (TOKENIZER, SENTENCEPIECE):
         path = Path(folder).expanduser() / name
-        if path.is_file():
-            return hashlib.sha256(path.read_bytes()).hexdigest()
+        with reading(path):
+            if path.is_file():
+                return hashlib.sha256(path.read_bytes()).hexdigest()
     raise ConfigError("t5_weights", folder, f"holds neither {TOKENIZER} nor {SENTENCEPIECE}")
 
 

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
-from fedrevive_jax.data.errors import one_line
+from fedrevive_jax.data.errors import one_line, reading
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.models.model import Params
 from fedrevive_jax.models.t5 import T5Shape
@@ -28,8 +29,9 @@ def read_shape(folder: str) -> T5Shape:
       ConfigError: the file is missing, lacks an entry, or tells of another kind of encoder.
     """
     path = Path(folder).expanduser() / SIZES
-    if not path.parent.is_dir():
-        raise ConfigError("t5_weights", folder, "no such folder")
+    with reading(path):
+        if not path.parent.is_dir():
+            raise ConfigError("t5_weights", folder, "no such folder")
     try:
         sizes = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -62,12 +64,13 @@ def read_shape(folder: str) -> T5Shape:
         raise ConfigError("t5_weights", folder, f"{SIZES} has no {missing[0]}")
     for name in names.values():
         kinds = (int, float) if name == "layer_norm_epsilon" else int
-        if not isinstance(sizes[name], kinds) or sizes[name] < LEAST.get(name, 1):
+        given, least = sizes[name], LEAST.get(name, 1)
+        known = isinstance(given, kinds) and not isinstance(given, bool)
+        if not known or not least <= given < math.inf:
             raise ConfigError(
                 "t5_weights",
                 folder,
-                f"{SIZES} says {name}={sizes[name]!r}; must be a number, at "
-                f"least {LEAST.get(name, 1)}",
+                f"{SIZES} says {name}={given!r}; must be a number, at least {least}",
             )
     shape = T5Shape(**{ours: sizes[theirs] for ours, theirs in names.items()})
     if shape.max_distance <= shape.buckets // 4:
@@ -100,8 +103,9 @@ def read(folder: str, shape: T5Shape) -> tuple[Params, Any]:
             "t5_weights", folder, "needs the package safetensors; pip install -e '.[text]'"
         ) from None
     path = Path(folder).expanduser() / WEIGHTS
-    if not path.is_file():
-        raise ConfigError("t5_weights", folder, f"holds no {WEIGHTS}")
+    with reading(path):
+        if not path.is_file():
+            raise ConfigError("t5_weights", folder, f"holds no {WEIGHTS}")
     try:
         with safe_open(path, framework="flax") as file:
             return _read_encoder(file, folder, shape)
@@ -114,13 +118,17 @@ def digest(folder: str) -> str:
     """SHA-256 of the weights, in hexadecimal.
 
     Raises:
-      ConfigError: there are none.
+      ConfigError: there are none, or they cannot be read.
     """
+    path = Path(folder).expanduser() / WEIGHTS
     try:
-        with (Path(folder).expanduser() / WEIGHTS).open("rb") as file:
+        with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
+    except FileNotFoundError:
         raise ConfigError("t5_weights", folder, f"holds no {WEIGHTS}") from None
+    except OSError as error:
+        message = one_line(error)
+        raise ConfigError("t5_weights", folder, f"{WEIGHTS} cannot be read ({message})") from None
 
 
 def _read_encoder(file: Any, folder: str, shape: T5Shape) -> tuple[Params, Any]:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from fedrevive_jax.data import pixels
 from fedrevive_jax.data.builders import manual_folder
-from fedrevive_jax.data.errors import one_line
+from fedrevive_jax.data.errors import entries, one_line
 from fedrevive_jax.data.femnist import CHARACTERS
 from fedrevive_jax.errors import ConfigError, FileError
 
@@ -92,10 +92,12 @@ def manual_rows(folder: Path) -> Iterator[Row]:
     Raises:
       ConfigError: there are none, or they cannot be read.
     """
-    parquet = sorted([*folder.glob("*.parquet"), *folder.glob("data/*.parquet")])
-    leaf = sorted(
-        [*folder.glob("*.json"), *folder.glob("train/*.json"), *folder.glob("test/*.json")]
-    )
+
+    def files(suffix: str, *parts: str) -> list[Path]:
+        inside = [path for part in ("", *parts) for path in entries(folder / part)]
+        return sorted(path for path in inside if path.suffix == suffix)
+
+    parquet, leaf = files(".parquet", "data"), files(".json", "train", "test")
     if not parquet and not leaf:
         raise ConfigError(
             "manual_dir", folder, "no .parquet files of flwrlabs/femnist, no .json files of LEAF"

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import tensorflow_datasets as tfds
 
 from fedrevive_jax.data.builders import manual_folder
-from fedrevive_jax.data.errors import one_line
+from fedrevive_jax.data.errors import entries, one_line, read_file
 from fedrevive_jax.data.newsgroups import CLASS_NAMES
 from fedrevive_jax.errors import ConfigError, FileError
 
@@ -135,8 +135,9 @@ def _checked(archive: Path) -> Path:
 
 def _folder_files(folder: Path) -> Iterator[tuple[str, bytes]]:
     for part in FOLDERS.values():
-        for path in sorted((folder / part).glob("*/*")):
-            yield path.relative_to(folder).as_posix(), path.read_bytes()
+        for group in entries(folder / part):
+            for path in entries(group):
+                yield path.relative_to(folder).as_posix(), read_file(path)
 
 
 def _check_member(archive: Path, member: tarfile.TarInfo) -> None:
