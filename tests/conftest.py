@@ -9,7 +9,8 @@ import pytest
 # Most of the time of the tests is compilation, most of that for speed, which no test measures.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_use_fusion_emitters=false",
 )
 
 # Programs are compiled once: for all workers, for processes that tests start, and for the next run
