@@ -67,7 +67,9 @@ def _augment(images, key, how: Preprocessing, padding_mode: str) -> jax.Array:
         flipped = jax.random.bernoulli(flip_key, shape=(batch, 1, 1, 1))
         images = jnp.where(flipped, images[:, :, ::-1], images)
     if how.rotation:
-        limits = {"minval": -how.rotation, "maxval": how.rotation}
-        angles = jax.random.uniform(jax.random.fold_in(key, ROTATION), (batch,), **limits)
+        rotation_key = jax.random.fold_in(key, ROTATION)
+        angles = jax.random.uniform(
+            rotation_key, (batch,), minval=-how.rotation, maxval=how.rotation
+        )
         images = jax.vmap(rotate)(images, angles)
     return images

@@ -65,11 +65,12 @@ def _from_idx(data_dir: str, seed: int) -> Dataset:
             raise ConfigError(
                 "data_dir", data_dir, f"the {part} files must hold 28x28 images, labels 0..9"
             )
+    training, testing = map(len, labels)
     return Dataset(
         "fashion_mnist",
         SPEC.num_classes,
         np.concatenate(images)[..., None],
         np.concatenate(labels).astype(np.int32),
-        official_splits(*map(len, labels), seed),
+        official_splits(training, testing, seed),
         class_names=CLASS_NAMES,
     )

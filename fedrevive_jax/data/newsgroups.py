@@ -35,5 +35,6 @@ def load(data_dir: str, seed: int) -> Texts:
     A post of which nothing is left without headers, footers and quotes is an empty text.
     """
     stored = read_texts(find("newsgroups", data_dir), ("train", "test"), SPEC.num_classes)
-    splits = official_splits(*stored.sizes, seed)
+    training, testing = stored.sizes
+    splits = official_splits(training, testing, seed)
     return Texts("newsgroups", CLASS_NAMES, stored.samples, stored.labels, splits)

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -21,7 +21,10 @@ _BLOCK = 1000  # records fetched in one call
 _FEATURES = "tensorflow_datasets.core.features."
 
 
-class Labelled(NamedTuple):
+Samples = TypeVar("Samples", np.ndarray, list[str])
+
+
+class Labelled(NamedTuple, Generic[Samples]):
     """Whole splits, one after the other.
 
     Attributes:
@@ -31,7 +34,7 @@ class Labelled(NamedTuple):
       sizes: number of samples in each split.
     """
 
-    samples: np.ndarray | list[str]
+    samples: Samples
     labels: np.ndarray
     groups: list[str]
     sizes: list[int]
@@ -66,7 +69,8 @@ def image_dataset(
     """
     prepared = find(name, data_dir)
     images, labels, _, sizes = read_images(prepared, ("train", "test"), spec)
-    splits = official_splits(*sizes, seed)
+    training, testing = sizes
+    splits = official_splits(training, testing, seed)
     return Dataset(
         name,
         spec.num_classes,
@@ -120,7 +124,8 @@ def find(name: str, data_dir: str) -> Prepared:
         raise FileError(
             folder, f"dataset_info.json or features.json is damaged ({one_line(error)}){again}"
         ) from None
-    file_format = builder.info.file_format.value
+    told = builder.info.file_format
+    file_format = told.value if told else "unknown"
     if file_format != "array_record":
         raise FileError(folder, f"holds {file_format} files, must be array_record{again}")
     return Prepared(folder, builder, again)
@@ -182,7 +187,7 @@ def read_images(
     *,
     label: str = "label",
     group: str = "",
-) -> Labelled:
+) -> Labelled[np.ndarray]:
     """Reads whole splits of images, with the features that hold their labels and owners.
 
     Raises:
@@ -208,7 +213,7 @@ def read_images(
     return Labelled(images, labels, groups, sizes)
 
 
-def read_texts(prepared: Prepared, splits: Sequence[str], num_classes: int) -> Labelled:
+def read_texts(prepared: Prepared, splits: Sequence[str], num_classes: int) -> Labelled[list[str]]:
     """Reads whole splits of texts with their labels.
 
     Raises:

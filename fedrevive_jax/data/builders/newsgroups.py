@@ -159,7 +159,8 @@ def _archive_files(archive: Path) -> Iterator[tuple[str, bytes]]:
         with tarfile.open(fileobj=unpacked) as opened:
             for member in opened:
                 _check_member(archive, member)
-                if member.isfile():
-                    yield member.name, opened.extractfile(member).read()
+                content = opened.extractfile(member)  # None for a folder
+                if content is not None:
+                    yield member.name, content.read()
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
         raise FileError(archive, f"cannot be read as an archive ({one_line(error)})") from None
