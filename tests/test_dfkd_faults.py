@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from fedrevive_jax import methods
+from fedrevive_jax.config import Dfkd
 from fedrevive_jax.dfkd import loss_guard, proxy
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.record.health import Health
@@ -232,7 +233,7 @@ def test_broken_class_mixes(world):
 def observe(proxies, w, seed):
     return proxy.observe(
         proxies, scalar_model(), {"w": w}, jnp.asarray(1), jax.random.key(seed),
-        samples=4, temperature=1e-3,
+        Dfkd(proxy_samples=4, proxy_temperature=1e-3),
     )  # fmt: skip
 
 
