@@ -279,3 +279,14 @@ def test_augmentation_is_differentiable():
     )
     # Every output pixel comes from exactly one input pixel.
     assert float(gradient.sum()) == 8 * 16
+
+
+def test_a_rare_class_is_in_every_split_of_the_training_data():
+    """Ten of two thousand: without labels some seed leaves one of the splits without any."""
+    labels = np.repeat(np.arange(2), [1990, 10])
+    for seed in range(20):
+        splits = split_training(2000, seed, labels)
+        assert [int(labels[own].sum()) for own in splits.values()] == [8, 1, 1]
+        assert [len(own) for own in splits.values()] == [1500, 300, 200]
+    drawn = [split_training(2000, seed) for seed in range(20)]
+    assert min(labels[own].sum() for splits in drawn for own in splits.values()) == 0

@@ -282,12 +282,25 @@ def digest_of_texts(texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def split_training(count: int, seed: int) -> dict[str, np.ndarray]:
+def split_training(
+    count: int, seed: int, labels: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """Splits `count` official training samples at random.
 
-    75% train, 15% validation, 10% kept for the data-dependent variant (ALGORITHM of the paper,
-    section "data"); the official test set is not touched.
+    75% train, 15% validation, 10% kept for the data-dependent variant, as arXiv 2511.00655 does;
+    the official test set is not touched.
+
+    Args:
+      count: n.
+      seed: seed of the split.
+      labels: int array [n]; each split gets its share of every class then, so that a rare class is
+        missing in none that has a place for it. The paper's splits do not look at labels.
+
+    Returns:
+      int32 positions of each split, by name.
     """
+    if labels is not None:
+        return split_by_class(labels, split_sizes(count), seed)
     order = numpy_generator(seed, Stream.SPLIT).permutation(count).astype(np.int32)
     ends = np.cumsum(list(split_sizes(count).values()))
     return dict(zip(split_sizes(count), np.split(order, ends[:-1]), strict=True))
