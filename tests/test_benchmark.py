@@ -171,6 +171,7 @@ def test_the_ways_of_convolution_are_measured(monkeypatch):
         (["--compilation_cache_dir=/proc/none"], "--compilation_cache_dir=/proc/none: cannot be"),
     ],
 )
+@pytest.mark.slow
 def test_bad_input_of_benchmark(tmp_path, arguments, message):
     result = call(*arguments, program="benchmark", cwd=tmp_path)
     assert result.returncode == 1

@@ -110,6 +110,7 @@ def opened():
             checkpoints._thread.shutdown()
 
 
+@pytest.mark.slow
 def test_a_death_at_any_moment_of_a_push_leaves_a_whole_checkpoint(bucket, caplog):
     with opened() as checkpoints:
         for version in (3, 4):

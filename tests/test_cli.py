@@ -15,6 +15,7 @@ from tests.commands import call, flags
 from tests.toys import SMALL
 
 
+@pytest.mark.slow
 def test_run_then_evaluate_then_run_again(tmp_path, monkeypatch):
     # JAX stores what took long to compile, so that a busy machine would store more: here it is all.
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -123,6 +124,7 @@ def test_flops_of_a_whole_run():
     assert told["flops_synthesis"] == 0
 
 
+@pytest.mark.slow
 def test_compare_makes_a_table_and_repeats_nothing(tmp_path):
     small = {**SMALL, "max_time": 3, "methods": "fedbuff,afl_dw", "seeds": 2}
     arguments = flags(**small, out=tmp_path / "out")
@@ -205,6 +207,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a) for a, _ in BAD])
+@pytest.mark.slow
 def test_bad_input_is_one_clear_line(tmp_path, arguments, message):
     """Status not 0, one line, nothing written, and no waiting for a compilation."""
     (tmp_path / "blocked").write_text("a file, not a folder")
@@ -235,6 +238,7 @@ def test_a_full_memory_is_told_in_one_line(tmp_path):
         (["--workdir=none", "--step=x"], "--step=x"),
     ],
 )
+@pytest.mark.slow
 def test_bad_input_of_evaluate(tmp_path, arguments, message):
     result = call(*arguments, program="evaluate", cwd=tmp_path)
     assert result.returncode == 1

@@ -639,6 +639,7 @@ def test_a_process_that_is_told_to_stop_alone(tmp_path):
     assert not (tmp_path / "table.md").exists()
 
 
+@pytest.mark.slow
 def test_tuned_comparison_of_what_diverges_and_what_does_not(tmp_path):
     """Two jobs at once; a client rate of 1e30 really diverges, and is not run again."""
     arguments = flags(
@@ -685,6 +686,7 @@ def test_tuned_comparison_of_what_diverges_and_what_does_not(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_ablation_continues_what_was_interrupted(tmp_path):
     """In this process: the second value's run has begun already, up to a checkpoint."""
     given = {**TINY, "method": "fedbuff", "checkpoint_every": 1, "seed": 5}
@@ -738,6 +740,7 @@ def test_an_ablation_continues_what_was_interrupted(tmp_path):
         (["--out=/dev/null/x"], "--out=/dev/null/x: cannot be made"),
     ],
 )
+@pytest.mark.slow
 def test_bad_input(tmp_path, arguments, message):
     result = call("--out=x", *arguments, program="compare", cwd=tmp_path)
     assert result.returncode == 1

@@ -186,6 +186,7 @@ def test_reptile_step(golden, model, convolution, start):
     close(jnp.stack(result.terms), golden["synthesis/losses"][golden["synthesis/best_step"]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("convolution", ["patches"], indirect=True)
 def test_meta_gradients(golden, model, start):
     """FOMAML sums the inner gradients; full MAML differentiates the inner steps.
