@@ -161,6 +161,7 @@ def test_what_has_not_changed_is_not_sent_again(bucket):
     assert not copy.folder.exists()
 
 
+@pytest.mark.slow
 def test_a_run_and_its_data_in_a_bucket(bucket, tmp_path, monkeypatch):
     """Interrupted, continued by a process that knows nothing but the bucket, and as on a disk."""
     draw(bucket.folder / "imgs")

@@ -279,6 +279,7 @@ def test_a_model_of_your_own_is_taken():
     assert given["simulation"].server.version == 0
 
 
+@pytest.mark.slow
 def test_the_record_is_told_field_by_field(tmp_path):
     """Every file in the folder of a run, and every field in those files, stands on its page."""
     page = (ROOT / "docs" / "record.md").read_text()

@@ -189,6 +189,7 @@ def config_in(folder, **kwargs):
     return small("fedbuff", **{"buffer_size": 1, **common, **kwargs})
 
 
+@pytest.mark.slow
 def test_the_record_counts_failures_and_continues_exactly(tmp_path, monkeypatch):
     config = config_in(tmp_path / "whole", **FAULTY)
     whole = runner.run(config, keep_record=True)

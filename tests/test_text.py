@@ -339,6 +339,7 @@ def corpus():
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_never_moves_the_table(corpus):
     config = small_config(
         max_time=8, local_iterations=8, client_lr=0.01, server_lr=0.5, vocabulary_size=128
