@@ -27,7 +27,7 @@ UNEVEN = {
     "client_batch": 3,
     "num_teachers": 3,
     "distillation_batch": 3,
-    "max_time": 4.0,
+    "max_time": 4.5,
 }
 
 

@@ -55,7 +55,8 @@ def check_commands(dataset: str, data_dir: Path, folder: Path) -> None:
     arguments = {"dataset": dataset, "method": "afl_dw", "preset_scale": "small"}
     run = call(*flags(**arguments, data_dir=data_dir, workdir=folder, max_time=2))
     assert run.returncode == 0, run.stderr
-    assert run.stderr == ""
+    # So few samples leave some of FEMNIST's 62 classes without any.
+    assert all(line.startswith("warning: ") and "class" in line for line in run.stderr.splitlines())
     moved = data_dir.rename(data_dir.with_name("moved"))
     gone = call(*flags(workdir=folder), program="evaluate")
     assert gone.returncode == 1
