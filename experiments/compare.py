@@ -9,9 +9,8 @@ by_staleness.png where runs of a method differ in --concurrency.
 SIGTERM or SIGINT save the runs under way; the same command goes on from there (with --overwrite it
 starts afresh).
 
-With --tune every method first gets the same grid, of factors of its preset's rates or of rates,
-scored on the validation split; with --ablate one method is compared with itself; with --workdirs
-runs are read that exist already.
+With --tune every method first tries the same number of settings, scored on the validation split;
+with --ablate one method is compared with itself; with --workdirs runs are read that exist already.
 """
 
 import glob
@@ -39,11 +38,16 @@ TARGETS = flags.DEFINE_string("targets", "0.5,0.8", "accuracies to be reached, f
 WORKDIRS = flags.DEFINE_string(
     "workdirs", None, "compare these folders of runs, separated by commas, * allowed; runs nothing"
 )
-TUNE = flags.DEFINE_bool("tune", False, "choose the rates of every method on the validation split")
-TUNE_SERVER = flags.DEFINE_string(
-    "tune_server_lr", "x0.3,x1,x3", "server rates to try; x3 is three times the preset's"
+TUNE = flags.DEFINE_bool(
+    "tune", False, "choose settings of every method on the validation split, see --tune_grid"
 )
-TUNE_CLIENT = flags.DEFINE_string("tune_client_lr", "x0.3,x1,x3", "client rates to try")
+TUNE_GRID = flags.DEFINE_multi_string(
+    "tune_grid",
+    ["server_lr=x0.3,x1,x3", "client_lr=x0.3,x1,x3"],
+    "FIELD=v1,v2,...: values of a setting to try beside the preset's, x3 is three times it; may be "
+    "given more than once",
+)
+TUNE_RUNS = flags.DEFINE_integer("tune_runs", 9, "points that every method tries")
 TUNE_TIME = flags.DEFINE_string(
     "tune_time", None, "simulated time of tuning runs. Default: max_time"
 )
@@ -98,23 +102,23 @@ def _compare(
         # All configurations are resolved before the first run, so that a wrong one is told at once.
         configs = campaign.of_methods(given, methods, SEEDS.value, out)
         if TUNE.value:
-            grid = campaign.grid_runs(
+            choices = campaign.tune(
                 given,
                 methods,
-                server_lr=TUNE_SERVER.value,
-                client_lr=TUNE_CLIENT.value,
+                TUNE_GRID.value,
+                runs=TUNE_RUNS.value,
                 max_time=TUNE_TIME.value,
                 seeds=TUNE_SEEDS.value,
                 out=out,
+                run=run,
             )
-            choices = campaign.choices(grid, run([config for _, _, config in grid]))
+            tried = sorted({len(choice.scores) for choice in choices.values()})
             tuning = (
-                f"Rates chosen on the validation split by the mean accuracy over the last "
-                f"quarter of the simulated time, {TUNE_SERVER.value} for the server and "
-                f"{TUNE_CLIENT.value} for the clients: "
-                f"{len(grid)} runs of {grid[0][2].max_time:g} simulated time units, seeds "
-                f"{grid[0][2].seed} to {grid[-1][2].seed}. A star marks the edge of the grid: a "
-                "better value may lie beyond."
+                f"Chosen on the validation split by the mean accuracy over the last quarter of the "
+                f"simulated time, with seeds that are not those below: "
+                f"{' to '.join(map(str, tried))} points of each method, begun with "
+                f"{'; '.join(TUNE_GRID.value)}. A star marks the edge of what was tried: a better "
+                "value may lie beyond."
             )
             configs = campaign.of_methods(given, methods, SEEDS.value, out, choices)
         runs = run(configs)
@@ -135,7 +139,7 @@ def _checked() -> tuple[Path, list[str], list[float]]:
     """
     if not OUT.value:
         raise ConfigError("out", "", "must name a folder")
-    for flag in (SEEDS, JOBS, TUNE_SEEDS):
+    for flag in (SEEDS, JOBS, TUNE_SEEDS, TUNE_RUNS):
         if flag.value < 1:
             raise ConfigError(flag.name, flag.value, "must be at least 1")
     modes = (("workdirs", WORKDIRS.value), ("tune", TUNE.value or None), ("ablate", ABLATE.value))
@@ -157,9 +161,10 @@ def _checked() -> tuple[Path, list[str], list[float]]:
                 raise ConfigError(
                     name, value, "must not be given with --workdirs, which runs nothing"
                 )
-    for flag in (TUNE_SERVER, TUNE_CLIENT, TUNE_TIME, TUNE_SEEDS):
+    for flag in (TUNE_GRID, TUNE_RUNS, TUNE_TIME, TUNE_SEEDS):
         if flag.present and not TUNE.value:
-            raise ConfigError(flag.name, flag.value, "goes with --tune")
+            given = " ".join(flag.value) if flag is TUNE_GRID else flag.value
+            raise ConfigError(flag.name, given, "goes with --tune")
     try:
         time_is_right = TUNE_TIME.value is None or float(TUNE_TIME.value) > 0
     except ValueError:

@@ -30,7 +30,7 @@ def main() -> None:
     if given["method"] is None:
         given = {name: SHORT.get(name) if v is None else v for name, v in given.items()}
     config = resolve(**given)
-    if not config.traits.synthesises:
+    if not config.synthesises:
         raise ConfigError("method", config.method, "the tour walks through fedrevive")
     if config.model == "t5":
         raise ConfigError("dataset", config.dataset, "the tour shows images, not texts")

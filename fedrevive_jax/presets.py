@@ -212,6 +212,7 @@ BY_METHOD: dict[str, dict[str, Any]] = {
     "fedfa": {"buffer_size": 1, "server_lr": 1.0},
     # No guard and true histograms as in the authors' code.
     "dd_fedrevive": {
+        "samples": "real",
         "loss_guard": "off",
         "proxy": "histogram",
         "beta_shape": "constant",

@@ -18,7 +18,6 @@ import pytest
 
 from fedrevive_jax.comparison import campaign, report, statistics, tuning
 from fedrevive_jax.comparison.statistics import Run
-from fedrevive_jax.comparison.tuning import Point
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.record import plots
@@ -317,53 +316,157 @@ def test_all_methods_are_evaluated_at_the_same_times(tmp_path):
 # --- the choice of rates --------------------------------------------------------------------------
 
 
-def test_the_grid():
+def test_the_axes_of_a_method():
     config = resolve("digits", "fedbuff", server_lr=0.3, client_lr=0.01)
-    points = tuning.grid("x3,0.2,x0.3", "x1", config)
-    assert [(p.server_lr, p.client_lr, p.place) for p in points] == [
-        (0.09, 0.01, (0, 0)), (0.2, 0.01, (1, 0)), (0.9, 0.01, (2, 0)),
+    axes = tuning.axes(["server_lr=x3,0.2,x0.3", "client_lr=x1"], config)
+    assert axes == [
+        tuning.Axis("server_lr", (0.09, 0.2, 0.3, 0.9), True),
+        tuning.Axis("client_lr", (0.01,), True),
+    ]
+    for text in ("server_lr=x", "server_lr=0.1,,2", "server_lr=a"):
+        with pytest.raises(ConfigError, match=r"tune_grid=.*: must be numbers, or factors"):
+            tuning.axes([text], config)
+    with pytest.raises(ConfigError, match="server_lr=-1"):
+        tuning.axes(["server_lr=-1"], config)
+    for text in ("seed=1,2", "eval_split=test", "nothing=1", "server_lr", "mesh=1"):
+        with pytest.raises(ConfigError, match=r"tune_grid=.*: must be FIELD=v1,v2"):
+            tuning.axes([text], config)
+    with pytest.raises(ConfigError, match="must not name a field twice"):
+        tuning.axes(["server_lr=1", "server_lr=2"], config)
+
+
+def test_a_method_is_tuned_by_what_it_reads():
+    grid = ["server_lr=x3", "distillation_steps=x2", "beta_shape=linear", "beta_s_max=x2"]
+    fields = {
+        method: [axis.field for axis in tuning.axes(grid, resolve("digits", method))]
+        for method in ("fedbuff", "afl_dw", "fedrevive")
+    }
+    assert fields == {
+        "fedbuff": ["server_lr"],
+        "afl_dw": ["server_lr", "beta_shape", "beta_s_max"],
+        "fedrevive": ["server_lr", "distillation_steps", "beta_shape", "beta_s_max"],
+    }
+    steps, shapes = tuning.axes(grid[1:3], resolve("digits", "fedrevive", distillation_steps=5))
+    assert steps.values == (5, 10)
+    assert shapes == tuning.Axis("beta_shape", ("cosine", "linear"), False)
+
+
+def searched(grid, score, runs, legal=lambda point: True, **fields):
+    """The batches that a search asks for, and its choice."""
+    config = resolve("digits", "fedrevive", **fields)
+    search = tuning.search(tuning.axes(grid, config), config, runs, legal)
+    batches = [next(search)]
+    while True:
+        try:
+            batches.append(search.send({point: score(*point) for point in batches[-1]}))
+        except StopIteration as end:
+            return batches, end.value
+
+
+def test_a_search_goes_on_where_the_best_is_at_an_edge():
+    """The score falls with the distance of log rate from that of 1; 0.1 is the preset's. The values
+    beyond 0.3 keep the ratio of the last two, 3, and end one past the best."""
+
+    def score(rate):
+        return -abs(math.log(rate))
+
+    batches, choice = searched(["server_lr=x0.3,x3"], score, 6, server_lr=0.1)
+    assert batches[:2] == [[(0.1,)], [(0.03,), (0.3,)]]
+    assert batches[2:] == [[(0.9,)], [(2.7,)], [(0.519615,)]]
+    assert (choice.point, choice.edges) == ((0.9,), ())
+    assert choice.settings == {"server_lr": 0.9}
+    assert len(choice.scores) == 6
+    # Without a run for the value beyond 0.9 the best is told to lie on the edge.
+    _, choice = searched(["server_lr=x0.3,x3"], score, 4, server_lr=0.1)
+    assert (choice.point, choice.edges) == ((0.9,), ("server_lr",))
+    # A value that the configuration does not allow is not tried.
+    batches, choice = searched(
+        ["server_lr=x0.3,x3"], score, 6, legal=lambda point: point[0] < 0.5, server_lr=0.1
+    )
+    assert all(point < (0.5,) for point in choice.scores)
+    assert choice.point == max(choice.scores)
+
+
+def test_a_search_tries_one_field_after_the_other_and_comes_back():
+    """The best server rate depends on the client rate: 0.1 at 0.01, 0.3 at 0.03."""
+
+    def score(server, client):
+        return -(math.log(server / client / 10) ** 2) - 2 * math.log(client / 0.03) ** 2
+
+    batches, choice = searched(
+        ["server_lr=x0.333333,x3", "client_lr=x3"], score, 9, server_lr=0.1, client_lr=0.01
+    )
+    assert [point for batch in batches[:3] for point in batch] == [
+        (0.1, 0.01), (0.0333333, 0.01), (0.3, 0.01), (0.1, 0.03),
     ]  # fmt: skip
-    for text in ("x", "0.1,,2", "-1", "nan", "0"):
-        with pytest.raises(ConfigError, match=r"tune_server_lr=.*: must be positive numbers"):
-            tuning.grid(text, "x1", config)
-    with pytest.raises(ConfigError, match=r"tune_client_lr=0\.01,x1: holds a rate twice"):
-        tuning.grid("x1", "0.01,x1", config)
+    assert choice.point == (0.3, 0.03)
 
 
-def test_the_choice():
-    points = [Point(s, 0.1, (i, 0)) for i, s in enumerate((0.1, 0.3, 1.0))]
-    scores = dict(zip(points, ([0.5, 0.6], [0.9, 0.8], [0.99, -math.inf]), strict=True))
-    choice = tuning.choose("fedbuff", scores)
-    assert choice.point == points[1]
-    assert choice.edges == ()  # a single client rate was not searched: no edge
-    edge = tuning.choose("fedbuff", {points[0]: [0.5], points[1]: [0.5], points[2]: [0.4]})
-    assert (edge.point, edge.edges) == (points[0], ("server_lr",))
-    shown = tuning.cells({"fedbuff": edge})
-    scores = "0.1, 0.1: 0.500; 0.3, 0.1: 0.500; 1, 0.1: 0.400"
-    assert shown[1] == ["fedbuff", "0.1*", "0.1", "0.500", "2 of 3", scores]
-    assert tuning.cells({"fedbuff": choice})[1][-1].endswith("1, 0.1: failed")
-    with pytest.raises(ConfigError, match="every point of the grid of fedbuff failed"):
-        tuning.choose("fedbuff", {points[0]: [math.nan]})
-
-
-def test_a_choice_depends_on_no_other_method():
-    """afl_dw ends at 1, before fedbuff's good rate gains anything; its second rate fails early."""
-    slow, good = ((0.0, 0.1), (3.5, 0.2), (4.0, 0.3)), ((0.0, 0.1), (3.5, 0.9), (4.0, 0.9))
-    short, early = ((0.0, 0.1), (1.0, 0.5)), ((0.0, 0.1), (0.1, 0.9))
-    runs = [
-        recorded("fedbuff", pairs=slow), recorded("fedbuff", pairs=good),
-        recorded("afl_dw", pairs=short), recorded("afl_dw", pairs=early, diverged=True),
+def test_every_method_tries_as_many_points():
+    for grid in (["server_lr=x3"], ["server_lr=x3", "distillation_lr=x3", "num_teachers=2,4"]):
+        for runs in (1, 2, 7, 20):
+            batches, choice = searched(grid, lambda *point: -sum(point), runs)
+            assert len(choice.scores) == sum(map(len, batches)) == runs
+    # A field of words has an end; nothing is tried twice.
+    batches, choice = searched(
+        ["beta_shape=constant,linear"], lambda shape: float(shape == "linear"), 9
+    )
+    assert [point for batch in batches for point in batch] == [
+        ("cosine",), ("constant",), ("linear",),
     ]  # fmt: skip
-    points = [Point(s, 0.1, (i, 0)) for i, s in enumerate((0.1, 0.3))]
-    grid = [(run.config.method, points[i % 2], run.config) for i, run in enumerate(runs)]
-    chosen = campaign.choices(grid, runs)
-    assert {name: choice.point.server_lr for name, choice in chosen.items()} == {
-        "fedbuff": 0.3, "afl_dw": 0.1,
-    }  # fmt: skip
-    # From 3 to 4.
-    assert chosen["fedbuff"].scores[points[1]] == pytest.approx((0.1 + 0.9) / 2)
-    assert chosen["afl_dw"].scores[points[1]] == -math.inf
-    assert campaign.choices(grid[:2], runs[:2])["fedbuff"] == chosen["fedbuff"]
+    assert (choice.point, choice.edges) == (("linear",), ())
+
+
+def test_of_equal_points_the_first_is_chosen_and_a_failed_one_never():
+    _, choice = searched(["server_lr=x3"], lambda rate: 0.5, 3, server_lr=0.1)
+    assert choice.point == (0.1,)
+    _, choice = searched(
+        ["server_lr=0.2,0.3"], lambda rate: 0.5 if rate == 0.2 else -math.inf, 3, server_lr=0.1
+    )
+    assert choice.point == (0.2,)
+    shown = tuning.cells({"fedbuff": choice})
+    assert shown[0] == ["method", "server_lr", "validation, last quarter", "equal", "all scores"]
+    assert shown[1] == ["fedbuff", "0.2", "0.500", "1 of 3", "0.1: failed; 0.2: 0.500; 0.3: failed"]
+    with pytest.raises(ConfigError, match="every run of the search of fedrevive failed"):
+        searched(["server_lr=x3"], lambda rate: -math.inf, 3)
+
+
+def test_tuning_is_kept_apart_from_the_comparison(tmp_path):
+    """A run's score here is its server rate, over the last quarter; afl_dw's largest fails."""
+    given = {"dataset": "digits", "seed": "3", "max_time": "4"}
+    asked = []
+
+    def run(configs):
+        asked.extend(configs)
+        return [
+            recorded(
+                config.method, seed=config.seed, pairs=((0.0, 9.0), (1.2, config.server_lr)),
+                diverged=config.method == "afl_dw" and config.server_lr > 0.25,
+                max_time=config.max_time,
+            )
+            for config in configs
+        ]  # fmt: skip
+
+    methods, out = ["fedbuff", "afl_dw"], tmp_path
+    chosen = campaign.tune(
+        given, methods, ["server_lr=0.1,0.2,0.3"], runs=3, max_time="2", seeds=2, out=out, run=run
+    )
+    configs = campaign.of_methods(given, methods, 2, tmp_path, chosen)
+    assert {c.eval_split for c in asked} == {"validation"}
+    assert {c.max_time for c in asked} == {2.0}
+    assert len(asked) == 2 * 2 * 3
+    assert not {c.seed for c in asked} & {c.seed for c in configs}
+    assert len({c.workdir for c in asked} | {c.workdir for c in configs}) == 12 + 4
+    assert [(c.method, c.server_lr, c.seed, c.eval_split) for c in configs] == [
+        ("fedbuff", 0.3, 3, "test"), ("fedbuff", 0.3, 4, "test"),
+        ("afl_dw", 0.2, 3, "test"), ("afl_dw", 0.2, 4, "test"),
+    ]  # fmt: skip
+    assert configs[0].run_dir.name == "fedbuff_tuned_server_lr=0.3_seed3"
+    with pytest.raises(ConfigError, match="is chosen by `tune`"):
+        campaign.tune(
+            {**given, "server_lr": "1"}, methods, ["server_lr=x3"], runs=1, max_time=None,
+            seeds=1, out=out, run=run,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -392,29 +495,12 @@ def test_damaged_folders_are_named(tmp_path, name, content):
         statistics.read_run(tmp_path)
 
 
-def test_configurations_are_paired_and_tuning_is_kept_apart(tmp_path):
+def test_configurations_are_paired(tmp_path):
     given = {"dataset": "digits", "seed": "3", "max_time": "4"}
     configs = campaign.of_methods(given, ["fedbuff", "ca2fl"], 2, tmp_path)
     assert [(c.method, c.seed) for c in configs] == [
         ("fedbuff", 3), ("fedbuff", 4), ("ca2fl", 3), ("ca2fl", 4),
     ]  # fmt: skip
-    grid = campaign.grid_runs(
-        given, ["fedbuff", "ca2fl"], server_lr="x1,x2", client_lr="0.01", max_time="2", seeds=2,
-        out=tmp_path,
-    )  # fmt: skip
-    assert len(grid) == 2 * 2 * 2
-    assert {c.eval_split for _, _, c in grid} == {"validation"}
-    assert {c.max_time for _, _, c in grid} == {2.0}
-    assert not {c.seed for _, _, c in grid} & {c.seed for c in configs}
-    assert len({c.workdir for _, _, c in grid} | {c.workdir for c in configs}) == 12
-    runs = [
-        recorded(seed=c.seed, pairs=((0.0, 0.0), (0.5, p.server_lr), (1.0, 0.0)))
-        for _, p, c in grid
-    ]
-    chosen = campaign.choices(grid, runs)
-    tuned = campaign.of_methods(given, ["ca2fl"], 1, tmp_path, chosen)
-    assert tuned[0].run_dir.name == "ca2fl_tuned_0.5_0.01_seed3"
-    assert (tuned[0].server_lr, tuned[0].client_lr, tuned[0].eval_split) == (0.5, 0.01, "test")
 
 
 def test_ablations(tmp_path):
@@ -644,24 +730,26 @@ def test_tuned_comparison_of_what_diverges_and_what_does_not(tmp_path):
     """Two jobs at once; a client rate of 1e30 really diverges, and is not run again."""
     arguments = flags(
         **TINY, methods="fedbuff,ca2fl", seeds=2, out=tmp_path, jobs=2, tune="true",
-        tune_server_lr="x1", tune_client_lr="0.01,1e30",
+        tune_grid="client_lr=1e30", tune_runs=2,
     )  # fmt: skip
     first = call(*arguments, program="compare")
     assert first.returncode == 0, first.stderr
     diverged = sorted(path.parent.name for path in tmp_path.glob("tune/*/failed.json"))
-    assert diverged == ["ca2fl_0.25_1e+30_time4_seed1000", "fedbuff_0.3_1e+30_time4_seed1000"]
+    assert diverged == [
+        f"{method}_client_lr=1e+30_time4_seed1000" for method in ("ca2fl", "fedbuff")
+    ]
     assert "training has diverged" in first.stdout
     for seed in (0, 1):
         config = json.loads(
-            (tmp_path / f"fedbuff_tuned_0.3_0.01_seed{seed}" / "config.json").read_text()
+            (tmp_path / f"fedbuff_tuned_client_lr=0.003_seed{seed}" / "config.json").read_text()
         )
-        assert (config["client_lr"], config["eval_split"]) == (0.01, "test")
+        assert (config["client_lr"], config["eval_split"]) == (0.003, "test")
     text = (tmp_path / "table.md").read_text()
-    assert "| fedbuff | 0.3 | 0.01* |" in text
-    assert "4 runs of 4 simulated time units, seeds 1000 to 1000" in text
+    assert "| fedbuff | 0.003* |" in text
+    assert "2 points of each method, begun with client_lr=1e30." in text
     command = (tmp_path / "command.txt").read_text()
     assert command.startswith("python -m experiments.compare --")
-    assert "--tune_client_lr=0.01,1e30" in command
+    assert "--tune_grid=client_lr=1e30" in command
 
     page = Page((tmp_path / "report.html").read_text())
     assert page.open == []
@@ -677,7 +765,7 @@ def test_tuned_comparison_of_what_diverges_and_what_does_not(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("**/summary.json")} == written
 
     # The same runs, read from where they are.
-    folders = f"{tmp_path}/fedbuff_tuned_*,{tmp_path}/ca2fl_tuned_0.25_0.01_seed0"
+    folders = f"{tmp_path}/fedbuff_tuned_*,{tmp_path}/ca2fl_tuned_client_lr=0.003_seed0"
     read = call(f"--workdirs={folders}", f"--out={tmp_path}", program="compare")
     assert read.returncode == 0, read.stderr
     assert read.stdout == (tmp_path / "table.md").read_text()
@@ -730,6 +818,8 @@ def test_an_ablation_continues_what_was_interrupted(tmp_path):
         (["--ablate=alpha=1,2", "--methods=fedbuff"], "--methods=fedbuff: must not be given with"),
         (["--ablate=pretrained=a/b,a_b"], "--ablate=pretrained=a/b,a_b: --pretrained=a_b would"),
         (["--tune_seeds=2"], "--tune_seeds=2: goes with --tune"),
+        (["--tune_grid=alpha=1"], "--tune_grid=alpha=1: goes with --tune"),
+        (["--tune", "--tune_grid=seed=1"], "--tune_grid=seed=1: must be FIELD=v1,v2"),
         (["--tune", "--tune_time=long"], "--tune_time=long: must be a number above 0"),
         (["--methods=fedbuff,"], "--methods=fedbuff,: '' must be one of"),
         (["--workdirs="], "--workdirs=: holds an empty name"),

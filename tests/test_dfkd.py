@@ -78,9 +78,10 @@ def test_adversarial_loss_counts_agreeing_samples_only():
 
 
 def guarded(values, term="feature", form="published"):
-    guard, flags = loss_guard.init(), []
+    settings = Dfkd(loss_guard=form)
+    guard, flags = loss_guard.init(settings), []
     for value in values:
-        counts, guard = loss_guard.check(guard, term, jnp.asarray(float(value)), form)
+        counts, guard = loss_guard.check(guard, term, 0, jnp.asarray(float(value)), settings)
         flags.append(bool(counts))
     return flags, guard
 
@@ -103,7 +104,7 @@ def test_guard_forgets_after_twenty_values():
     _, guard = guarded([10.0] * 20 + [1.0] * 20)
     assert float(guard.values[0].mean()) == 1.0
     # With the tens still in the window 8 would pass; they are gone.
-    assert not bool(loss_guard.check(guard, "feature", jnp.asarray(8.0))[0])
+    assert not bool(loss_guard.check(guard, "feature", 0, jnp.asarray(8.0), Dfkd())[0])
 
 
 def test_guard_takes_any_finite_adversarial_term():
@@ -119,22 +120,22 @@ def test_guard_and_a_level_that_rises():
     rejected."""
     rise = [0.5] * 20 + [1.6] * 300
     assert guarded(rise)[0] == [True] * 20 + [False] * 300
-    assert guarded(rise, form="following")[0] == [True] * 20 + [False] + [True] * 299
-    flags, guard = guarded([0.5] * 20 + [100.0, 0.5], form="following")
+    assert guarded(rise, form="per_step")[0] == [True] * 20 + [False] + [True] * 299
+    flags, guard = guarded([0.5] * 20 + [100.0, 0.5], form="per_step")
     assert flags == [True] * 20 + [False, True]
     assert float(guard.values[0].max()) == 1.5
     # Each rejected value puts 3 m in the place of 0.5, m' = 1.15 m - 0.025, so that after k of them
     # m = (1 + 2 * 1.15^k) / 6; 5.0 counts once m >= 5/3, after 11.
-    assert guarded([0.5] * 20 + [5.0] * 30, form="following")[0][20:] == [False] * 11 + [True] * 19
-    assert guarded([1.0, math.nan], form="following")[0] == [True, False]
+    assert guarded([0.5] * 20 + [5.0] * 30, form="per_step")[0][20:] == [False] * 11 + [True] * 19
+    assert guarded([1.0, math.nan], form="per_step")[0] == [True, False]
     assert guarded([0.5] * 20 + [100.0, math.nan], form="off")[0] == [True] * 21 + [False]
-    assert int(guarded([1.0, math.nan], form="following")[1].counts[0]) == 1
+    assert int(guarded([1.0, math.nan], form="per_step")[1].counts[0]) == 1
 
 
 def test_guard_keeps_terms_apart():
     _, guard = guarded([1.0] * 10, "feature")
-    assert bool(loss_guard.check(guard, "one_hot", jnp.asarray(100.0))[0])
-    assert not bool(loss_guard.check(guard, "feature", jnp.asarray(100.0))[0])
+    assert bool(loss_guard.check(guard, "one_hot", 0, jnp.asarray(100.0), Dfkd())[0])
+    assert not bool(loss_guard.check(guard, "feature", 0, jnp.asarray(100.0), Dfkd())[0])
 
 
 # --- pool -----------------------------------------------------------------------------------------
@@ -262,7 +263,7 @@ def test_reptile_step_by_hand():
     """Adam's first step has the size of the rate: omega moves by lr_g towards phi, elementwise."""
     synthesiser, omega, ensemble = small_synthesis()
     drawn = synthesiser.draw(KEY, ensemble.proxies, jnp.ones(2, bool))
-    rest = (ensemble, loss_guard.init(), KEY)
+    rest = (ensemble, loss_guard.init(Dfkd()), KEY)
     inner = jax.jit(synthesiser.inner)(synthesis.Variables(omega, drawn.latents), drawn, *rest)
     after = jax.jit(synthesiser.synthesise)(synthesiser.init(omega), drawn, *rest)
     for old, fast, new in zip(
@@ -299,9 +300,9 @@ def test_adversarial_term_is_off_before_warm_up():
     drawn = synthesiser.draw(KEY, ensemble.proxies, jnp.ones(2, bool))
     totals = {}
     for on in (False, True):
-        total, (terms, _, _, guard) = synthesiser.objective(
+        total, (terms, _, _, _, guard) = synthesiser.objective(
             synthesis.Variables(omega, drawn.latents), drawn,
-            ensemble._replace(adversarial_on=jnp.asarray(on)), loss_guard.init(), KEY,
+            ensemble._replace(adversarial_on=jnp.asarray(on)), loss_guard.init(Dfkd()), KEY,
         )  # fmt: skip
         totals[on] = float(total)
         assert int(guard.counts[loss_guard.TERMS.index("adversarial")]) == int(on)
@@ -315,7 +316,7 @@ def test_a_broken_teacher_leaves_the_generator_at_its_last_good_state():
     drawn = synthesiser.draw(KEY, ensemble.proxies, jnp.ones(2, bool))
     result = jax.jit(synthesiser.synthesise)(
         synthesiser.init(omega), drawn, ensemble._replace(params=broken),
-        loss_guard.init(), KEY,
+        loss_guard.init(Dfkd()), KEY,
     )  # fmt: skip
     for old, new in zip(*map(jax.tree.leaves, (omega, result.generator.params)), strict=True):
         np.testing.assert_array_equal(old, new)
@@ -329,7 +330,7 @@ def test_images_of_a_rejected_step_are_not_the_best():
     row = loss_guard.TERMS.index("one_hot")
 
     def best(limit):
-        guard = loss_guard.init()
+        guard = loss_guard.init(Dfkd())
         kept = guard._replace(
             values=guard.values.at[row].set(limit / 3), counts=guard.counts.at[row].set(20)
         )
@@ -350,15 +351,28 @@ def test_rejected_terms_are_told():
     synthesiser, omega, ensemble = small_synthesis()
     drawn = synthesiser.draw(KEY, ensemble.proxies, jnp.ones(2, bool))
     row = loss_guard.TERMS.index("one_hot")
-    guard = loss_guard.init()
+    guard = loss_guard.init(Dfkd())
     guard = guard._replace(
         values=guard.values.at[row].set(1e-9), counts=guard.counts.at[row].set(20)
     )
     result = jax.jit(synthesiser.synthesise)(synthesiser.init(omega), drawn, ensemble, guard, KEY)
     assert result.rejected.tolist() == [0.0, 1.0, 0.0]
-    follower, _, _ = small_synthesis(loss_guard="following")
-    result = jax.jit(follower.synthesise)(follower.init(omega), drawn, ensemble, guard, KEY)
-    assert int(result.guard.counts[row]) == 22
+
+
+def test_each_step_of_a_synthesis_has_a_guard_of_its_own():
+    """Of two steps the second's one-hot term is known to be tiny: it alone is rejected."""
+    synthesiser, omega, ensemble = small_synthesis(loss_guard="per_step")
+    drawn = synthesiser.draw(KEY, ensemble.proxies, jnp.ones(2, bool))
+    guard = loss_guard.init(Dfkd(loss_guard="per_step"))
+    assert guard.values.shape == (2 + 2 + 2 + 10, loss_guard.KEPT)
+    second = 2 + 1  # after the two rows of the feature term
+    guard = guard._replace(
+        values=guard.values.at[second].set(1e-9), counts=guard.counts.at[second].set(20)
+    )
+    result = jax.jit(synthesiser.synthesise)(synthesiser.init(omega), drawn, ensemble, guard, KEY)
+    assert result.rejected.tolist() == [0.0, 0.5, 0.0]
+    assert result.guard.counts[:6].tolist() == [1, 1, 1, 21, 1, 1]
+    assert result.guard.counts[6:].tolist() == [0] * 10
 
 
 # --- distillation ---------------------------------------------------------------------------------
@@ -401,7 +415,7 @@ def test_a_student_equal_to_its_teachers_gets_a_zero_update(x64):
         ("equal", student), ("other", jax.tree.map(lambda leaf: 1.01 * leaf, student)),
     ):  # fmt: skip
         result = distillation.distil(
-            model, start, inputs, targets, jnp.ones(2, bool), loss_guard.init(), DISTIL
+            model, start, inputs, targets, jnp.ones(2, bool), loss_guard.init(Dfkd()), DISTIL
         )
         moved[name] = max(float(jnp.abs(d).max()) for d in jax.tree.leaves(result.delta))
     assert moved["equal"] == 0.0
@@ -420,7 +434,7 @@ def test_equal_parameters_give_equal_logits(width):
     def delta(params, samples):
         ring = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
         targets = distillation.teacher_logits(model, ring, samples)
-        present, guard = jnp.ones(2, bool), loss_guard.init()
+        present, guard = jnp.ones(2, bool), loss_guard.init(Dfkd())
         return distillation.distil(model, params, samples, targets, present, guard, DISTIL).delta
 
     for leaf in jax.tree.leaves(devices.jit(None, delta)(params, samples)):
@@ -458,8 +472,8 @@ def test_distillation_by_hand():
     targets = distillation.teacher_logits(model, {"w": jnp.full(1, 3.0)}, inputs)
     for decay, expected in ((0.0, 0.01), (10.0, -0.01)):
         result = distillation.distil(
-            model, {"w": jnp.asarray(1.0)}, inputs, targets, jnp.ones(1, bool), loss_guard.init(),
-            dataclasses.replace(DISTIL, distillation_weight_decay=decay),
+            model, {"w": jnp.asarray(1.0)}, inputs, targets, jnp.ones(1, bool),
+            loss_guard.init(Dfkd()), dataclasses.replace(DISTIL, distillation_weight_decay=decay),
         )  # fmt: skip
         assert float(result.delta["w"]) == pytest.approx(expected, rel=1e-4)
     p = 1 / (1 + math.exp(-3.0))
@@ -472,7 +486,7 @@ def test_steps_that_the_guard_rejects_move_nothing():
     """Not even by weight decay, which alone would become full steps of Adam."""
     model, student, stacked, inputs = small_distillation()
     targets = distillation.teacher_logits(model, stacked, inputs)
-    guard = loss_guard.init()
+    guard = loss_guard.init(Dfkd())
     row = loss_guard.TERMS.index("distillation")
     strict = guard._replace(
         values=guard.values.at[row].set(1e-9), counts=guard.counts.at[row].set(20)
@@ -498,11 +512,11 @@ def test_absent_teachers_do_not_count(x64):
     model, student, stacked, inputs = small_distillation()
     targets = distillation.teacher_logits(model, stacked, inputs)
     alone = distillation.distil(
-        model, student, inputs[:, :1], targets[:, :1], jnp.ones(1, bool), loss_guard.init(),
+        model, student, inputs[:, :1], targets[:, :1], jnp.ones(1, bool), loss_guard.init(Dfkd()),
         DISTIL,
     )  # fmt: skip
     masked = distillation.distil(
-        model, student, inputs, targets, jnp.asarray([True, False]), loss_guard.init(), DISTIL
+        model, student, inputs, targets, jnp.asarray([True, False]), loss_guard.init(Dfkd()), DISTIL
     )
     np.testing.assert_allclose(masked.losses, alone.losses, rtol=1e-10)
 
@@ -656,7 +670,7 @@ def test_teachers_receive_no_gradient(tiny):
     def update_norm(stacked):
         targets = distillation.teacher_logits(model, stacked, inputs)
         result = distillation.distil(
-            model, student, inputs, targets, jnp.ones(2, bool), loss_guard.init(), DISTIL
+            model, student, inputs, targets, jnp.ones(2, bool), loss_guard.init(Dfkd()), DISTIL
         )
         return optax.tree.norm(result.delta)
 
@@ -668,7 +682,7 @@ def test_teachers_receive_no_gradient(tiny):
     def total(stacked, student, z):
         return synthesiser.objective(
             synthesis.Variables(omega, (z, drawn.latents[1])), drawn,
-            ensemble._replace(params=stacked, student=student), loss_guard.init(), KEY,
+            ensemble._replace(params=stacked, student=student), loss_guard.init(Dfkd()), KEY,
         )[0]  # fmt: skip
 
     into_teachers, into_student, into_z = jax.jit(jax.grad(total, (0, 1, 2)))(

@@ -120,7 +120,7 @@ def start(golden, teachers):
     return (
         synthesis.Draw(targets, latents(golden), targets),
         synthesis.Ensemble(*teachers, proxies, student, jnp.asarray(True)),
-        loss_guard.init(),
+        loss_guard.init(Dfkd()),
         jax.random.key(0),
     )
 
@@ -141,7 +141,7 @@ def test_teacher_weights(golden):
 def test_synthesis_losses_and_gradients(golden, model, convolution, start):
     synthesiser = make_synthesiser(golden, model, convolution)
     gradient = jax.jit(jax.value_and_grad(synthesiser.objective, has_aux=True))
-    (_, (terms, images, rejected, _)), grads = gradient(variables(golden), *start)
+    (_, (terms, images, _, rejected, _)), grads = gradient(variables(golden), *start)
     assert not rejected.any()
     close(jnp.stack(terms), golden["synthesis/losses"][0])
     close(images[:4], golden["synthesis/images0_first4"])
@@ -158,7 +158,7 @@ def test_synthesis_in_single_precision(golden, model, convolution, start):
     )
     synthesiser = make_synthesiser(golden, model, convolution)
     gradient = jax.jit(jax.value_and_grad(synthesiser.objective, has_aux=True))
-    (_, (terms, _, _, _)), grads = gradient(*narrow, start[-1])
+    (_, (terms, _, _, _, _)), grads = gradient(*narrow, start[-1])
     assert grads.latents[0].dtype == jnp.float32
     np.testing.assert_allclose(jnp.stack(terms), golden["synthesis/losses"][0], rtol=1e-4)
     for actual, name in (
@@ -240,7 +240,7 @@ def test_distillation(golden, model, teachers, in_one_call):
         images,
         targets,
         jnp.ones(images.shape[1], bool),
-        loss_guard.init(),
+        loss_guard.init(Dfkd()),
         Dfkd(
             num_teachers=images.shape[1],
             distillation_lr=setting(golden, "lr_kd"),

@@ -169,7 +169,7 @@ def test_what_xla_reserves_for_a_synthesis():
         ensemble = synthesis.Ensemble(
             ring(params), ring(initial_taps(model)), mixes, params, jnp.asarray(True), ()
         )
-        return synthesiser.init(maker.init(key)), drawn, ensemble, loss_guard.init(), key
+        return synthesiser.init(maker.init(key)), drawn, ensemble, loss_guard.init(config), key
 
     shapes = jax.eval_shape(given, jax.random.key(0))
     told = sizing.revival_bytes(config, model, params)

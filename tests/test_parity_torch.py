@@ -87,7 +87,13 @@ def test_the_peer_of_the_benchmark_does_the_same_work():
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *teachers)
     targets = distillation.teacher_logits(model, stacked, images)
     ours = distillation.distil(
-        model, student, images, targets, np.ones(config.num_teachers, bool), loss_guard.init(), config
+        model,
+        student,
+        images,
+        targets,
+        np.ones(config.num_teachers, bool),
+        loss_guard.init(config),
+        config,
     )
 
     peer = torch_peer.Peer(config, dataset)

@@ -37,7 +37,7 @@ def distilled(samples=(3, 2, 5), targets=(3, 2, 5, 2), present=2):
     given = jnp.ones((*samples, 4, 4, 1)), jnp.ones(targets), jnp.ones(present, bool)
     return shapes(
         lambda x, y, here: distillation.distil(
-            MODEL, ONE, x, y, here, loss_guard.init(), Dfkd(num_teachers=2)
+            MODEL, ONE, x, y, here, loss_guard.init(Dfkd()), Dfkd(num_teachers=2)
         ),
         *given,
     )

@@ -202,7 +202,7 @@ def test_the_feature_term_is_the_weighted_sum_of_distances(model, table):
     drawn = synthesiser.draw(KEY, judges.proxies, jnp.ones(2, bool), table)
     omega = maker.init(KEY)
     _, (terms, samples, _, _) = jax.jit(synthesiser.objective)(
-        synthesis.Variables(omega, drawn.latents), drawn, judges, loss_guard.init(), KEY
+        synthesis.Variables(omega, drawn.latents), drawn, judges, loss_guard.init(Dfkd()), KEY
     )
     share = np.asarray(judges.proxies)[:, drawn.targets]
     weights = share / share.sum(axis=0)
@@ -226,7 +226,7 @@ def test_prompts_move_at_their_own_rate(model, table):
     drawn = synthesiser.draw(KEY, judges.proxies, jnp.ones(2, bool), table)
     omega = maker.init(KEY)
     result = jax.jit(synthesiser.synthesise)(
-        synthesiser.init(omega), drawn, judges, loss_guard.init(), KEY
+        synthesiser.init(omega), drawn, judges, loss_guard.init(Dfkd()), KEY
     )
     np.testing.assert_allclose(jnp.abs(result.generator.params - omega), 0.02, rtol=2e-3)
     assert isinstance(result.samples, Embedded)
@@ -240,7 +240,7 @@ def test_only_content_under_the_mask_is_optimised(model, table):
 
     def total(latents):
         variables = synthesis.Variables(maker.init(KEY), latents)
-        return synthesiser.objective(variables, drawn, judges, loss_guard.init(), KEY)[0]
+        return synthesiser.objective(variables, drawn, judges, loss_guard.init(Dfkd()), KEY)[0]
 
     moved = np.abs(jax.jit(jax.grad(total))(drawn.latents)).sum(axis=2) > 0
     np.testing.assert_array_equal(moved, np.asarray(drawn.condition)[:, 4:])

@@ -295,7 +295,7 @@ def _stages(simulation: Simulation, whole: _Arrivals, repeats: int) -> dict[str,
     )
     mixes = jnp.full((config.num_teachers, model.num_classes), 1 / model.num_classes)
     present = jnp.ones(config.num_teachers, bool)
-    guard = loss_guard.init()
+    guard = loss_guard.init(config)
 
     synthesiser, maker = reviver.make_synthesiser(config, model, augment, mesh=mesh)
     generator = synthesiser.init(maker.init(next(keys)))

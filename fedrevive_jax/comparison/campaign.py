@@ -13,16 +13,17 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from fedrevive_jax import data
 from fedrevive_jax.comparison import statistics, tuning
 from fedrevive_jax.comparison.statistics import Run
-from fedrevive_jax.comparison.tuning import Choice, Point
+from fedrevive_jax.comparison.tuning import Choice
 from fedrevive_jax.compute import environment
 from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS, Config
 from fedrevive_jax.errors import ConfigError, UserError
@@ -73,10 +74,10 @@ def of_methods(
     for method in methods:
         fields, word = {**given, "method": method}, ""
         if chosen is not None:
-            point = chosen[method].point
-            fields |= {"server_lr": point.server_lr, "client_lr": point.client_lr}
-            # Another grid may choose other rates: those are other runs.
-            word = f"_tuned_{point.server_lr:g}_{point.client_lr:g}"
+            settings = chosen[method].settings
+            fields |= settings
+            # Another search may choose other values: those are other runs.
+            word = "_tuned" + _worded(settings)
         for seed in range(first, first + seeds):
             place = str(out / f"{method}{word}_seed{seed}")
             configs.append(_resolved(**{**fields, "seed": seed, "workdir": place}))
@@ -163,69 +164,91 @@ def _ablated(text: str, at_least: int) -> tuple[str, list[str]]:
     return field, parts
 
 
-def grid_runs(
+def tune(
     given: dict[str, Any],
     methods: Sequence[str],
+    grid: Sequence[str],
     *,
-    server_lr: str,
-    client_lr: str,
+    runs: int,
     max_time: str | None,
     seeds: int,
     out: Path,
-) -> list[tuple[str, Point, Config]]:
-    """The runs of tuning: every method at every point of its grid, on the validation split.
+    run: Callable[[list[Config]], list[Run]],
+) -> dict[str, Choice]:
+    """What is best for each method: `runs` points of each are tried, on the validation split.
 
     Args:
       given, methods: see `of_methods`.
-      server_lr, client_lr: see `tuning.grid`.
+      grid: see `tuning.axes`.
+      runs: points of each method.
       max_time: simulated time of each run; as long as the comparison's where None.
       seeds: how many at each point, none of them a seed of the comparison.
       out: folder of the comparison.
+      run: runs configurations and reads what they recorded; it is given what all methods wait for,
+        so that several processes have something to do.
     """
-    for name in ("server_lr", "client_lr", "eval_split"):
-        _refuse(given, name, "by `tune`")
-    first = resolve(**given).seed + TUNING_SEEDS
+    _refuse(given, "eval_split", "by `tune`")
     fields = {**given, "eval_split": "validation"}
     if max_time is not None:
         fields["max_time"] = max_time
-    runs = []
+    first = resolve(**given).seed + TUNING_SEEDS
+    searches, wanted = {}, {}
     for method in methods:
-        points = tuning.grid(server_lr, client_lr, resolve(**{**given, "method": method}))
-        for point in points:
-            for seed in range(first, first + seeds):
-                config = _resolved(
-                    **{
-                        **fields,
-                        "method": method,
-                        "seed": seed,
-                        "server_lr": point.server_lr,
-                        "client_lr": point.client_lr,
-                    }
-                )
-                name = (
-                    f"{method}_{point.server_lr:g}_{point.client_lr:g}_time{config.max_time:g}"
-                    f"_seed{seed}"
-                )
-                place = str(out / "tune" / name)
-                runs.append((method, point, dataclasses.replace(config, workdir=place)))
-    return runs
+        start = resolve(**{**fields, "method": method})
+        own = tuning.axes(grid, start)
+        for axis in own:
+            _refuse(given, axis.field, "by `tune`")
+        names = [axis.field for axis in own]
 
+        def configured(point, seed, method=method, names=names):
+            settings = dict(zip(names, point, strict=True))
+            config = _resolved(**{**fields, "method": method, "seed": seed, **settings})
+            name = f"{method}{_worded(settings)}_time{config.max_time:g}_seed{seed}"
+            return dataclasses.replace(config, workdir=str(out / "tune" / name))
 
-def choices(grid: Sequence[tuple[str, Point, Config]], runs: Sequence[Run]) -> dict[str, Choice]:
-    """What tuning chose for each method, from the runs of its grid in the same order."""
-    by_method: dict[str, list[tuple[Point, Run]]] = {}
-    for (method, point, _), run in zip(grid, runs, strict=True):
-        by_method.setdefault(method, []).append((point, run))
+        def legal(point, configured=configured):
+            try:
+                configured(point, first)
+            except ConfigError:
+                return False
+            return True
+
+        search = tuning.search(own, start, runs, legal)
+        searches[method] = search, configured
+        wanted[method] = next(search)
     chosen = {}
-    for method, own in by_method.items():
-        # Each method's own end, so that no choice depends on what else is compared.
-        end = statistics.common_end(run for _, run in own)
-        scores: dict[Point, list[float]] = {}
-        for point, run in own:
-            score = statistics.last_quarter(run.evaluations, end) if run.summary else -math.inf
-            scores.setdefault(point, []).append(score)
-        chosen[method] = tuning.choose(method, scores)
-    return chosen
+    while wanted:
+        configs = {
+            (method, point): [searches[method][1](point, first + i) for i in range(seeds)]
+            for method, points in wanted.items()
+            for point in points
+        }
+        found = iter(run([config for group in configs.values() for config in group]))
+        scores: dict[str, dict[tuning.Point, float]] = {}
+        for (method, point), group in configs.items():
+            scores.setdefault(method, {})[point] = score([next(found) for _ in group])
+        for method in list(wanted):
+            try:
+                wanted[method] = searches[method][0].send(scores[method])
+            except StopIteration as end:
+                chosen[method] = end.value
+                del wanted[method]
+    return {method: chosen[method] for method in methods}
+
+
+def score(runs: Sequence[Run]) -> float:
+    """Mean accuracy of the last quarter of the planned time; -inf where a run failed."""
+    if not all(run.summary for run in runs):
+        return -math.inf
+    values = [statistics.last_quarter(run.evaluations, run.config.max_time) for run in runs]
+    return float(np.mean(values))
+
+
+def _worded(settings: Mapping[str, Any]) -> str:
+    """Settings in the name of a folder."""
+    return "".join(
+        f"_{name}={tuning.told(value).replace('/', '_')}" for name, value in settings.items()
+    )
 
 
 def run_all(

@@ -235,7 +235,7 @@ def _page(study: Study, lines, pictures) -> str:
           for path, c in pictures),
     ]  # fmt: skip
     if study.choices:
-        parts += ["<h2>Chosen rates</h2>", f"<p>{html.escape(study.tuning)}</p>"]
+        parts += ["<h2>Chosen settings</h2>", f"<p>{html.escape(study.tuning)}</p>"]
         parts.append(_html_table(tuning.cells(study.choices)))
     parts += ["<h2>Settings in which they differ</h2>", _html_table(_settings(study.groups))]
     made = _made_images(study.groups)

@@ -68,6 +68,11 @@ class Config(Device, Record, Dfkd, Server, Clients, World):
                 )
 
     @property
+    def synthesises(self) -> bool:
+        """Whether the server makes the samples that it distils on."""
+        return self.traits.distils and self.samples == "generator"
+
+    @property
     def run_dir(self) -> Path:
         """The folder for the record of this run; a path of `epath` where it is in a bucket."""
         name = self.workdir or f"runs/{self.dataset}_{self.method}_seed{self.seed}"

@@ -241,6 +241,12 @@ class Dfkd(Part):
     """Data-free knowledge distillation: teachers, synthesis, pool, distillation."""
 
     num_teachers: int = setting(8, "c, most recent uploads that teach", at_least=1)
+    samples: str = setting(
+        "generator",
+        "what the teachers are asked about; noise and real are the controls: uniform noise, what "
+        "the generator is worth beside; held-out samples with their labels, what it could be",
+        choices=("generator", "noise", "real"),
+    )
     proxy: str = setting(
         "estimated", "class mix of a client: probed, or its true labels",
         choices=("estimated", "histogram"),
@@ -265,14 +271,31 @@ class Dfkd(Part):
     one_hot_weight: float = setting(1.0, "oh, weight of the cross-entropy loss", at_least=0)
     adversarial_weight: float = setting(0.1, "adv, weight of the adversarial loss", at_least=0)
     meta: str = setting(
-        "reptile", "meta-step of the generator", choices=("reptile", "fomaml", "maml")
+        "reptile",
+        "meta-step of the generator; none: the fast copy stays",
+        choices=("reptile", "fomaml", "maml", "none"),
+    )
+    judges: str = setting(
+        "all",
+        "who judges a synthetic sample; all: every teacher, weighted by how well its client knows "
+        "the class; own: the one teacher from whose client's mix the class was drawn",
+        choices=("all", "own"),
+    )
+    class_embeddings: str = setting(
+        "fresh",
+        "class embeddings of the generator: drawn at each synthesis, or learned with it",
+        choices=("fresh", "learned"),
+    )
+    prior_removal: float = setting(
+        0.0, "share of log q_k that is taken off a teacher's logits in L_ce", at_least=0
     )
     loss_guard: str = setting(
         "published",
-        "a loss term above 3 times its mean counts as zero; published: such a value is not kept, "
-        "so that a term whose level has risen stays off; following: it is, cut to the limit, and "
-        "the mean follows the new level; off: only what is not finite counts as zero",
-        choices=("published", "following", "off"),
+        "a loss term above 3 times the mean of its last values counts as zero; published: such a "
+        "value is not kept, so that a term whose level has risen stays off; per_step: it is, cut "
+        "to the limit, and a step is compared with the same step of earlier syntheses or "
+        "distillations; off: only what is not finite counts as zero",
+        choices=("published", "per_step", "off"),
     )
     target_sampling: str = setting(
         "teachers", "classes to synthesise: mean of the teachers' mixes, or uniform",
@@ -317,6 +340,13 @@ class Dfkd(Part):
         if self.teacher_batch and self.num_teachers % self.teacher_batch:
             raise ConfigError(
                 "teacher_batch", self.teacher_batch, f"must divide num_teachers={self.num_teachers}"
+            )
+        if self.judges == "own" and self.synthesis_batch % self.num_teachers:
+            raise ConfigError(
+                "synthesis_batch",
+                self.synthesis_batch,
+                f"must be a multiple of num_teachers={self.num_teachers} with judges=own, each of "
+                "which has as many samples",
             )
         if self.pool_size < self.synthesis_batch:
             raise ConfigError(

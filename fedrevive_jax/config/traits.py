@@ -16,14 +16,12 @@ class Traits(NamedTuple):
       published: whether it is one of the comparison of arXiv 2511.00655.
       cohort: whether it is synchronous: K clients start together and all are waited for, B = K.
       distils: whether it distils teachers into the global model.
-      synthesises: whether it makes the samples for that itself.
       fixed: fields that it does not leave open: field -> (its only value, why).
     """
 
     published: bool = False
     cohort: bool = False
     distils: bool = False
-    synthesises: bool = False
     fixed: Mapping[str, tuple[str, str]] = MappingProxyType({})
 
 
@@ -31,8 +29,12 @@ METHODS = {
     "fedavg": Traits(published=True, cohort=True),
     "fedbuff": Traits(published=True),
     "afl_dw": Traits(published=True, fixed={"staleness_weight": ("none", "it weighs by beta")}),
-    "fedrevive": Traits(published=True, distils=True, synthesises=True),
-    "dd_fedrevive": Traits(published=True, distils=True),
+    "fedrevive": Traits(published=True, distils=True),
+    "dd_fedrevive": Traits(
+        published=True,
+        distils=True,
+        fixed={"samples": ("real", "it is the data-dependent reference")},
+    ),
     "fedasync": Traits(),
     "ca2fl": Traits(),
     "fadas": Traits(fixed={"server_optimizer": ("sgd", "it is an optimiser of its own")}),

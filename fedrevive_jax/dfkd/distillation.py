@@ -146,14 +146,17 @@ def distil(
 
     def step(carry, batch):
         student, opt_state, guard, counted = carry
+        number, *batch = batch
         loss, grads = loss_and_gradient(student, *batch)
-        counts, guard = loss_guard.check(guard, "distillation", loss, settings.loss_guard)
+        counts, guard = loss_guard.check(guard, "distillation", number, loss, settings)
         updates, new_state = optimizer.update(grads, opt_state, student)
         moved = (optax.apply_updates(student, updates), new_state)
         student, opt_state = trees.select(counts, moved, (student, opt_state))
         return (student, opt_state, guard, counted + counts), loss
 
     carry = (params, optimizer.init(params), guard, jnp.zeros((), jnp.int32))
-    (student, _, guard, counted), step_losses = jax.lax.scan(step, carry, (samples, targets))
+    (student, _, guard, counted), step_losses = jax.lax.scan(
+        step, carry, (jnp.arange(steps), samples, targets)
+    )
     delta = jax.tree.map(jnp.subtract, student, params)
     return Distilled(delta, step_losses, counted, guard)

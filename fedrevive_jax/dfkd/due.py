@@ -61,7 +61,7 @@ def warm_version(settings: Dfkd, synthesises: bool) -> int:
     """The first version at whose arrivals there can be a distillation: it is past the warm-up, and
     the first samples have been made by then."""
     if not synthesises:
-        return 0
+        return settings.warmup_versions + 1 if settings.warmup_versions else 0
     interval = settings.generation_interval
     first_synthesis = -(-settings.freeze_versions // interval) * interval
     return max(settings.warmup_versions + 1, first_synthesis)

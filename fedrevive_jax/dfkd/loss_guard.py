@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fedrevive_jax.compute import trees
+from fedrevive_jax.config import Dfkd
 
 TERMS = ("feature", "one_hot", "adversarial", "distillation")
 KEPT = 20
@@ -14,23 +15,31 @@ SPIKE = 3.0
 
 
 class LossGuard(NamedTuple):
-    """The last kept values of every loss term, in the order of `TERMS`.
+    """The last kept values of what is compared: of every term, or of every step of every term.
 
     Attributes:
-      values: float32 [4, 20], a ring.
-      counts: int32 [4], values kept so far.
+      values: float32 [rows, 20], a ring each.
+      counts: int32 [rows], values kept so far.
     """
 
     values: jax.Array
     counts: jax.Array
 
 
-def init() -> LossGuard:
-    return LossGuard(jnp.zeros((len(TERMS), KEPT)), jnp.zeros(len(TERMS), jnp.int32))
+def init(settings: Dfkd) -> LossGuard:
+    rows = sum(_steps(settings, term) for term in TERMS)
+    return LossGuard(jnp.zeros((rows, KEPT)), jnp.zeros(rows, jnp.int32))
+
+
+def _steps(settings: Dfkd, term: str) -> int:
+    """How many rows a term has."""
+    if settings.loss_guard != "per_step":
+        return 1
+    return settings.distillation_steps if term == "distillation" else settings.synthesis_steps
 
 
 def check(
-    guard: LossGuard, term: str, value: jax.Array, form: str = "published"
+    guard: LossGuard, term: str, step: jax.Array | int, value: jax.Array, settings: Dfkd
 ) -> tuple[jax.Array, LossGuard]:
     """Whether a loss term may count in this step, and the guard after it.
 
@@ -41,15 +50,21 @@ def check(
     Args:
       guard: the state.
       term: one of `TERMS`.
+      step: of the synthesis or distillation.
       value: the loss, [].
-      form: `published` does not keep a value that is too large, so that a loss which stays on a
-        higher level is rejected from then on. `following` keeps it, cut to the limit, so that the
-        mean follows it within a few values. `off` looks at nothing but whether a value is finite.
+      settings: `loss_guard`. `published` does not keep a value that is too large, so that a loss
+        which stays on a higher level is rejected from then on. `per_step` keeps it, cut to the
+        limit, so that the mean follows it within a few values, and compares a step with the same
+        step of earlier syntheses or distillations: a loss that starts high each time is no spike.
+        `off` looks at nothing but whether a value is finite.
 
     Returns:
       (bool [], the new guard).
     """
-    row = TERMS.index(term)
+    form = settings.loss_guard
+    before = TERMS[: TERMS.index(term)]
+    row = sum(_steps(settings, earlier) for earlier in before)
+    row = row + step if form == "per_step" else row
     value = jax.lax.stop_gradient(value).astype(guard.values.dtype)
     count = guard.counts[row]
     filled = jnp.minimum(count, KEPT)
@@ -63,4 +78,4 @@ def check(
         guard.values.at[row, count % KEPT].set(jnp.where(spike, limit, value)),
         guard.counts.at[row].add(1),
     )
-    return finite & ~spike, trees.select(finite & (~spike | (form == "following")), kept, guard)
+    return finite & ~spike, trees.select(finite & (~spike | (form != "published")), kept, guard)

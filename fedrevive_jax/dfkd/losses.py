@@ -13,6 +13,7 @@ import optax
 from fedrevive_jax.models.model import Taps
 
 WEIGHT_FLOOR = 1e-8
+PRIOR_FLOOR = 1e-2
 
 
 def teacher_weights(proxies: jax.Array, targets: jax.Array) -> jax.Array:
@@ -57,12 +58,31 @@ def one_hot_loss(weights: jax.Array, teacher_logits: jax.Array, targets: jax.Arr
     Args:
       weights: w, [c, b].
       teacher_logits: [c, b, classes].
-      targets: y, int [b].
+      targets: y, int [b]; or [c, b], where each teacher judges samples of its own.
     """
     entropy = optax.softmax_cross_entropy_with_integer_labels(
         teacher_logits, jnp.broadcast_to(targets, teacher_logits.shape[:2])
     )
     return (weights * entropy).sum() / weights.shape[1]
+
+
+def log_prior(proxies: jax.Array) -> jax.Array:
+    """log q_k, what a teacher believes before it has seen a sample; [c, classes]."""
+    return jnp.log(jnp.maximum(proxies, PRIOR_FLOOR))
+
+
+def agreement(weights: jax.Array, teacher_logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """The share of samples of whose classes their judges are convinced, float32 [].
+
+    A sample counts where sum_k w_k(y) softmax(m_k(x)) is largest at y. Arguments as those of
+    `one_hot_loss`; samples without a judge count for nothing.
+    """
+    answers = jax.lax.stop_gradient(weights[..., None] * jax.nn.softmax(teacher_logits))
+    if targets.ndim == 1:
+        answers, weights = answers.sum(axis=0), weights.sum(axis=0)
+    right = (answers.argmax(axis=-1) == targets) & (weights > 0)
+    judged = jnp.maximum((weights > 0).sum(), 1)
+    return right.sum().astype(jnp.float32) / judged.astype(jnp.float32)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -101,9 +121,10 @@ def adversarial_loss(
     Args:
       weights: w, [c, b].
       teacher_logits: [c, b, classes].
-      student_logits: [b, classes].
+      student_logits: [b, classes]; or [c, b, classes], see `one_hot_loss`.
     """
-    student_logits = student_logits[None]
+    if student_logits.ndim < teacher_logits.ndim:
+        student_logits = student_logits[None]
     agree = student_logits.argmax(axis=-1) == teacher_logits.argmax(axis=-1)
     divergence = kl_divergence(teacher_logits, student_logits)
     return -(weights * agree * divergence).sum() / weights.shape[1]

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from fedrevive_jax.compute import trees
@@ -78,10 +79,15 @@ class Reviver(NamedTuple):
 
 
 SYNTHESIS_METRICS = (
-    "feature", "one_hot", "adversarial", "synthesis", "synthesis_skipped",
+    "feature", "one_hot", "adversarial", "synthesis", "agreement", "synthesis_skipped",
     "feature_rejected", "one_hot_rejected", "adversarial_rejected",
 )  # fmt: skip
-DISTILLATION_METRICS = ("distillation", "distillation_skipped", "distillation_rejected")
+DISTILLATION_METRICS = (
+    "distillation", "distillation_skipped", "distillation_rejected",
+    "distilled_norm", "distilled_cosine",
+)  # fmt: skip
+
+TINY = 1e-30  # no quotient is NaN
 
 
 def create(
@@ -108,11 +114,16 @@ def create(
       seed_text: labelled texts that synthesis of text starts from.
       mesh: the devices that share teachers and samples.
     """
-    if real_samples is not None:
-        synthesiser = None
+    synthesiser = None
+    if config.samples == "real":
 
         def start() -> tuple[synthesis.GeneratorState | None, pool.Pool]:
             return None, pool.filled(*real_samples)
+
+    elif config.samples == "noise":
+
+        def start() -> tuple[synthesis.GeneratorState | None, pool.Pool]:
+            return None, pool.filled(*_noise(config, model))
 
     else:
         synthesiser, maker = make_synthesiser(config, model, augment, seed_text, mesh)
@@ -132,7 +143,7 @@ def create(
             teachers.init(params, initial_taps(model), config.num_teachers),
             mixes,
             generator_state,
-            loss_guard.init(),
+            loss_guard.init(config),
             samples,
             frozen,
             jnp.asarray(-1, jnp.int32),
@@ -170,12 +181,13 @@ def create(
         feature, one_hot, adversarial = result.rejected
         # Before the warm-up there is no adversarial term to reject.
         adversarial = jnp.where(ensemble.adversarial_on, adversarial, jnp.nan)
-        values = (*result.terms, ~result.sound, feature, one_hot, adversarial)
+        values = (*result.terms, result.agreement, ~result.sound, feature, one_hot, adversarial)
         values = tuple(jnp.asarray(value, jnp.float32) for value in values)
         made = result.samples, result.labels.astype(jnp.int32), result.sound
         return (result.generator, result.guard, arrival.version), made, values
 
-    def distil(state: ReviverState, proxies, present, params, key):
+    def distil(state: ReviverState, proxies, present, submission: Submission, key):
+        params = submission.params
         steps, batch = config.distillation_steps, config.distillation_batch
         draw_key, augment_key = jax.random.split(key)
         chosen = pool.draw(state.pool, proxies, steps * batch, draw_key)
@@ -199,7 +211,12 @@ def create(
         )
         good = trees.all_finite(result.delta) & (result.counted > 0)
         zero = jax.tree.map(jnp.zeros_like, params)
-        values = (result.losses.mean(), ~good, (steps - result.counted) / steps)
+        norm = optax.tree.norm(result.delta)
+        raw = submission.delta
+        cosine = optax.tree.vdot(result.delta, raw) / jnp.maximum(norm * optax.tree.norm(raw), TINY)
+        values = (
+            result.losses.mean(), ~good, (steps - result.counted) / steps, norm, cosine
+        )  # fmt: skip
         delta = trees.select(good, result.delta, zero)
         values = tuple(jnp.asarray(value, jnp.float32) for value in values)
         return result.guard, delta, good, values
@@ -252,8 +269,8 @@ def create(
         none = jax.tree.map(jnp.zeros_like, params)
         guard, delta, distilled, values = jax.lax.cond(
             accepted & ready & (state.pool.added > 0),
-            lambda: distil(state, proxies, present, params, distillation_key),
-            lambda: (state.guard, none, jnp.asarray(False), (nan,) * 3),
+            lambda: distil(state, proxies, present, submission, distillation_key),
+            lambda: (state.guard, none, jnp.asarray(False), (nan,) * len(DISTILLATION_METRICS)),
         )
         state = state._replace(guard=guard)
         names: tuple[str, ...] = SYNTHESIS_METRICS + DISTILLATION_METRICS
@@ -292,8 +309,20 @@ def make_maker(config: Config, model: Model, seed_text: SeedText | None = None) 
             f"these are {height}x{width}",
         )
     generator = Generator((height, width, channels), config.generator_features, config.convolution)
-    maker = image_maker(generator, config.latent_size, model.num_classes)
+    learned = config.class_embeddings == "learned"
+    maker = image_maker(generator, config.latent_size, model.num_classes, learned)
     return maker._replace(make=exactly(maker.make)) if config.precision == "float32" else maker
+
+
+def _noise(config: Config, model: Model) -> tuple[jax.Array, jax.Array]:
+    """Uniform noise in the form of real samples, byte images or token ids, and uniform labels."""
+    key = jax_key(config.seed, Stream.GENERATOR_INIT)
+    shape = (config.pool_size, *model.input_shape)
+    if model.vocabulary is None:
+        samples = jax.random.bits(key, shape, jnp.uint8)
+    else:
+        samples = jax.random.randint(key, shape, 0, model.vocabulary.size)
+    return samples, jnp.arange(config.pool_size) % model.num_classes
 
 
 def _shapes_of_samples(maker: Maker, config: Config, frozen: Any) -> Any:

@@ -20,6 +20,8 @@ from fedrevive_jax.models.model import Params, Taps, as_inputs
 
 # Adam of the generator, its latents and the meta-step.
 B1 = 0.5
+# Label of a sample that no teacher judges; none is drawn with it.
+UNKNOWN = -1
 # Second derivatives of Adam's step are infinite where a gradient is exactly zero (a class that was
 # not drawn). Only full MAML needs them, so only full MAML pays with a shift of the size of Adam's
 # epsilon (its square root is 1e-8).
@@ -61,6 +63,24 @@ class Ensemble(NamedTuple):
     frozen: Any = ()
 
 
+class Judged(NamedTuple):
+    """What the teachers say of samples.
+
+    Where all judge every sample, n is b; where each judges its own, n is b / c.
+
+    Attributes:
+      logits: [c, n, classes].
+      distances: of the features, [c].
+      weights: of each answer, [c, n].
+      targets: the classes asked for, int [n] or [c, n].
+    """
+
+    logits: jax.Array
+    distances: jax.Array
+    weights: jax.Array
+    targets: jax.Array
+
+
 class GeneratorState(NamedTuple):
     """The persistent generator: parameters omega and the state of the meta-step's Adam."""
 
@@ -86,6 +106,7 @@ class InnerResult(NamedTuple):
       terms: `Terms` with leaves [steps].
       samples: raw samples, leaves [b, ...], of the step with the lowest total loss.
       best_step: int32 [].
+      agreement: float32 [], of these samples, see `losses.agreement`.
       guard: the loss guard afterwards.
       rejected: bool [steps, 3], where it rejected the feature, one-hot or adversarial term.
     """
@@ -95,6 +116,7 @@ class InnerResult(NamedTuple):
     terms: Terms
     samples: Any
     best_step: jax.Array
+    agreement: jax.Array
     guard: LossGuard
     rejected: jax.Array
 
@@ -107,6 +129,7 @@ class SynthesisResult(NamedTuple):
       guard: the loss guard afterwards.
       samples, labels: what was made, and for which classes.
       terms: loss terms of the step that made the samples.
+      agreement: float32 [], the share of them that their judges recognise.
       sound: bool [], whether the samples and the new generator are finite, and any teacher has
         judged the samples; what was made is of no use otherwise.
       rejected: float32 [3], in which share of the steps the loss guard rejected the feature,
@@ -118,6 +141,7 @@ class SynthesisResult(NamedTuple):
     samples: Any
     labels: jax.Array
     terms: Terms
+    agreement: jax.Array
     sound: jax.Array
     rejected: jax.Array
 
@@ -149,8 +173,8 @@ def make_synthesiser(
         lr_z, `feature_weight`, `one_hot_weight`, `adversarial_weight` bn, oh, adv, `loss_guard`,
         and two choices. `meta` is the gradient given to the persistent Adam of omega: `reptile`
         omega - phi_K, `fomaml` sum_s dL/dphi at phi_s, `maml` d(sum_s L(phi_s))/d omega through the
-        inner steps. `target_sampling` draws targets from the mean of the `teachers`' proxies, or
-        `uniform` over the classes.
+        inner steps; with `none` omega becomes phi_K. `target_sampling` draws targets from the mean
+        of the `teachers`' proxies, or `uniform` over the classes.
       mesh: the devices that share the teachers.
     """
     batch = settings.synthesis_batch
@@ -167,43 +191,44 @@ def make_synthesiser(
     def draw(key, proxies, present, frozen=()) -> Draw:
         """Targets, latents and condition of a fresh synthesis."""
         target_key, latent_key, condition_key = jax.random.split(key, 3)
-        if settings.target_sampling == "uniform":
+        if settings.judges == "own":
+            share = batch // len(proxies)
+            known = jax.random.categorical(
+                target_key, jnp.log(proxies)[:, None, :], shape=(len(proxies), share)
+            )
+            targets = jnp.where(present[:, None], known, UNKNOWN).reshape(-1)
+        elif settings.target_sampling == "uniform":
             targets = jax.random.randint(target_key, (batch,), 0, model.num_classes)
         else:
             mix = proxies.sum(axis=0) / present.sum()
             targets = jax.random.categorical(target_key, jnp.log(mix), shape=(batch,))
         return Draw(targets, *maker.draw(latent_key, condition_key, targets, frozen))
 
-    def objective(variables: Variables, drawn: Draw, ensemble: Ensemble, guard: LossGuard, key):
-        """L of one step -> (total, (Terms, raw samples, rejected terms bool [3], guard))."""
-        # Gradients pass through teachers and student to the samples, never into them.
-        teacher_params, student = jax.lax.stop_gradient((ensemble.params, ensemble.student))
+    def objective(
+        variables: Variables, drawn: Draw, ensemble: Ensemble, guard: LossGuard, key, number=0
+    ):
+        """L of an inner step -> (total, (Terms, raw samples, agreement, rejected terms bool [3],
+        guard))."""
         chex.assert_shape(ensemble.proxies, (None, model.num_classes))
         judges = (ensemble.params, ensemble.taps)
         chex.assert_tree_shape_prefix(judges, ensemble.proxies.shape[:1])
         samples = maker.make(variables.generator, variables.latents, drawn.condition)
-        inputs = as_inputs(augment(samples, key), ensemble.frozen)
-        weights = losses.teacher_weights(ensemble.proxies, drawn.targets)
-
-        def judge_in_turn(inputs, teachers):
-            def judge(teacher):
-                params, reference = teacher
-                logits, activations = model.apply(params, inputs)
-                return logits, maker.distance(activations, reference)
-
-            # One plain call per teacher, see `distillation.teacher_logits`.
-            return jax.lax.map(judge, teachers)
-
-        teachers = (teacher_params, ensemble.taps)
-        logits, distances = devices.split(mesh, judge_in_turn)(inputs, teachers)
+        inputs = augment(samples, key)
+        logits, distances, weights, targets = judge(inputs, drawn, ensemble)
+        student = jax.lax.stop_gradient(ensemble.student)
+        student_logits = model.apply(student, as_inputs(inputs, ensemble.frozen))[0]
+        if settings.judges == "own":
+            student_logits = student_logits.reshape(logits.shape)
         feature = losses.feature_loss(weights, distances)
-        one_hot = losses.one_hot_loss(weights, logits, drawn.targets)
-        adversarial = losses.adversarial_loss(weights, logits, model.apply(student, inputs)[0])
+        prior = settings.prior_removal * losses.log_prior(ensemble.proxies)
+        one_hot = losses.one_hot_loss(weights, logits - prior[:, None], targets)
+        adversarial = losses.adversarial_loss(weights, logits, student_logits)
+        agreement = losses.agreement(weights, logits, targets)
 
-        check = functools.partial(loss_guard.check, form=settings.loss_guard)
-        feature_counts, guard = check(guard, "feature", feature)
-        one_hot_counts, guard = check(guard, "one_hot", one_hot)
-        adversarial_counts, checked = check(guard, "adversarial", adversarial)
+        check = functools.partial(loss_guard.check, settings=settings)
+        feature_counts, guard = check(guard, "feature", number, feature)
+        one_hot_counts, guard = check(guard, "one_hot", number, one_hot)
+        adversarial_counts, checked = check(guard, "adversarial", number, adversarial)
         guard = trees.select(ensemble.adversarial_on, checked, guard)
         adversarial_applies = adversarial_counts & ensemble.adversarial_on
         total = (
@@ -213,7 +238,39 @@ def make_synthesiser(
         )
         adversarial_rejected = ensemble.adversarial_on & ~adversarial_counts
         rejected = jnp.stack([~feature_counts, ~one_hot_counts, adversarial_rejected])
-        return total, (Terms(feature, one_hot, adversarial, total), samples, rejected, guard)
+        terms = Terms(feature, one_hot, adversarial, total)
+        return total, (terms, samples, agreement, rejected, guard)
+
+    def judge(samples, drawn: Draw, ensemble: Ensemble) -> Judged:
+        """What the teachers say of samples: all of them of each, or one of each."""
+        # Gradients pass through the teachers to the samples, never into them.
+        teachers = (jax.lax.stop_gradient(ensemble.params), ensemble.taps)
+        count = len(ensemble.proxies)
+
+        def judge_one(teacher, samples, frozen):
+            params, reference = teacher
+            logits, activations = model.apply(params, as_inputs(samples, frozen))
+            return logits, maker.distance(activations, reference)
+
+        # One plain call per teacher, see `distillation.teacher_logits`.
+        if settings.judges == "all":
+
+            def in_turn(shared, teachers):
+                return jax.lax.map(lambda teacher: judge_one(teacher, *shared), teachers)
+
+            answers = devices.split(mesh, in_turn)((samples, ensemble.frozen), teachers)
+            weights = losses.teacher_weights(ensemble.proxies, drawn.targets)
+            return Judged(*answers, weights, drawn.targets)
+
+        def own_in_turn(frozen, pairs):
+            return jax.lax.map(lambda pair: judge_one(*pair, frozen), pairs)
+
+        own = jax.tree.map(lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), samples)
+        answers = devices.split(mesh, own_in_turn)(ensemble.frozen, (teachers, own))
+        targets = drawn.targets.reshape(count, -1)
+        known = targets != UNKNOWN
+        weights = known / jnp.maximum(known.any(axis=1).sum(), 1)
+        return Judged(*answers, weights, jnp.where(known, targets, 0))
 
     def inner(
         variables: Variables, drawn: Draw, ensemble: Ensemble, guard: LossGuard, key
@@ -222,9 +279,9 @@ def make_synthesiser(
 
         def step(carry, number):
             variables, fast_state, latent_state, guard, gradient_sum, best = carry
-            (total, (terms, samples, rejected, guard)), grads = jax.value_and_grad(
+            (total, (terms, samples, agreement, rejected, guard)), grads = jax.value_and_grad(
                 objective, has_aux=True
-            )(variables, drawn, ensemble, guard, jax.random.fold_in(key, number))
+            )(variables, drawn, ensemble, guard, jax.random.fold_in(key, number), number)
             # A broken term has a zero weight, but 0 * inf on the way back would still be NaN.
             grads = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), grads)
             fast_update, fast_state = fast_adam.update(grads.generator, fast_state)
@@ -237,14 +294,15 @@ def make_synthesiser(
             # A total that lacks a rejected term is no low total; without any better step the
             # last one is taken.
             cost = jnp.where(~rejected.any() & jnp.isfinite(total), total, jnp.inf)
-            best = trees.select(cost <= best[0], (cost, number, samples), best)
+            best = trees.select(cost <= best[0], (cost, number, agreement, samples), best)
             new = (new, fast_state, latent_state, guard, gradient_sum, best)
             return new, (terms, rejected)
 
-        cost, (_, shapes, _, _) = jax.eval_shape(objective, variables, drawn, ensemble, guard, key)
+        cost, (_, shapes, *_) = jax.eval_shape(objective, variables, drawn, ensemble, guard, key)
         best = (
             jnp.asarray(jnp.inf, cost.dtype),
             jnp.zeros((), jnp.int32),
+            jnp.zeros((), jnp.float32),
             jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes),
         )
         carry = (
@@ -257,8 +315,10 @@ def make_synthesiser(
         )
         steps_taken = jnp.arange(settings.synthesis_steps, dtype=jnp.int32)
         carry, (terms, rejected) = jax.lax.scan(step, carry, steps_taken)
-        variables, _, _, guard, gradient_sum, (_, best_step, samples) = carry
-        return InnerResult(variables, gradient_sum, terms, samples, best_step, guard, rejected)
+        variables, _, _, guard, gradient_sum, (_, best_step, agreement, samples) = carry
+        return InnerResult(
+            variables, gradient_sum, terms, samples, best_step, agreement, guard, rejected
+        )
 
     def synthesise(
         state: GeneratorState, drawn: Draw, ensemble: Ensemble, guard: LossGuard, key
@@ -276,8 +336,11 @@ def make_synthesiser(
             gradient = result.gradient_sum
         if settings.meta == "reptile":
             gradient = jax.tree.map(jnp.subtract, state.params, result.variables.generator)
-        update, meta_state = meta_adam.update(gradient, state.meta)
-        new = GeneratorState(optax.apply_updates(state.params, update), meta_state)
+        if settings.meta == "none":
+            new = GeneratorState(result.variables.generator, state.meta)
+        else:
+            update, meta_state = meta_adam.update(gradient, state.meta)
+            new = GeneratorState(optax.apply_updates(state.params, update), meta_state)
         best = jax.tree.map(lambda term: term[result.best_step], result.terms)
         # A single broken term is the guard's business; without any, nothing was learned.
         terms = jnp.stack([best.feature, best.one_hot, best.adversarial])
@@ -288,7 +351,14 @@ def make_synthesiser(
         new = trees.select(sound, new, state)
         rejected = result.rejected.mean(axis=0, dtype=jnp.float32)
         return SynthesisResult(
-            new, result.guard, result.samples, drawn.targets, best, sound, rejected
+            new,
+            result.guard,
+            result.samples,
+            drawn.targets,
+            best,
+            result.agreement,
+            sound,
+            rejected,
         )
 
     return Synthesiser(init, draw, objective, inner, synthesise)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from fedrevive_jax.config import Config, Dfkd
 from fedrevive_jax.dfkd import due, reviver
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.messages import Submission
 from fedrevive_jax.methods import blending, fadas, fedasync, fedbuff
 from fedrevive_jax.methods.method import Ingredients, Method, UpdateRule, as_it_is
@@ -18,20 +19,24 @@ BASES = {"fedbuff": fedbuff.base, "fedasync": fedasync.base, "fadas": fadas.base
 
 
 def create(config: Config, ingredients: Ingredients) -> Method:
+    """The configured base method, its updates revived.
+
+    Raises:
+      ConfigError: it distils on real samples, and there are none.
+    """
+    real = ingredients.real_samples
+    if config.samples == "real" and (real is None or not len(real[1])):
+        raise ConfigError("samples", "real", "needs a distillation split; there is none")
     revive = reviver.create(
         config,
         ingredients.model,
-        ingredients.augment,
+        ingredients.augment if config.synthesises else ingredients.augment_real,
         frozen=ingredients.frozen,
         class_mixes=ingredients.class_mixes,
+        real_samples=real,
         seed_text=ingredients.seed_text,
         mesh=ingredients.mesh,
     )
-    return revived(config, revive)
-
-
-def revived(config: Config, revive: reviver.Reviver) -> Method:
-    """The configured base method, its updates revived."""
     base = BASES[config.revive_on](config)
     rule = blend(revive, blending.create(config), config, base.rule)
     return base._replace(rule=rule).over(config.buffer_size)

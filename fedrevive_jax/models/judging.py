@@ -39,7 +39,7 @@ def fitting(config: Config, dataset: Dataset, model: Model | None = None) -> Mod
         raise ConfigError("model", None, f"must be a `Model`, see `from_flax`; is {_told(model)}")
     else:
         taps = judge(model)
-        if not taps and config.traits.synthesises and config.feature_weight:
+        if not taps and config.synthesises and config.feature_weight:
             raise ConfigError(
                 "model",
                 model.name,

@@ -139,7 +139,7 @@ def forward_flops(model: Model) -> int:
 def making_flops(config: Config, model: Model) -> int:
     """FLOPs of making one sample of a synthesis, as XLA counts them: the generator's forward pass
     over a whole batch, divided. 0 for methods that make none."""
-    if not config.traits.synthesises:
+    if not config.synthesises:
         return 0
     plain = dataclasses.replace(config, convolution="lax")
     maker = reviver.make_maker(plain, model)
@@ -184,7 +184,7 @@ def revivals(config: Config, clock: schedule.Schedule) -> dict[str, int]:
         return {}
     versions = clock.base_version[clock.job] + clock.staleness  # at the arrivals
     beta = np.asarray(blending.create(config)(jnp.asarray(clock.staleness)))
-    synthesises = config.traits.synthesises
+    synthesises = config.synthesises
     counts = {"distillations": due.distillation(config, synthesises, versions, beta).sum()}
     if synthesises:
         counts["syntheses"] = due.synthesis(config, np.unique(versions)).sum()

@@ -21,8 +21,8 @@ class WindowTrace:
     def __init__(self, folder: Path, simulation: Simulation):
         self._folder, self._simulation = folder, simulation
         config = simulation.config
-        traits = config.traits
-        self._after = due.warm_version(config, traits.synthesises) if traits.distils else 0
+        distils = config.traits.distils
+        self._after = due.warm_version(config, config.synthesises) if distils else 0
         self._first = simulation.position
         self._left = WINDOWS
         self.running = False

@@ -64,7 +64,7 @@ def revival_bytes(config: Config, model: Model, params: Any) -> int:
         config.num_teachers, config.distillation_batch, model.input_shape
     )
     student = job_bytes(model, params, size * config.distillation_batch)
-    if not config.traits.synthesises:
+    if not config.synthesises:
         return student
     per_sample = (config.num_teachers + 1) * _kept_bytes(model, params) + _making_bytes(
         config, model
