@@ -66,8 +66,8 @@ def test_the_record(whole):
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "config.json", "metrics.jsonl", "arrivals.jsonl", "summary.json", "tensorboard",
-        "clients.npz", "origin.json", "curves.png", "synthetic.png", "checkpoints", "live",
-        "run.lock",
+        "clients.npz", "origin.json", "curves.png", "synthetic.png", "revival.png", "checkpoints",
+        "live", "run.lock",
     }  # fmt: skip
     assert reading.read_config(folder) == runner.settle(config)
     summary = json.loads((folder / "summary.json").read_text())
@@ -97,6 +97,14 @@ def test_the_record(whole):
     assert synthesised == list(range(4, clock.num_versions, 2))
     distilled = {row["version"] for row in losses if row["distillation"] is not None}
     assert distilled == {row["version"] for row in arrivals if row["beta"] > 0}
+    assert summary["revived"] == sum(row["beta"] > 0 for row in arrivals) / len(arrivals)
+    judged = [row["agreement"] for row in losses if row["synthesis"] is not None]
+    assert all(0 <= share <= 1 for share in judged)
+    assert all(
+        row["distilled_norm"] > 0 and abs(row["distilled_cosine"]) <= 1 + 1e-6
+        for row in losses
+        if row["distillation"] is not None
+    )
     events = list((folder / "tensorboard").iterdir())
     assert sum(path.stat().st_size for path in events) > 0
 

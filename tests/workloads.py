@@ -33,6 +33,8 @@ def check_small_run(dataset: str, method: str, data_dir: Path, folder: Path) -> 
         expected.add("tokenizer.json")
     elif method == "fedrevive":
         expected.add("synthetic.png")
+    if method in DISTILS:
+        expected.add("revival.png")
     assert {path.name for path in folder.iterdir()} == expected
 
     rows = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -41,6 +41,7 @@ class Health:
         self._reasons: Counter[str] = Counter()
         self.trouble: UserError | None = None
         self.skipped = {"synthesis": 0, "distillation": 0}
+        self._arrivals = self._revived = 0
         self._shares: dict[str, list[float]] = {term: [] for term in loss_guard.TERMS}
 
     @property
@@ -48,8 +49,14 @@ class Health:
         """The share of its steps in which the loss guard rejected a term, of terms that had any."""
         return {term: statistics.fmean(own) for term, own in self._shares.items() if own}
 
+    @property
+    def revived(self) -> float:
+        """The share of the arrivals into which a distilled update was blended."""
+        return self._revived / max(self._arrivals, 1)
+
     def arrival(self, row: dict[str, Any]) -> None:
         """Takes note of a row of arrivals.jsonl, in memory or as it was read."""
+        self._arrivals += 1
         self._loss("training", row)
         self._recent.append(row["rejected"] is not None)
         if row["rejected"] is not None:
@@ -69,6 +76,7 @@ class Health:
         """Takes note of a row of metrics.jsonl, in memory or as it was read."""
         if row["kind"] == "evaluation":
             self._loss("evaluation", row)
+        self._revived += row.get("distillation_skipped") == 0
         for part in self.skipped:
             self.skipped[part] += row.get(f"{part}_skipped") == 1
         for term, own in self._shares.items():

@@ -242,6 +242,48 @@ def clock(path: Path, title: str, jobs: list[dict[str, Any]], window_end: float)
     figure.savefig(path, dpi=120)
 
 
+def revival(path: Path, title: str, rows: list[dict[str, Any]], betas: list[float]) -> bool:
+    """What DFKD does over a run. False when nothing was distilled.
+
+    Args:
+      path: where to write it.
+      title: above the picture.
+      rows: of `metrics.jsonl`, those of kind `dfkd`.
+      betas: of all arrivals, in their order.
+    """
+
+    def told(name):
+        found = [(row["version"], row[name]) for row in rows if row.get(name) is not None]
+        return zip(*found, strict=True) if found else ([], [])
+
+    if not any(row.get("distilled_norm") is not None for row in rows):
+        return False
+    figure = _figure(figsize=(12, 6.4))
+    (agreement, share), (norm, cosine) = figure.subplots(2, 2)
+    for axes, name, words in (
+        (agreement, "agreement", "samples that their judges recognise"),
+        (norm, "distilled_norm", "‖Δ^KD‖"),
+        (cosine, "distilled_cosine", "cosine of Δ^KD and Δ"),
+    ):
+        axes.plot(*told(name), ".", markersize=3, color="tab:blue")
+        axes.set_xlabel("global version")
+        axes.set_ylabel(words)
+    agreement.set_ylim(0, 1.02)
+    cosine.axhline(0, color="black", linewidth=1)
+    window = max(1, len(betas) // 50)
+    revived = np.asarray(betas) > 0
+    parts = [revived[at : at + window].mean() for at in range(0, len(revived), window)]
+    share.step(np.arange(len(parts)) * window, parts, where="post", color="tab:orange")
+    share.set_ylim(0, 1.02)
+    share.set_xlabel("arrival")
+    share.set_ylabel("share of arrivals revived")
+    for axes in (agreement, share, norm, cosine):
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"{title}: {revived.mean():.0%} of the arrivals were revived")
+    figure.savefig(path, dpi=120)
+    return True
+
+
 def synthetic(path: Path, images: np.ndarray, labels: np.ndarray, num_classes: int) -> bool:
     """A grid of pool images, a row per class, newest first. False when there is nothing to show.
 

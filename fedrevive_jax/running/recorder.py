@@ -230,6 +230,7 @@ class Recorder:
             "faults": clock.faults,
             "skipped": self._health.skipped,
             "loss_guard_rejected": self._health.rejected_terms,
+            "revived": self._health.revived,
             "jobs_restarted": simulation.jobs_restarted,
             "simulated_time": end,
             "wall_seconds": self._wall_seconds(),
@@ -362,8 +363,13 @@ class Recorder:
     def _pictures(self, folder: Path) -> None:
         config, simulation = self._config, self._simulation
         title = f"{config.method} on {simulation.dataset.name}, seed {config.seed}"
-        staleness = [row["staleness"] for row in files.read_rows(folder / files.ARRIVALS)]
+        arrivals = files.read_rows(folder / files.ARRIVALS)
+        staleness = [row["staleness"] for row in arrivals]
         plots.curves(folder / "curves.png", title, self._evaluations, staleness)
+        if config.traits.distils:
+            rows = files.read_rows(folder / files.METRICS)
+            dfkd = [row for row in rows if row["kind"] == "dfkd"]
+            plots.revival(folder / "revival.png", title, dfkd, [row["beta"] for row in arrivals])
         for pool in _synthetic_pools(simulation.server.method_state):
             images, labels, added = jax.device_get(pool[:3])
             # Oldest first: the ring's next place is its oldest.
