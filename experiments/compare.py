@@ -36,7 +36,10 @@ OUT = flags.DEFINE_string("out", None, "folder for the runs and the tables")
 JOBS = flags.DEFINE_integer("jobs", 1, "runs at once, each in a process; on an accelerator 1")
 TARGETS = flags.DEFINE_string("targets", "0.5,0.8", "accuracies to be reached, for the table")
 WORKDIRS = flags.DEFINE_string(
-    "workdirs", None, "compare these folders of runs, separated by commas, * allowed; runs nothing"
+    "workdirs",
+    None,
+    "compare these folders of runs, separated by commas, * allowed; runs nothing. LABEL=FOLDERS "
+    "calls them by another name than their method's",
 )
 TUNE = flags.DEFINE_bool(
     "tune", False, "choose settings of every method on the validation split, see --tune_grid"
@@ -190,15 +193,21 @@ def _checked() -> tuple[Path, list[str], list[float]]:
     return Path(whole_path("out", OUT.value)), list(methods), targets
 
 
-def _folders(text: str) -> list[Path]:
+def _folders(text: str) -> list[tuple[str, Path]]:
+    """What each run is called, and its folder. A folder's name may hold an equals sign, too."""
     found = []
     for part in map(str.strip, text.split(",")):
-        if not part:
+        label, equals, rest = part.partition("=")
+        if not part or (equals and not (label and rest)):
             raise ConfigError("workdirs", text, "holds an empty name")
         paths = sorted(glob.glob(whole_path("workdirs", part)))
+        if paths or not equals:
+            label, rest = "", part
+        else:
+            paths = sorted(glob.glob(whole_path("workdirs", rest)))
         if not paths:
-            raise ConfigError("workdirs", text, f"there is no {part}")
-        found += map(Path, paths)
+            raise ConfigError("workdirs", text, f"there is no {rest}")
+        found += [(label, Path(path)) for path in paths]
     return found
 
 

@@ -164,6 +164,9 @@ def test_groups_are_told_apart_by_what_differs():
     assert [run.config.seed for run in groups["fedbuff"]] == [1, 2]
     with pytest.raises(ConfigError, match="are both fedbuff, seed 2"):
         statistics.grouped([*runs, recorded(seed=2)])
+    # Those that have a name of their own are not mixed with their method's.
+    named = recorded(seed=2, client_lr=0.1)._replace(label="small rate")
+    assert list(statistics.grouped([*runs[:2], named])) == ["fedbuff", "small rate"]
 
 
 def test_the_table():
@@ -772,6 +775,13 @@ def test_tuned_comparison_of_what_diverges_and_what_does_not(tmp_path):
     assert [line.split("|")[1:3] for line in read.stdout.splitlines()[2:]] == [
         [" fedbuff ", " 2 "], [" ca2fl ", " 1 "],
     ]  # fmt: skip
+    named = call(
+        f"--workdirs={folders.replace(',', ',cached=')}", f"--out={tmp_path}", program="compare"
+    )
+    assert [line.split("|")[1] for line in named.stdout.splitlines()[2:]] == [
+        " fedbuff ",
+        " cached ",
+    ]
 
 
 @pytest.mark.slow
@@ -798,7 +808,7 @@ def test_an_ablation_continues_what_was_interrupted(tmp_path):
     assert "digits &lt;one&gt;" in page
     (runs[0].folder / "summary.json").unlink()
     with pytest.raises(ConfigError, match=r"summary\.json cannot be read"):
-        campaign.read_all([runs[0].folder])
+        campaign.read_all([("", runs[0].folder)])
     other = dataclasses.replace(configs[1], client_lr=0.5)
     with pytest.raises(ConfigError, match="holds a run with another configuration"):
         campaign.run_all([other])
@@ -814,6 +824,8 @@ def test_an_ablation_continues_what_was_interrupted(tmp_path):
         (["--tune", "--ablate=alpha=1,2"], "--ablate: must not be given with --tune"),
         (["--tune", "--server_lr=1"], "--server_lr=1: is chosen by --tune here"),
         (["--workdirs=none*"], "--workdirs=none*: there is no none*"),
+        (["--workdirs=a=none*"], "--workdirs=a=none*: there is no none*"),
+        (["--workdirs=a="], "--workdirs=a=: holds an empty name"),
         (["--ablate=alpha"], "--ablate=alpha: must be FIELD=v1,v2"),
         (["--ablate=alpha=1,2", "--methods=fedbuff"], "--methods=fedbuff: must not be given with"),
         (["--ablate=pretrained=a/b,a_b"], "--ablate=pretrained=a/b,a_b: --pretrained=a_b would"),

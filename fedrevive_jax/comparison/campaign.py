@@ -294,9 +294,12 @@ def run_all(
     ]
 
 
-def read_all(folders: Sequence[Path]) -> list[Run]:
-    """Runs that exist already."""
-    return [statistics.read_run(folder, (folder / FAILED).exists()) for folder in folders]
+def read_all(folders: Sequence[tuple[str, Path]]) -> list[Run]:
+    """Runs that exist already: what each is called, empty for its method's name, and its folder."""
+    return [
+        statistics.read_run(folder, (folder / FAILED).exists())._replace(label=label)
+        for label, folder in folders
+    ]
 
 
 def _run_side_by_side(

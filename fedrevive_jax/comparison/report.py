@@ -202,11 +202,15 @@ def staleness_lines(study: Study, rows) -> dict[str, list[tuple[float, Spread]]]
         free |= set(OF_A_ROUND) if config.traits.cohort else set()
         return {name: value for name, value in config.as_dict().items() if name not in free}
 
-    kept = [settings(own[0].config) for own in study.groups.values()]
+    firsts = [own[0] for own in study.groups.values()]
+    kept = [settings(run.config) for run in firsts]
+    names = {run.folder: run.label or run.config.method for run in firsts}
     lines: dict[str, list[tuple[float, Spread]]] = {}
     concurrencies: dict[str, set[int]] = {}
     for own, config, row in zip(study.groups.values(), kept, rows, strict=True):
-        label = statistics.label_of(config, [c for c in kept if c["method"] == config["method"]])
+        name = names[own[0].folder]
+        alike = [c for c, other in zip(kept, firsts, strict=True) if names[other.folder] == name]
+        label = statistics.label_of(name, config, alike)
         staleness, accuracy = row.spreads["staleness"], row.spreads["last quarter"]
         if accuracy.seeds:
             lines.setdefault(label, []).append((staleness.mean, accuracy))

@@ -47,6 +47,7 @@ class Run(NamedTuple):
       staleness: int [arrivals], tau of every arrival.
       folder: where it was recorded.
       sources: what it has read, as far as that is known.
+      label: what it is called beside others; empty: after its method.
     """
 
     config: Config
@@ -55,6 +56,7 @@ class Run(NamedTuple):
     staleness: np.ndarray
     folder: Path
     sources: Sources | None = None
+    label: str = ""
 
 
 def read_run(folder: Path, failed: bool = False) -> Run:
@@ -85,8 +87,8 @@ def read_run(folder: Path, failed: bool = False) -> Run:
 def grouped(runs: Iterable[Run]) -> dict[str, list[Run]]:
     """Runs by label, each group in the order of its seeds.
 
-    The label is the method; where a method comes with several configurations, beside seeds and
-    places, also the fields in which they differ, see `label_of`.
+    The label is the run's own or the method; where what is called so comes with several
+    configurations, beside seeds and places, also the fields in which they differ, see `label_of`.
 
     Raises:
       ConfigError: two runs of a group have the same seed, or runs on what is called the same data
@@ -94,18 +96,18 @@ def grouped(runs: Iterable[Run]) -> dict[str, list[Run]]:
     """
     runs = list(runs)
     check_sources(runs)
-    by_method: dict[str, list[Run]] = {}
+    by_name: dict[str, list[Run]] = {}
     for run in runs:
-        by_method.setdefault(run.config.method, []).append(run)
+        by_name.setdefault(run.label or run.config.method, []).append(run)
     groups: dict[str, list[Run]] = {}
     ignored = {"seed", *LOCATION_FIELDS, *DEVICE_FIELDS}
-    for own in by_method.values():
+    for name, own in by_name.items():
         settings = [
             {name: value for name, value in run.config.as_dict().items() if name not in ignored}
             for run in own
         ]
         for run, values in zip(own, settings, strict=True):
-            groups.setdefault(label_of(values, settings), []).append(run)
+            groups.setdefault(label_of(name, values, settings), []).append(run)
     for name, own in groups.items():
         own.sort(key=lambda run: run.config.seed)
         for one, other in itertools.pairwise(own):
@@ -142,20 +144,20 @@ def check_sources(runs: Iterable[Run]) -> None:
                 )
 
 
-def label_of(settings: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
-    """The method of some settings, and the fields in which others of the same method differ.
+def label_of(name: str, settings: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
+    """What some settings are called, and the fields in which others of the same name differ.
 
     Where several fields differ, but all others differ from the first in one field at most, that
     field alone is named, and none for the first.
     """
-    names = [name for name in settings if len({other[name] for other in others}) > 1]
+    names = [field for field in settings if len({other[field] for other in others}) > 1]
 
     def changed(other):
-        return [name for name in names if other[name] != others[0][name]]
+        return [field for field in names if other[field] != others[0][field]]
 
     if len(names) > 1 and all(len(changed(other)) <= 1 for other in others):
         names = changed(settings)
-    return " ".join([settings["method"], *(f"{name}={settings[name]}" for name in names)])
+    return " ".join([name, *(f"{field}={settings[field]}" for field in names)])
 
 
 # --- figures of one run ---------------------------------------------------------------------------

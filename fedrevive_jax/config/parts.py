@@ -286,9 +286,6 @@ class Dfkd(Part):
         "class embeddings of the generator: drawn at each synthesis, or learned with it",
         choices=("fresh", "learned"),
     )
-    prior_removal: float = setting(
-        0.0, "share of log q_k that is taken off a teacher's logits in L_ce", at_least=0
-    )
     loss_guard: str = setting(
         "published",
         "a loss term above 3 times the mean of its last values counts as zero; published: such a "

@@ -13,7 +13,6 @@ import optax
 from fedrevive_jax.models.model import Taps
 
 WEIGHT_FLOOR = 1e-8
-PRIOR_FLOOR = 1e-2
 
 
 def teacher_weights(proxies: jax.Array, targets: jax.Array) -> jax.Array:
@@ -64,11 +63,6 @@ def one_hot_loss(weights: jax.Array, teacher_logits: jax.Array, targets: jax.Arr
         teacher_logits, jnp.broadcast_to(targets, teacher_logits.shape[:2])
     )
     return (weights * entropy).sum() / weights.shape[1]
-
-
-def log_prior(proxies: jax.Array) -> jax.Array:
-    """log q_k, what a teacher believes before it has seen a sample; [c, classes]."""
-    return jnp.log(jnp.maximum(proxies, PRIOR_FLOOR))
 
 
 def agreement(weights: jax.Array, teacher_logits: jax.Array, targets: jax.Array) -> jax.Array:

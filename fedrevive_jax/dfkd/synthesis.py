@@ -220,8 +220,7 @@ def make_synthesiser(
         if settings.judges == "own":
             student_logits = student_logits.reshape(logits.shape)
         feature = losses.feature_loss(weights, distances)
-        prior = settings.prior_removal * losses.log_prior(ensemble.proxies)
-        one_hot = losses.one_hot_loss(weights, logits - prior[:, None], targets)
+        one_hot = losses.one_hot_loss(weights, logits, targets)
         adversarial = losses.adversarial_loss(weights, logits, student_logits)
         agreement = losses.agreement(weights, logits, targets)
 
