@@ -204,17 +204,15 @@ def staleness_lines(study: Study, rows) -> dict[str, list[tuple[float, Spread]]]
 
     firsts = [own[0] for own in study.groups.values()]
     kept = [settings(run.config) for run in firsts]
-    names = {run.folder: run.label or run.config.method for run in firsts}
     lines: dict[str, list[tuple[float, Spread]]] = {}
     concurrencies: dict[str, set[int]] = {}
-    for own, config, row in zip(study.groups.values(), kept, rows, strict=True):
-        name = names[own[0].folder]
-        alike = [c for c, other in zip(kept, firsts, strict=True) if names[other.folder] == name]
-        label = statistics.label_of(name, config, alike)
+    for run, config, row in zip(firsts, kept, rows, strict=True):
+        alike = [c for c, other in zip(kept, firsts, strict=True) if other.name == run.name]
+        label = statistics.label_of(run.name, config, alike)
         staleness, accuracy = row.spreads["staleness"], row.spreads["last quarter"]
         if accuracy.seeds:
             lines.setdefault(label, []).append((staleness.mean, accuracy))
-            concurrencies.setdefault(label, set()).add(own[0].config.concurrency)
+            concurrencies.setdefault(label, set()).add(run.config.concurrency)
     if all(len(values) == 1 for values in concurrencies.values()):
         return {}
     return {label: sorted(line) for label, line in lines.items()}

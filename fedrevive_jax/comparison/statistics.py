@@ -47,7 +47,7 @@ class Run(NamedTuple):
       staleness: int [arrivals], tau of every arrival.
       folder: where it was recorded.
       sources: what it has read, as far as that is known.
-      label: what it is called beside others; empty: after its method.
+      label: what it is called beside others; empty: as its method, see `name`.
     """
 
     config: Config
@@ -57,6 +57,11 @@ class Run(NamedTuple):
     folder: Path
     sources: Sources | None = None
     label: str = ""
+
+    @property
+    def name(self) -> str:
+        """The label, or the method."""
+        return self.label or self.config.method
 
 
 def read_run(folder: Path, failed: bool = False) -> Run:
@@ -87,7 +92,7 @@ def read_run(folder: Path, failed: bool = False) -> Run:
 def grouped(runs: Iterable[Run]) -> dict[str, list[Run]]:
     """Runs by label, each group in the order of its seeds.
 
-    The label is the run's own or the method; where what is called so comes with several
+    The label is the run's name; where what is called so comes with several
     configurations, beside seeds and places, also the fields in which they differ, see `label_of`.
 
     Raises:
@@ -98,7 +103,7 @@ def grouped(runs: Iterable[Run]) -> dict[str, list[Run]]:
     check_sources(runs)
     by_name: dict[str, list[Run]] = {}
     for run in runs:
-        by_name.setdefault(run.label or run.config.method, []).append(run)
+        by_name.setdefault(run.name, []).append(run)
     groups: dict[str, list[Run]] = {}
     ignored = {"seed", *LOCATION_FIELDS, *DEVICE_FIELDS}
     for name, own in by_name.items():
