@@ -18,7 +18,7 @@ from fedrevive_jax.dfkd.reviver import create
 from fedrevive_jax.models import make_network
 from fedrevive_jax.models.model import per_call, tap_statistics
 from fedrevive_jax.presets import resolve
-from tests.toys import KEY, arrival, scalar_model, scalar_upload, submission
+from tests.toys import KEY, ONE, arrival, scalar_model, scalar_upload, submission
 
 # --- loss terms -----------------------------------------------------------------------------------
 
@@ -205,7 +205,8 @@ def test_proxy_is_the_mean_of_the_first_two_uploads_then_frozen():
         key = jax.random.key(visit)
         inputs = jax.random.normal(key, (64, 4, 4, 1))
         seen.append(proxy.probe(model, {"w": jnp.asarray(w)}, inputs, 0.8))
-        proxies = proxy.observe(proxies, model, {"w": jnp.asarray(w)}, jnp.asarray(1), key, Dfkd())
+        params = {"w": jnp.asarray(w)}
+        proxies = proxy.observe(proxies, model, params, ONE, jnp.asarray(1), key, Dfkd())
         q = proxy.of_clients(proxies, jnp.asarray([1, 0, -1]))
         np.testing.assert_allclose(q[0], sum(seen[:2]) / len(seen[:2]), rtol=1e-6)
         assert float(jnp.abs(q[1:]).sum()) == 0
@@ -216,10 +217,66 @@ def test_known_proxies_are_never_probed():
     mixes = np.asarray([[0.25, 0.75], [1.0, 0.0]], np.float32)
     proxies = proxy.known(mixes)
     again = proxy.observe(
-        proxies, scalar_model(), {"w": jnp.asarray(9.0)}, jnp.asarray(0), KEY,
+        proxies, scalar_model(), {"w": jnp.asarray(9.0)}, ONE, jnp.asarray(0), KEY,
         Dfkd(),
     )  # fmt: skip
     np.testing.assert_allclose(proxy.of_clients(again, jnp.asarray([0, 1])), mixes)
+
+
+def test_what_a_job_changed_by_hand():
+    """The scalar model answers (w m, 0), m the mean of an input. d = (w' - w) m / 2 and its
+    negative, so that of two classes one is e^8 times the other, whatever the size of the change."""
+    model = scalar_model()
+    inputs = jnp.ones((4, 4, 4, 1))
+    for before, after in ((1.0, 1.001), (1.0, 7.0)):
+        mix = proxy.change(model, {"w": jnp.asarray(after)}, {"w": jnp.asarray(before)}, inputs)
+        np.testing.assert_allclose(mix, [1 / (1 + math.exp(-8)), 1 / (1 + math.exp(8))], rtol=1e-3)
+    np.testing.assert_allclose(proxy.change(model, ONE, ONE, inputs), [0.5, 0.5])
+
+
+def test_all_jobs_of_a_client_count_for_what_they_changed():
+    model, settings = scalar_model(), Dfkd(proxy="change")
+    proxies, seen = proxy.unknown(2, 2), []
+    for visit, w in enumerate((5.0, -20.0, 300.0, 2.0)):
+        key, params = jax.random.key(visit), {"w": jnp.asarray(w)}
+        seen.append(proxy.change(model, params, ONE, jax.random.normal(key, (64, 4, 4, 1))))
+        proxies = proxy.observe(proxies, model, params, ONE, jnp.asarray(1), key, settings)
+    q = proxy.of_clients(proxies, jnp.asarray([1, 0]))
+    np.testing.assert_allclose(q[0], np.mean(seen, axis=0), rtol=1e-6)
+    assert float(jnp.abs(q[1]).sum()) == 0
+    assert int(proxies.probes[1]) == 4
+
+
+def test_a_mix_is_better_known_by_what_changed():
+    """Clients of two or three classes train a few steps from random parameters. On average what
+    they changed is nearer to their true mixes than what they answer, which is much the start's."""
+    from fedrevive_jax.clients.local_training import train
+
+    model = make_network("digitsnet", input_shape=(8, 8, 1), num_classes=5, width=4)
+    start = model.init(jax.random.key(0))
+    patterns = jax.random.uniform(jax.random.key(1), (5, 8, 8, 1))
+    inputs = jax.random.normal(KEY, (64, 8, 8, 1))
+
+    @jax.jit
+    def train_job(start, batches):
+        return train(model, start, batches, lambda batch: (*batch, None), 1e-3)
+
+    apart: dict[str, list] = {"change": [], "answers": []}
+    generator, steps = np.random.default_rng(0), 5
+    for _ in range(40):
+        mix = generator.dirichlet([0.3] * 5)
+        labels = generator.choice(5, size=(steps, 16), p=mix)
+        noise = generator.normal(0, 0.1, (steps, 16, 8, 8, 1))
+        images = jnp.asarray(np.asarray(patterns)[labels] + noise, jnp.float32)
+        upload = train_job(start, (images, jnp.asarray(labels)))
+        own = np.bincount(labels.ravel(), minlength=5) / labels.size
+        for name, q in (
+            ("change", proxy.change(model, upload.params, start, inputs)),
+            ("answers", proxy.probe(model, upload.params, inputs, 0.8)),
+        ):
+            apart[name].append(0.5 * np.abs(np.asarray(q) - own).sum())
+    difference = np.subtract(apart["answers"], apart["change"])
+    assert scipy.stats.ttest_1samp(difference, 0, alternative="greater").pvalue < 0.01
 
 
 # --- teachers -------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from fedrevive_jax.config import Dfkd
 from fedrevive_jax.dfkd import loss_guard, proxy
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.record.health import Health
-from tests.toys import arrival, scalar_model, scalar_upload, submission
+from tests.toys import ONE, arrival, scalar_model, scalar_upload, submission
 
 CLIENTS, LR = 4, 0.5
 HUGE = 3e38
@@ -232,7 +232,7 @@ def test_broken_class_mixes(world):
 @jax.jit
 def observe(proxies, w, seed):
     return proxy.observe(
-        proxies, scalar_model(), {"w": w}, jnp.asarray(1), jax.random.key(seed),
+        proxies, scalar_model(), {"w": w}, ONE, jnp.asarray(1), jax.random.key(seed),
         Dfkd(proxy_samples=4, proxy_temperature=1e-3),
     )  # fmt: skip
 

@@ -43,7 +43,7 @@ def ensemble_of(model, mixes):
 
 
 def synthesiser_of(model, settings=SETTINGS):
-    maker = image_maker(Generator(SHAPE, 4), 6, 10, learned=settings.class_embeddings == "learned")
+    maker = image_maker(Generator(SHAPE, 4), 6, 10)
     made = synthesis.make_synthesiser(model, maker, lambda images, key: images, settings)
     return made, maker, maker.init(jax.random.key(5))
 
@@ -152,47 +152,6 @@ def test_samples_of_an_absent_teacher_count_for_nothing(model):
     filled = pool.add(pool.empty(12, result.samples), result.samples, result.labels)
     chosen = pool.draw(filled, jnp.full((1, 10), 0.1), 500, KEY)
     assert set(np.unique(chosen)) == set(range(8))
-
-
-# --- what the generator keeps ---------------------------------------------------------------------
-
-
-def test_learned_class_embeddings_stay_from_synthesis_to_synthesis(model):
-    fresh, learned = (
-        synthesiser_of(model, dataclasses.replace(SETTINGS, class_embeddings=how))
-        for how in ("fresh", "learned")
-    )
-    mixes, present = jnp.asarray(mixes_of(7, 2, 4)), jnp.ones(3, bool)
-    draws = [learned[0].draw(jax.random.key(i), mixes, present) for i in range(2)]
-    same = jax.random.normal(KEY, draws[0].latents.shape)
-    one, two = (learned[1].make(learned[2], same, draw.condition) for draw in draws)
-    np.testing.assert_array_equal(one, two)
-    draws = [fresh[0].draw(jax.random.key(i), mixes, present) for i in range(2)]
-    one, two = (fresh[1].make(fresh[2], (same, draw.latents[1]), draw.condition) for draw in draws)
-    assert np.abs(one - two).max() > 0.01
-    # They are learned: the meta-step moves the classes that were asked for, and no others.
-    ensemble = ensemble_of(model, mixes_of(7, 2, 4))
-    synthesiser, _, omega = learned
-    after = jax.jit(synthesiser.synthesise)(
-        synthesiser.init(omega), synthesiser.draw(KEY, mixes, present), ensemble,
-        loss_guard.init(SETTINGS), KEY,
-    ).generator.params  # fmt: skip
-    moved = np.abs(after[1] - omega[1]).max(axis=1) > 1e-6
-    assert np.flatnonzero(moved).tolist() == [2, 4, 7]
-
-
-def test_without_a_meta_step_the_fast_copy_stays(model):
-    settings = dataclasses.replace(SETTINGS, meta="none")
-    synthesiser, _, omega = synthesiser_of(model, settings)
-    ensemble = ensemble_of(model, mixes_of(7, 2, 4))
-    drawn = synthesiser.draw(KEY, ensemble.proxies, jnp.ones(3, bool))
-    rest = (ensemble, loss_guard.init(settings), KEY)
-    inner = jax.jit(synthesiser.inner)(synthesis.Variables(omega, drawn.latents), drawn, *rest)
-    after = jax.jit(synthesiser.synthesise)(synthesiser.init(omega), drawn, *rest)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
-        after.generator.params, inner.variables.generator,
-    )  # fmt: skip
 
 
 # --- what is told ---------------------------------------------------------------------------------

@@ -256,7 +256,7 @@ def test_the_probe_feeds_unmasked_gaussian_embeddings(model, table):
     assert float(inputs.content.embeddings.std()) == pytest.approx(1, abs=0.03)
     logits, _ = model.apply(params, inputs)
     observed = proxy.observe(
-        proxy.unknown(2, 3), model, params, jnp.asarray(1), jax.random.key(5),
+        proxy.unknown(2, 3), model, params, params, jnp.asarray(1), jax.random.key(5),
         Dfkd(), frozen=table,
     )  # fmt: skip
     expected = jax.nn.softmax(logits / 0.8).mean(axis=0)

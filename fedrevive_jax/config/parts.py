@@ -248,9 +248,11 @@ class Dfkd(Part):
         choices=("generator", "noise", "real"),
     )
     proxy: str = setting(
-        "estimated", "class mix of a client: probed, or its true labels",
-        choices=("estimated", "histogram"),
-    )  # fmt: skip
+        "estimated",
+        "class mix of a client; estimated: what its first two models say of noise; change: what "
+        "all its jobs changed in that; histogram: of its true labels",
+        choices=("estimated", "change", "histogram"),
+    )
     proxy_samples: int = setting(64, "Gaussian inputs of one probe", at_least=1)
     proxy_temperature: float = setting(0.8, "T_probe", above=0)
     seed_text: str = setting(
@@ -271,20 +273,13 @@ class Dfkd(Part):
     one_hot_weight: float = setting(1.0, "oh, weight of the cross-entropy loss", at_least=0)
     adversarial_weight: float = setting(0.1, "adv, weight of the adversarial loss", at_least=0)
     meta: str = setting(
-        "reptile",
-        "meta-step of the generator; none: the fast copy stays",
-        choices=("reptile", "fomaml", "maml", "none"),
+        "reptile", "meta-step of the generator", choices=("reptile", "fomaml", "maml")
     )
     judges: str = setting(
         "all",
         "who judges a synthetic sample; all: every teacher, weighted by how well its client knows "
         "the class; own: the one teacher from whose client's mix the class was drawn",
         choices=("all", "own"),
-    )
-    class_embeddings: str = setting(
-        "fresh",
-        "class embeddings of the generator: drawn at each synthesis, or learned with it",
-        choices=("fresh", "learned"),
     )
     loss_guard: str = setting(
         "published",

@@ -68,34 +68,23 @@ class Generator(nn.Module):
         return jax.nn.sigmoid(conv(channels, x, "conv3", use_bias=True))
 
 
-def image_maker(
-    generator: Generator, latent_size: int, num_classes: int, learned: bool = False
-) -> Maker:
+def image_maker(generator: Generator, latent_size: int, num_classes: int) -> Maker:
     """Images from latents (z [b, latent], class embeddings e [classes, latent]), both N(0, I).
 
-    They are judged by the statistics of the whole batch inside a teacher. Where the embeddings are
-    `learned`, they are drawn once and belong to what the meta-step learns: a class is the same from
-    synthesis to synthesis.
+    They are judged by the statistics of the whole batch inside a teacher.
     """
-
-    def embeddings(key):
-        return jax.random.normal(key, (num_classes, latent_size))
 
     def init(key):
         z, e = jnp.zeros((1, latent_size)), jnp.zeros((num_classes, latent_size))
-        params = generator.init(key, z, e, jnp.zeros(1, int))["params"]
-        if not learned:
-            return params
-        return params, embeddings(jax.random.fold_in(key, 0))
+        return generator.init(key, z, e, jnp.zeros(1, int))["params"]
 
     def draw(z_key, embedding_key, targets, frozen):
         del frozen
         z = jax.random.normal(z_key, (len(targets), latent_size))
-        return (z if learned else (z, embeddings(embedding_key))), targets
+        return (z, jax.random.normal(embedding_key, (num_classes, latent_size))), targets
 
     def make(params, latents, targets):
-        (params, e), z = (params, latents) if learned else ((params, latents[1]), latents[0])
-        return generator.apply({"params": params}, z, e, targets)
+        return generator.apply({"params": params}, *latents, targets)
 
     def distance(activations, reference):
         return losses.statistics_distance(tap_statistics(activations), reference)

@@ -232,6 +232,7 @@ def create(
                 state.proxies,
                 model,
                 upload.params,
+                submission.base,
                 arrival.client,
                 probe_key,
                 config,
@@ -309,8 +310,7 @@ def make_maker(config: Config, model: Model, seed_text: SeedText | None = None) 
             f"these are {height}x{width}",
         )
     generator = Generator((height, width, channels), config.generator_features, config.convolution)
-    learned = config.class_embeddings == "learned"
-    maker = image_maker(generator, config.latent_size, model.num_classes, learned)
+    maker = image_maker(generator, config.latent_size, model.num_classes)
     return maker._replace(make=exactly(maker.make)) if config.precision == "float32" else maker
 
 

@@ -171,10 +171,11 @@ def make_synthesiser(
       augment: (raw samples, key) -> model inputs; differentiable.
       settings: `synthesis_batch` b, `synthesis_steps` K_synth, `generator_lr` lr_g, `latent_lr`
         lr_z, `feature_weight`, `one_hot_weight`, `adversarial_weight` bn, oh, adv, `loss_guard`,
-        and two choices. `meta` is the gradient given to the persistent Adam of omega: `reptile`
-        omega - phi_K, `fomaml` sum_s dL/dphi at phi_s, `maml` d(sum_s L(phi_s))/d omega through the
-        inner steps; with `none` omega becomes phi_K. `target_sampling` draws targets from the mean
-        of the `teachers`' proxies, or `uniform` over the classes.
+        `judges`, and two choices. `meta` is the gradient given to the persistent Adam of omega:
+        `reptile` omega - phi_K, `fomaml` sum_s dL/dphi at phi_s, `maml` d(sum_s L(phi_s))/d omega
+        through the inner steps. `target_sampling` draws targets from the mean of the `teachers`'
+        proxies, or `uniform` over the classes; where teachers judge their `own` samples, each has
+        its share of them, drawn from its own proxy.
       mesh: the devices that share the teachers.
     """
     batch = settings.synthesis_batch
@@ -335,11 +336,8 @@ def make_synthesiser(
             gradient = result.gradient_sum
         if settings.meta == "reptile":
             gradient = jax.tree.map(jnp.subtract, state.params, result.variables.generator)
-        if settings.meta == "none":
-            new = GeneratorState(result.variables.generator, state.meta)
-        else:
-            update, meta_state = meta_adam.update(gradient, state.meta)
-            new = GeneratorState(optax.apply_updates(state.params, update), meta_state)
+        update, meta_state = meta_adam.update(gradient, state.meta)
+        new = GeneratorState(optax.apply_updates(state.params, update), meta_state)
         best = jax.tree.map(lambda term: term[result.best_step], result.terms)
         # A single broken term is the guard's business; without any, nothing was learned.
         terms = jnp.stack([best.feature, best.one_hot, best.adversarial])
