@@ -53,6 +53,8 @@ def main() -> None:
     if PEER.value:
         if devices > 1:
             raise ConfigError("mesh", config.mesh, "must be 1 with --peer=torch, on one device")
+        if config.judges != "all":
+            raise ConfigError("judges", config.judges, "must be all with --peer=torch")
         _require_torch(name)
     if CONVOLUTIONS.value:
         if dataset.is_text:

@@ -21,7 +21,7 @@ from absl import app, flags, logging
 from fedrevive_jax.compute import processes
 from fedrevive_jax.config import Config, whole_path
 from fedrevive_jax.errors import ConfigError, FileError, UserError
-from fedrevive_jax.presets import SCALES
+from fedrevive_jax.presets import OF_PRESETS, REVIVALS, SCALES
 
 COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache_dir",
@@ -54,11 +54,17 @@ def define() -> None:
     flags.DEFINE_string(
         "preset_scale", None, f"size of the preset ({', '.join(SCALES)}). Default: {SCALES[0]}."
     )
+    flags.DEFINE_string(
+        "preset_revival",
+        None,
+        f"FedRevive's distillation in the preset ({', '.join(REVIVALS)}): the form that was found "
+        f"best on a data set that the paper does not have, or its own. Default: {REVIVALS[0]}.",
+    )
 
 
 def given_values() -> dict[str, str | None]:
-    """What the command line says of every field and of the preset's scale; None where nothing."""
-    names = [*(field.name for field in dataclasses.fields(Config)), "preset_scale"]
+    """What the command line says of every field and of the preset; None where nothing."""
+    names = [*(field.name for field in dataclasses.fields(Config)), *OF_PRESETS]
     return {name: flags.FLAGS[name].value for name in names}
 
 

@@ -97,7 +97,7 @@ def test_flops_of_a_whole_run():
     """
     config = resolve(
         "digits", "fedrevive", max_versions=100, freeze_versions=20, warmup_versions=60,
-        latent_size=16, generator_features=32, concurrency=5,
+        latent_size=16, generator_features=32, concurrency=5, preset_revival="published",
     )  # fmt: skip
     told = plan(config)
     forward = told["flops_forward_per_sample"]
@@ -120,7 +120,10 @@ def test_flops_of_a_whole_run():
         + distilled * 4 * forward * samples
         + synthesised * images * (2 * forward * (config.num_teachers + 1) + 3 * making)
     )
-    told = plan(dataclasses.replace(config, method="dd_fedrevive"))
+    # With one judge for each sample.
+    single = plan(dataclasses.replace(config, judges="own"))
+    assert single["flops_synthesis"] == images * (2 * forward * 2 + 3 * making)
+    told = plan(dataclasses.replace(config, method="dd_fedrevive", samples="real"))
     assert told["flops_synthesis"] == 0
 
 

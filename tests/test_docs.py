@@ -15,7 +15,7 @@ import pytest
 
 from fedrevive_jax.config import METHODS, Config
 from fedrevive_jax.errors import ConfigError
-from fedrevive_jax.presets import resolve
+from fedrevive_jax.presets import OF_PRESETS, resolve
 from fedrevive_jax.running.runner import run
 from tests.commands import call, flags
 from tests.toys import SMALL, Fixed, clock, small
@@ -190,7 +190,7 @@ def program_flags(program):
     if "define_grace()" in source:
         own.add("grace")
     if re.search(r"^config_flags\.define\(\)|^    config_flags\.define\(\)", source, re.MULTILINE):
-        own |= {"conv", "preset_scale", *(field.name for field in dataclasses.fields(Config))}
+        own |= {"conv", *OF_PRESETS, *(field.name for field in dataclasses.fields(Config))}
     return own | {"compilation_cache_dir"}
 
 
@@ -236,7 +236,7 @@ def test_commands_are_commands(program, arguments):
     assert given <= program_flags(program) | {"help"}
     if "$" in arguments or program not in ("main", "compare", "tour"):
         return
-    fields = {field.name for field in dataclasses.fields(Config)} | {"preset_scale"}
+    fields = {field.name for field in dataclasses.fields(Config)} | set(OF_PRESETS)
     words = [word[2:].partition("=") for word in shlex.split(arguments) if word.startswith("--")]
     resolve(**{name: value for name, equals, value in words if name in fields and equals})
 

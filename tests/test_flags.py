@@ -15,7 +15,7 @@ from fedrevive_jax.clock import schedule
 from fedrevive_jax.clock.windows import plan_windows
 from fedrevive_jax.config import FAULTS, LIMITS, METHODS, Config
 from fedrevive_jax.errors import ConfigError
-from fedrevive_jax.presets import SCALES, resolve
+from fedrevive_jax.presets import OF_PRESETS, REVIVALS, SCALES, resolve
 from tests.commands import call
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -75,12 +75,13 @@ def invalid(generator, field):
 
 def draw(generator):
     """(values by flag, those that no configuration may have)."""
-    names = generator.choice([*FIELDS, "preset_scale"], generator.integers(0, 9), replace=False)
+    names = generator.choice([*FIELDS, *OF_PRESETS], generator.integers(0, 9), replace=False)
     wrong = set(names[: generator.integers(0, 2) * generator.integers(0, 3)])
     values = {"num_clients": "40", "concurrency": "20", "max_time": "10.0"}
     for name in map(str, names):
-        if name == "preset_scale":
-            values[name] = "huge" if name in wrong else str(generator.choice(SCALES))
+        if name in OF_PRESETS:
+            choices = SCALES if name == "preset_scale" else REVIVALS
+            values[name] = "huge" if name in wrong else str(generator.choice(choices))
         else:
             values[name] = (invalid if name in wrong else valid)(generator, FIELDS[name])
     return values, wrong
@@ -108,7 +109,7 @@ def check(values, wrong):
     assert len(came) < 500
     told = REFUSED.fullmatch(came)
     assert told, came
-    assert told["flag"] in {*FIELDS, "preset_scale"}
+    assert told["flag"] in {*FIELDS, *OF_PRESETS}
     # What contradicts another value is blamed only where nothing is wrong by itself.
     assert not wrong or told["flag"] in wrong
     return "refused"

@@ -6,7 +6,7 @@ import pytest
 
 from fedrevive_jax.config import METHODS, PUBLISHED_METHODS
 from fedrevive_jax.errors import ConfigError
-from fedrevive_jax.presets import BY_DATASET, PAPER, SMALL, resolve
+from fedrevive_jax.presets import BY_DATASET, PAPER, SMALL, TUNED_REVIVAL, resolve
 
 # The published table, typed from the paper's experiments; a row per constant. Columns: CIFAR-10,
 # CIFAR-100, FEMNIST, 20 Newsgroups. A row of one method names it after a colon.
@@ -127,11 +127,27 @@ def test_the_shifted_schedule_ends_sooner():
     assert resolve("digits", delays="shifted").max_time == resolve("digits").max_time
 
 
+@pytest.mark.parametrize("dataset", sorted(BY_DATASET))
+def test_the_tuned_revival_is_of_fedrevive_where_the_paper_has_no_constants(dataset):
+    """Nothing of it reaches the paper's data sets, another method, or what a user says."""
+    for method in METHODS:
+        tuned, published = (
+            resolve(dataset, method, preset_revival=form) for form in ("tuned", "published")
+        )
+        assert (tuned != published) == (method == "fedrevive" and dataset in TUNED_REVIVAL)
+        assert resolve(dataset, method) == tuned
+        assert (published.judges, published.proxy) in (("all", "estimated"), ("all", "histogram"))
+    assert not set(TUNED_REVIVAL) & set(PAPER)
+    assert resolve(dataset, judges="all", synthesis_steps=3).synthesis_steps == 3
+
+
 def test_a_flag_beats_the_small_scale():
     assert resolve("cifar10", preset_scale="small", num_clients=300).num_clients == 300
 
 
 def test_an_unknown_scale_is_named():
+    with pytest.raises(ConfigError, match="preset_revival=best: must be one of tuned, published"):
+        resolve("digits", preset_revival="best")
     with pytest.raises(ConfigError, match="preset_scale=tiny: must be one of full, small"):
         resolve("digits", preset_scale="tiny")
 

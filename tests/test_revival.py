@@ -234,10 +234,13 @@ def test_the_distilled_update_is_told(model):
 # --- configurations -------------------------------------------------------------------------------
 
 
-def test_samples_are_shared_among_the_teachers():
-    with pytest.raises(ConfigError, match="synthesis_batch=10: must be a multiple of num_teachers"):
-        Dfkd(judges="own", synthesis_batch=10, num_teachers=3)
-    assert Dfkd(judges="all", synthesis_batch=10, num_teachers=3).synthesis_batch == 10
+def test_samples_are_shared_among_the_teachers(model):
+    assert Dfkd(judges="own", synthesis_batch=11, num_teachers=3).samples_made == 9
+    assert Dfkd(judges="all", synthesis_batch=11, num_teachers=3).samples_made == 11
+    with pytest.raises(ConfigError, match="synthesis_batch=2: must be at least num_teachers=3"):
+        Dfkd(judges="own", synthesis_batch=2, num_teachers=3)
+    _, after, _, _ = revive_once(model, judges="own", synthesis_batch=11)
+    assert int(after.pool.added) == 9
 
 
 def test_the_reference_is_a_choice_of_samples():

@@ -33,6 +33,7 @@ WORKLOADS = {
     "resnet18": "cifar10",
     "convnet": "femnist",
     "digits": "digits",
+    "fashion_mnist": "fashion_mnist",
     "t5": "newsgroups",
 }
 # A population that is small enough to start at once, and DFKD at every arrival but the first. None
@@ -114,9 +115,10 @@ def workload(name: str, **changes: Any) -> tuple[Config, data.Dataset]:
 
     Args:
       name: a key of `WORKLOADS`.
-      **changes: fields of `Config`.
+      **changes: fields of `Config`, and of the preset; FedRevive is the published one.
     """
-    config = settle(resolve(WORKLOADS[name], "fedrevive", **{**STEADY, **_population(), **changes}))
+    own = {"preset_revival": "published", **STEADY, **_population(), **changes}
+    config = settle(resolve(WORKLOADS[name], "fedrevive", **own))
     spec = data.spec(config)
     rng = np.random.default_rng(config.seed)
     count = 2 * SAMPLES
@@ -306,7 +308,7 @@ def _stages(simulation: Simulation, whole: _Arrivals, repeats: int) -> dict[str,
     made = devices.jit(mesh, maker.make)(generator.params, drawn.latents, drawn.condition)
     per_step = config.num_teachers * config.distillation_batch
     shape = (config.distillation_steps, config.num_teachers, config.distillation_batch)
-    places = jnp.arange(config.distillation_steps * per_step) % config.synthesis_batch
+    places = jnp.arange(config.distillation_steps * per_step) % config.samples_made
     samples = devices.jit(
         mesh,
         lambda made, key: jax.tree.map(

@@ -61,7 +61,7 @@ def of_methods(
     """A configuration for each method and seed, by method; at the chosen rates if there are any.
 
     Args:
-      given: what the user says of fields, and of `preset_scale`.
+      given: what the user says of fields and of the preset.
       methods: to compare.
       seeds: how many, counted up from the given or the preset's.
       out: folder for the runs' folders.
@@ -99,7 +99,7 @@ def of_ablation(
     """The ablated fields, and a configuration for each of their values and seeds.
 
     Args:
-      given: what the user says of other fields, and of `preset_scale`.
+      given: what the user says of other fields and of the preset.
       ablations: texts FIELD=v1,v2,... Of one, all values are compared. Of several, each changes
         one field of the same reference, which comes first and is what the user and the preset say.
       seeds: how many, counted up from the given or the preset's.
@@ -159,7 +159,7 @@ def _ablated(text: str, at_least: int) -> tuple[str, list[str]]:
         raise ConfigError(
             "ablate",
             text,
-            f"{field} must be a setting of the run, not a place, a device or `preset_scale`",
+            f"{field} must be a setting of the run, not a place, a device or a preset",
         )
     return field, parts
 

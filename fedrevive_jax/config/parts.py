@@ -321,6 +321,14 @@ class Dfkd(Part):
         choices=("versions", "syntheses"),
     )
 
+    @property
+    def samples_made(self) -> int:
+        """Samples of one synthesis: `synthesis_batch`, or the most below it of which all teachers
+        have as many."""
+        if self.judges == "own":
+            return self.synthesis_batch // self.num_teachers * self.num_teachers
+        return self.synthesis_batch
+
     def _check(self) -> None:
         if self.warmup_versions < self.freeze_versions:
             raise ConfigError(
@@ -333,12 +341,11 @@ class Dfkd(Part):
             raise ConfigError(
                 "teacher_batch", self.teacher_batch, f"must divide num_teachers={self.num_teachers}"
             )
-        if self.judges == "own" and self.synthesis_batch % self.num_teachers:
+        if not self.samples_made:
             raise ConfigError(
                 "synthesis_batch",
                 self.synthesis_batch,
-                f"must be a multiple of num_teachers={self.num_teachers} with judges=own, each of "
-                "which has as many samples",
+                f"must be at least num_teachers={self.num_teachers} with judges=own",
             )
         if self.pool_size < self.synthesis_batch:
             raise ConfigError(

@@ -251,7 +251,7 @@ def create(
             own = state.generator, state.guard, state.synthesised_version
             rows = state.pool.samples, state.pool.labels
             nothing = jax.tree.map(
-                lambda ring: jnp.zeros((config.synthesis_batch, *ring.shape[1:]), ring.dtype), rows
+                lambda ring: jnp.zeros((config.samples_made, *ring.shape[1:]), ring.dtype), rows
             )
             (generator, guard, version), made, terms = jax.lax.cond(
                 wanted,
@@ -329,7 +329,7 @@ def _shapes_of_samples(maker: Maker, config: Config, frozen: Any) -> Any:
     """Shapes of one synthesis's samples."""
 
     def make():
-        key, targets = root_key(), jnp.zeros(config.synthesis_batch, jnp.int32)
+        key, targets = root_key(), jnp.zeros(config.samples_made, jnp.int32)
         return maker.make(maker.init(key), *maker.draw(key, key, targets, frozen))
 
     return jax.eval_shape(make)

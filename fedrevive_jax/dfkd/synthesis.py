@@ -178,7 +178,7 @@ def make_synthesiser(
         its share of them, drawn from its own proxy.
       mesh: the devices that share the teachers.
     """
-    batch = settings.synthesis_batch
+    batch = settings.samples_made
     eps_root = MAML_EPS_ROOT if settings.meta == "maml" else 0.0
     fast_adam = optax.adam(settings.generator_lr, b1=B1, eps_root=eps_root)
     latent_adam = optax.adam(settings.latent_lr, b1=B1, eps_root=eps_root)

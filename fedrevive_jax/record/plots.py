@@ -261,7 +261,7 @@ def revival(path: Path, title: str, rows: list[dict[str, Any]], betas: list[floa
     figure = _figure(figsize=(12, 6.4))
     (agreement, share), (norm, cosine) = figure.subplots(2, 2)
     for axes, name, words in (
-        (agreement, "agreement", "samples that their judges recognise"),
+        (agreement, "agreement", "samples recognised"),
         (norm, "distilled_norm", "‖Δ^KD‖"),
         (cosine, "distilled_cosine", "cosine of Δ^KD and Δ"),
     ):

@@ -145,11 +145,11 @@ def making_flops(config: Config, model: Model) -> int:
     maker = reviver.make_maker(plain, model)
 
     def start(key):
-        targets = jnp.zeros(config.synthesis_batch, jnp.int32)
+        targets = jnp.zeros(config.samples_made, jnp.int32)
         return maker.init(key), *maker.draw(key, key, targets, model.frozen(key))
 
     shapes = jax.eval_shape(start, root_key())
-    return _flops_of(maker.make, *shapes) // config.synthesis_batch
+    return _flops_of(maker.make, *shapes) // config.samples_made
 
 
 def _flops_of(function: Callable, *shapes: Any) -> int:
@@ -167,14 +167,15 @@ def flops_of_an_arrival(config: Config, forward: int, making: int) -> dict[str, 
       making: FLOPs of making one sample.
     """
     samples = config.distillation_steps * config.distillation_batch * config.num_teachers
-    made = config.synthesis_batch * config.synthesis_steps
+    made = config.samples_made * config.synthesis_steps
+    judges = config.num_teachers if config.judges == "all" else 1
     return {
         "client": 3 * forward * config.local_iterations * config.batch_size,
         # A teacher's forward pass, a student's training step.
         "distillation": samples * 4 * forward,
-        # Each teacher and the student: forward, and back to the samples; a training step of what
+        # Each judge and the student: forward, and back to the samples; a training step of what
         # makes the samples.
-        "synthesis": made * (2 * forward * (config.num_teachers + 1) + 3 * making),
+        "synthesis": made * (2 * forward * (judges + 1) + 3 * making),
     }
 
 

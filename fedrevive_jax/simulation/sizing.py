@@ -66,10 +66,9 @@ def revival_bytes(config: Config, model: Model, params: Any) -> int:
     student = job_bytes(model, params, size * config.distillation_batch)
     if not config.synthesises:
         return student
-    per_sample = (config.num_teachers + 1) * _kept_bytes(model, params) + _making_bytes(
-        config, model
-    )
-    return max(student, config.synthesis_batch * per_sample)
+    judges = config.num_teachers if config.judges == "all" else 1
+    per_sample = (judges + 1) * _kept_bytes(model, params) + _making_bytes(config, model)
+    return max(student, config.samples_made * per_sample)
 
 
 def _kept_bytes(model: Model, params: Any) -> int:
