@@ -38,6 +38,7 @@ class World:
             latent_size=4, generator_features=2, synthesis_batch=4, synthesis_steps=2, pool_size=8,
             distillation_steps=2, distillation_batch=2, proxy_samples=4, freeze_versions=0,
             warmup_versions=0, generation_interval=1, server_lr=LR, beta_s_max=10,
+            preset_revival="published",
         )  # fmt: skip
         model = scalar_model()._replace(apply=tapped_apply)
         method = methods.create(

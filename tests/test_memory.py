@@ -157,6 +157,7 @@ def test_what_xla_reserves_for_a_synthesis():
     config = resolve(
         "fashion_mnist", "fedrevive", num_teachers=4, synthesis_batch=32, model_width=8,
         generator_features=16, distillation_batch=2, convolution="lax", data_dir="data",
+        preset_revival="published",
     )  # fmt: skip
     synthesiser, maker = reviver.make_synthesiser(config, model, lambda samples, key: samples)
 
@@ -185,16 +186,19 @@ def test_a_server_step_needs_room_for_what_it_keeps(monkeypatch):
         "num_teachers": 4, "distillation_batch": 2, "synthesis_batch": 32, "teacher_batch": 4,
         "model_width": 8, "data_dir": "data",
     }  # fmt: skip
-    config = resolve("fashion_mnist", "fedrevive", **sizes)
+    config = resolve("fashion_mnist", "fedrevive", preset_revival="published", **sizes)
     job = sizing.job_bytes(model, params, 32) - own
     # Beside them the generator: its images' activations, in float32, once each at the least.
     features = config.generator_features
     images = 32 * 4 * (2 * features * 14 * 14 + features * 28 * 28)
     generator = sizing.revival_bytes(config, model, params) - (4 + 1) * job
     assert images <= generator <= 10 * images
-    reference = dataclasses.replace(config, method="dd_fedrevive")
+    reference = dataclasses.replace(config, method="dd_fedrevive", samples="real")
     student = sizing.job_bytes(model, params, 4 * 2)
     assert sizing.revival_bytes(reference, model, params) == student
+    # Where each sample has one judge, two networks and not five keep what they did.
+    single = sizing.revival_bytes(dataclasses.replace(config, judges="own"), model, params)
+    assert single == 2 * job + generator
     few = dataclasses.replace(config, synthesis_batch=1)
     assert sizing.revival_bytes(few, model, params) == student
     assert sizing.revival_bytes(dataclasses.replace(config, method="fedbuff"), model, params) == 0

@@ -87,7 +87,7 @@ def test_what_waits_on_the_host_is_not_on_the_device():
 def test_the_plan_tells_what_comes_on_top_during_a_call():
     """A job alone for FedBuff; a revival keeps every teacher's activations, and grows with them."""
     fedbuff, two, four = (
-        plan(resolve("digits", method, **settings))
+        plan(resolve("digits", method, preset_revival="published", **settings))
         for method, settings in [
             ("fedbuff", {}),
             ("fedrevive", {"num_teachers": 2, "distillation_batch": 1}),

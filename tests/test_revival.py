@@ -120,6 +120,9 @@ def test_classes_are_drawn_from_each_teachers_own_mix(model):
         assert counts[expected == 0].sum() == 0
         assert scipy.stats.chisquare(counts[expected > 0], expected[expected > 0]).pvalue > 1e-3
     assert set(own[2].tolist()) == {synthesis.UNKNOWN}
+    # Nor has a teacher a class to judge whose client's mix is broken.
+    broken = synthesiser_of(model, settings)[0].draw(KEY, mixes * jnp.nan, jnp.ones(3, bool))
+    assert set(broken.targets.tolist()) == {synthesis.UNKNOWN}
     # The control: the first teacher's draws are not of the mean mix.
     assert np.bincount(own[0], minlength=10)[2] == 0
 

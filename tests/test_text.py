@@ -201,7 +201,7 @@ def test_the_feature_term_is_the_weighted_sum_of_distances(model, table):
     judges = ensemble(model, table, adversarial=False)
     drawn = synthesiser.draw(KEY, judges.proxies, jnp.ones(2, bool), table)
     omega = maker.init(KEY)
-    _, (terms, samples, _, _) = jax.jit(synthesiser.objective)(
+    _, (terms, samples, *_) = jax.jit(synthesiser.objective)(
         synthesis.Variables(omega, drawn.latents), drawn, judges, loss_guard.init(Dfkd()), KEY
     )
     share = np.asarray(judges.proxies)[:, drawn.targets]
@@ -383,7 +383,8 @@ def test_clients_train_with_dropout_and_others_judge_without(corpus):
 
 def test_real_text_teaches_the_reference_method(corpus):
     config = small_config(max_time=3, vocabulary_size=128)
-    config = resolve(**{**config.as_dict(), "method": "dd_fedrevive", "freeze_versions": 0})
+    reference = {"method": "dd_fedrevive", "samples": "real", "freeze_versions": 0}
+    config = resolve(**{**config.as_dict(), **reference, "warmup_versions": 0})
     simulation = Simulation(config, corpus)
     assert simulation.server.method_state.rule.pool.samples.dtype == jnp.int32
     receipts = list(simulation.arrivals())

@@ -197,7 +197,9 @@ def make_synthesiser(
             known = jax.random.categorical(
                 target_key, jnp.log(proxies)[:, None, :], shape=(len(proxies), share)
             )
-            targets = jnp.where(present[:, None], known, UNKNOWN).reshape(-1)
+            # Neither an absent teacher nor one whose client is not known yet has a class to judge.
+            knows = proxies.sum(axis=1, keepdims=True) > 0
+            targets = jnp.where(knows, known, UNKNOWN).reshape(-1)
         elif settings.target_sampling == "uniform":
             targets = jax.random.randint(target_key, (batch,), 0, model.num_classes)
         else:
