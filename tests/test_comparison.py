@@ -532,8 +532,8 @@ def test_one_process_holds_an_accelerator(tmp_path, monkeypatch):
 
 def test_several_ablations_share_one_reference(tmp_path):
     given = {"method": "fedrevive", "dataset": "digits", "num_teachers": 2}
-    texts = ["meta=maml", "generation_interval=4,3,16"]  # 4 is the preset's
-    assert resolve(**given).generation_interval == 4
+    texts = ["meta=maml", "generation_interval=8,3,16"]  # 8 is the preset's
+    assert resolve(**given).generation_interval == 8
     fields, configs = campaign.of_ablation(given, texts, 2, tmp_path)
     assert fields == ["meta", "generation_interval"]
     assert [c.run_dir.name for c in configs[::2]] == [
@@ -561,7 +561,7 @@ def test_several_ablations_share_one_reference(tmp_path):
     # Where one run differs in two fields, one field alone does not tell:
     runs.append(recorded("fedrevive", generation_interval=3, meta="maml"))
     assert "fedrevive generation_interval=3 meta=maml" in statistics.grouped(runs)
-    assert "fedrevive generation_interval=4 meta=reptile" in statistics.grouped(runs)
+    assert "fedrevive generation_interval=8 meta=reptile" in statistics.grouped(runs)
 
     for texts, message in (
         (["meta=maml", "meta=fomaml"], "ablate=meta=fomaml: must not name a field twice"),

@@ -19,7 +19,7 @@ BASES = {"fedbuff": fedbuff.base, "fedasync": fedasync.base, "fadas": fadas.base
 
 
 def create(config: Config, ingredients: Ingredients) -> Method:
-    """The configured base method, its updates revived.
+    """FedRevive on what the configuration asks its teachers about.
 
     Raises:
       ConfigError: it distils on real samples, and there are none.
@@ -37,6 +37,11 @@ def create(config: Config, ingredients: Ingredients) -> Method:
         seed_text=ingredients.seed_text,
         mesh=ingredients.mesh,
     )
+    return revived(config, revive)
+
+
+def revived(config: Config, revive: reviver.Reviver) -> Method:
+    """The configured base method, its updates revived."""
     base = BASES[config.revive_on](config)
     rule = blend(revive, blending.create(config), config, base.rule)
     return base._replace(rule=rule).over(config.buffer_size)
