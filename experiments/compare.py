@@ -166,7 +166,7 @@ def _checked() -> tuple[Path, list[str], list[float]]:
                 )
     for flag in (TUNE_GRID, TUNE_RUNS, TUNE_TIME, TUNE_SEEDS):
         if flag.present and not TUNE.value:
-            given = " ".join(flag.value) if flag is TUNE_GRID else flag.value
+            given = " ".join(flag.value) if isinstance(flag.value, list) else flag.value
             raise ConfigError(flag.name, given, "goes with --tune")
     try:
         time_is_right = TUNE_TIME.value is None or float(TUNE_TIME.value) > 0

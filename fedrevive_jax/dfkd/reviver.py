@@ -109,29 +109,25 @@ def create(
       augment: (samples, key) -> augmented samples, see `feed.Feed`.
       frozen: the model's frozen arrays.
       class_mixes: true histograms [N, classes], for `proxy=histogram`.
-      real_samples: (byte images or token ids, labels) that stand in for the pool: the
-        data-dependent reference. Nothing is synthesised then.
+      real_samples: (byte images or token ids, labels) that are the pool with `samples=real`.
       seed_text: labelled texts that synthesis of text starts from.
       mesh: the devices that share teachers and samples.
     """
-    synthesiser = None
-    if config.samples == "real":
-
-        def start() -> tuple[synthesis.GeneratorState | None, pool.Pool]:
-            return None, pool.filled(*real_samples)
-
-    elif config.samples == "noise":
-
-        def start() -> tuple[synthesis.GeneratorState | None, pool.Pool]:
-            return None, pool.filled(*_noise(config, model))
-
-    else:
+    if config.samples == "generator":
         synthesiser, maker = make_synthesiser(config, model, augment, seed_text, mesh)
 
         def start() -> tuple[synthesis.GeneratorState | None, pool.Pool]:
             omega = maker.init(jax_key(config.seed, Stream.GENERATOR_INIT))
             room = pool.empty(config.pool_size, _shapes_of_samples(maker, config, frozen))
             return synthesiser.init(omega), room
+
+    else:
+        synthesiser = None
+
+        def start() -> tuple[synthesis.GeneratorState | None, pool.Pool]:
+            held = _noise(config, model) if config.samples == "noise" else real_samples
+            assert held is not None, "samples=real needs real samples"
+            return None, pool.filled(*held)
 
     def init(params: Params) -> ReviverState:
         generator_state, samples = start()

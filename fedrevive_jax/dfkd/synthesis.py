@@ -260,19 +260,20 @@ def make_synthesiser(
             def in_turn(shared, teachers):
                 return jax.lax.map(lambda teacher: judge_one(teacher, *shared), teachers)
 
-            answers = devices.split(mesh, in_turn)((samples, ensemble.frozen), teachers)
+            shared = (samples, ensemble.frozen)
+            logits, distances = devices.split(mesh, in_turn)(shared, teachers)
             weights = losses.teacher_weights(ensemble.proxies, drawn.targets)
-            return Judged(*answers, weights, drawn.targets)
+            return Judged(logits, distances, weights, drawn.targets)
 
         def own_in_turn(frozen, pairs):
-            return jax.lax.map(lambda pair: judge_one(*pair, frozen), pairs)
+            return jax.lax.map(lambda pair: judge_one(pair[0], pair[1], frozen), pairs)
 
         own = jax.tree.map(lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), samples)
-        answers = devices.split(mesh, own_in_turn)(ensemble.frozen, (teachers, own))
+        logits, distances = devices.split(mesh, own_in_turn)(ensemble.frozen, (teachers, own))
         targets = drawn.targets.reshape(count, -1)
         known = targets != UNKNOWN
         weights = known / jnp.maximum(known.any(axis=1).sum(), 1)
-        return Judged(*answers, weights, jnp.where(known, targets, 0))
+        return Judged(logits, distances, weights, jnp.where(known, targets, 0))
 
     def inner(
         variables: Variables, drawn: Draw, ensemble: Ensemble, guard: LossGuard, key
