@@ -152,7 +152,10 @@ def test_the_ways_of_convolution_are_measured(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model=vgg"], "--model=vgg: must be one of resnet18, convnet, digits, t5"),
+        (
+            ["--model=vgg"],
+            "--model=vgg: must be one of resnet18, convnet, digits, fashion_mnist, t5",
+        ),
         (["--dataset=digits"], "--dataset=digits: is fixed here"),
         (["--peer=tensorflow"], "--peer=tensorflow: must be torch"),
         (
