@@ -46,7 +46,7 @@ TUNE = flags.DEFINE_bool(
 )
 TUNE_GRID = flags.DEFINE_multi_string(
     "tune_grid",
-    ["server_lr=x0.3,x1,x3", "client_lr=x0.3,x1,x3"],
+    ["server_lr=x0.3,x3", "client_lr=x0.3,x3"],
     "FIELD=v1,v2,...: values of a setting to try beside the preset's, x3 is three times it; may be "
     "given more than once",
 )

@@ -331,7 +331,7 @@ def test_the_axes_of_a_method():
             tuning.axes([text], config)
     with pytest.raises(ConfigError, match="server_lr=-1"):
         tuning.axes(["server_lr=-1"], config)
-    for text in ("seed=1,2", "eval_split=test", "nothing=1", "server_lr", "mesh=1"):
+    for text in ("seed=1,2", "eval_split=test", "nothing=1", "server_lr", "mesh=1", "alpha=9"):
         with pytest.raises(ConfigError, match=r"tune_grid=.*: must be FIELD=v1,v2"):
             tuning.axes([text], config)
     with pytest.raises(ConfigError, match="must not name a field twice"):

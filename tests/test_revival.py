@@ -242,6 +242,8 @@ def test_samples_are_shared_among_the_teachers(model):
     assert Dfkd(judges="all", synthesis_batch=11, num_teachers=3).samples_made == 11
     with pytest.raises(ConfigError, match="synthesis_batch=2: must be at least num_teachers=3"):
         Dfkd(judges="own", synthesis_batch=2, num_teachers=3)
+    with pytest.raises(ConfigError, match="target_sampling=uniform: must be teachers with judges"):
+        Dfkd(judges="own", target_sampling="uniform")
     _, after, _, _ = revive_once(model, judges="own", synthesis_batch=11)
     assert int(after.pool.added) == 9
 

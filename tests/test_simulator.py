@@ -136,7 +136,9 @@ def test_a_model_for_other_data_is_refused():
 
 
 def test_true_histograms_and_uniform_targets_run():
-    simulation, receipts, _ = play(small("fedrevive", proxy="histogram", target_sampling="uniform"))
+    simulation, receipts, _ = play(
+        small("fedrevive", proxy="histogram", judges="all", target_sampling="uniform")
+    )
     assert simulation.server.version == len(receipts)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(simulation.server.params))
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS, Config, Dfkd
+from fedrevive_jax.config import LOCATION_FIELDS, Config, Dfkd, Server
 from fedrevive_jax.errors import ConfigError
 
 # A value of every searched field, in their order.
@@ -22,8 +22,11 @@ Point = tuple[Any, ...]
 
 # The next step along an axis of a single value.
 RATIO = 3.0
-# Fields that no search may set: they are what a comparison holds equal, or no setting at all.
-HELD = {"seed", "method", "workdir", "eval_split", "max_time", *LOCATION_FIELDS, *DEVICE_FIELDS}
+# What a method may choose for itself. A search over anything else would choose an easier world.
+SEARCHED = {field.name for part in (Server, Dfkd) for field in dataclasses.fields(part)} | {
+    "buffer_size", "client_lr", "local_iterations", "batch_size",
+}  # fmt: skip
+SEARCHED -= {"method", *LOCATION_FIELDS}
 
 
 class Axis(NamedTuple):
@@ -74,7 +77,7 @@ def axes(texts: Sequence[str], config: Config) -> list[Axis]:
     found: dict[str, Axis] = {}
     for text in texts:
         name, _, values = text.partition("=")
-        if name not in fields or name in HELD or not values:
+        if name not in SEARCHED or not values:
             raise ConfigError(
                 "tune_grid", text, "must be FIELD=v1,v2,... of a setting that methods may choose"
             )

@@ -322,6 +322,11 @@ class Dfkd(Part):
     )
 
     @property
+    def judges_of_a_sample(self) -> int:
+        """How many teachers judge each synthetic sample."""
+        return 1 if self.judges == "own" else self.num_teachers
+
+    @property
     def samples_made(self) -> int:
         """Samples of one synthesis: `synthesis_batch`, or the most below it of which all teachers
         have as many."""
@@ -340,6 +345,12 @@ class Dfkd(Part):
         if self.teacher_batch and self.num_teachers % self.teacher_batch:
             raise ConfigError(
                 "teacher_batch", self.teacher_batch, f"must divide num_teachers={self.num_teachers}"
+            )
+        if self.judges == "own" and self.target_sampling != "teachers":
+            raise ConfigError(
+                "target_sampling",
+                self.target_sampling,
+                "must be teachers with judges=own, each of which draws from its own mix",
             )
         if not self.samples_made:
             raise ConfigError(

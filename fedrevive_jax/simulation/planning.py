@@ -168,14 +168,13 @@ def flops_of_an_arrival(config: Config, forward: int, making: int) -> dict[str, 
     """
     samples = config.distillation_steps * config.distillation_batch * config.num_teachers
     made = config.samples_made * config.synthesis_steps
-    judges = config.num_teachers if config.judges == "all" else 1
     return {
         "client": 3 * forward * config.local_iterations * config.batch_size,
         # A teacher's forward pass, a student's training step.
         "distillation": samples * 4 * forward,
         # Each judge and the student: forward, and back to the samples; a training step of what
         # makes the samples.
-        "synthesis": made * (2 * forward * (judges + 1) + 3 * making),
+        "synthesis": made * (2 * forward * (config.judges_of_a_sample + 1) + 3 * making),
     }
 
 

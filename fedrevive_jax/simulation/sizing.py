@@ -66,8 +66,8 @@ def revival_bytes(config: Config, model: Model, params: Any) -> int:
     student = job_bytes(model, params, size * config.distillation_batch)
     if not config.synthesises:
         return student
-    judges = config.num_teachers if config.judges == "all" else 1
-    per_sample = (judges + 1) * _kept_bytes(model, params) + _making_bytes(config, model)
+    networks = config.judges_of_a_sample + 1  # and the student
+    per_sample = networks * _kept_bytes(model, params) + _making_bytes(config, model)
     return max(student, config.samples_made * per_sample)
 
 
