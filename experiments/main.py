@@ -7,16 +7,24 @@ is run on each; a signal to one of them stops all, before the same arrival.
 
 import json
 import sys
+from typing import Any
 
 from absl import flags
 
 from experiments import flags as config_flags
 from fedrevive_jax.compute import processes
 from fedrevive_jax.config import Config
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.record.interruption import InterruptedRunError, Interruption
 
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the plan as JSON; no training")
+TARGET = flags.DEFINE_string(
+    "target",
+    None,
+    "with --dry_run: compile the run's programs for TPUs that need not be there, like v5e:1x1 or "
+    "v6e:2x4, and tell what they would take; wants the extra `tpu`",
+)
 PROFILE = flags.DEFINE_bool("profile", False, "trace a few windows into WORKDIR/profile")
 GRACE = config_flags.define_grace()
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "start afresh in a folder that holds a run")
@@ -42,10 +50,10 @@ flags.adopt_module_key_flags(config_flags)
 def main() -> int:
     watch = Interruption(GRACE.value)
     config = resolve(**config_flags.given_values())
+    if TARGET.value is not None and not DRY_RUN.value:
+        raise ConfigError("target", TARGET.value, "is for --dry_run; a run uses the devices it has")
     if DRY_RUN.value:
-        from fedrevive_jax.simulation.planning import plan
-
-        print(json.dumps(plan(config), indent=2))
+        print(json.dumps(_planned(config), indent=2))
         return 0
     processes.join(DISTRIBUTED.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     from fedrevive_jax.compute import environment
@@ -58,6 +66,21 @@ def main() -> int:
         except InterruptedRunError as message:
             print(message, file=sys.stderr)
     return interruption.status
+
+
+def _planned(config: Config) -> dict[str, Any]:
+    if TARGET.value is None:
+        from fedrevive_jax.simulation.planning import plan
+
+        return plan(config)
+    import jax
+
+    from fedrevive_jax.compute.target import described
+    from fedrevive_jax.simulation import compiling
+
+    # Only a chip that is there can read its programs back from the cache.
+    jax.config.update("jax_enable_compilation_cache", False)
+    return compiling.plan(config, described(TARGET.value))
 
 
 def _run(config: Config, interruption: Interruption) -> None:

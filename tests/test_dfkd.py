@@ -559,10 +559,11 @@ def test_steps_that_the_guard_rejects_move_nothing():
 
 def test_samples_in_one_call():
     """What stays in a CPU's cache: eight teachers' digits, one teacher's 28x28 images."""
-    assert per_call(8, 16, (8, 8, 1)) == 8
-    assert per_call(8, 64, (8, 8, 1)) == 4
-    assert per_call(6, 64, (8, 8, 1)) == 3
-    assert per_call(8, 32, (28, 28, 1)) == 1
+    assert per_call(8, 16, (8, 8, 1), "cpu") == 8
+    assert per_call(8, 64, (8, 8, 1), "cpu") == 4
+    assert per_call(6, 64, (8, 8, 1), "cpu") == 3
+    assert per_call(8, 32, (28, 28, 1), "cpu") == 1
+    assert per_call(8, 32, (28, 28, 1), "tpu") == 8
 
 
 def test_absent_teachers_do_not_count(x64):

@@ -56,24 +56,20 @@ def test_only_what_is_not_the_newest_goes_to_the_shelf():
     assert fetched == [-10]
 
 
-def test_the_shelf_follows_the_room(monkeypatch):
+def test_the_place_follows_the_room():
     config = resolve("digits", "fedbuff")
-    monkeypatch.setattr(sizing, "device_bytes", lambda: 1000)
     for used, job, place in ((900, 100, "device"), (901, 100, "host"), (2000, 1, "host")):
-        assert sizing.choose_shelf(config, job, used).name == place
+        assert sizing.choose_place(config, job, used, 1000) == place
     forced = resolve("digits", "fedbuff", version_memory="device")
-    assert sizing.choose_shelf(forced, 1, 2000).name == "device"
-    monkeypatch.setattr(sizing, "device_bytes", lambda: None)  # as on a CPU
-    assert sizing.choose_shelf(config, 10**15, 10**15).name == "device"
+    assert sizing.choose_place(forced, 1, 2000, 1000) == "device"
+    assert sizing.choose_place(config, 10**15, 10**15, None) == "device"  # as on a CPU
 
 
-def test_as_many_jobs_as_fit(monkeypatch):
-    model, config = scalar_model(), resolve("digits", "fedbuff")
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(sizing, "device_bytes", lambda: 1000)
+def test_as_many_jobs_as_fit():
+    model, config = scalar_model()._replace(platform="gpu"), resolve("digits", "fedbuff")
     for used, job, count in ((0, 100, 10), (500, 100, 5), (990, 100, 1), (5000, 100, 1)):
-        assert sizing.default_client_batch(model, config, job, used) == count
-    assert sizing.default_client_batch(model, config, 1, 0) == sizing.JOBS_IN_A_CALL
+        assert sizing.default_client_batch(model, config, job, used, 1000) == count
+    assert sizing.default_client_batch(model, config, 1, 0, 1000) == sizing.JOBS_IN_A_CALL
 
 
 def test_jobs_in_a_call_on_a_cpu():
@@ -83,9 +79,9 @@ def test_jobs_in_a_call_on_a_cpu():
         ("digitsnet", (8, 8, 1), 2), ("convnet", (28, 28, 1), 1), ("resnet18", (32, 32, 3), 1),
     ):  # fmt: skip
         images = models.make_network(model, input_shape=shape, num_classes=10, width=4)
-        assert sizing.default_client_batch(images, config, 1, 0) == count
+        assert sizing.default_client_batch(images, config, 1, 0, None) == count
     texts = scalar_model()._replace(vocabulary=Vocabulary(16, 8))
-    assert sizing.default_client_batch(texts, config, 1, 0) == 1
+    assert sizing.default_client_batch(texts, config, 1, 0, None) == 1
 
 
 @pytest.mark.parametrize(
@@ -205,9 +201,9 @@ def test_a_server_step_needs_room_for_what_it_keeps(monkeypatch):
 
     # A simulation asks for it: with room for a job alone its versions go to the host.
     told = []
-    choose = sizing.choose_shelf
+    choose = sizing.choose_place
     monkeypatch.setattr(
-        sizing, "choose_shelf", lambda *given: told.append(given[1]) or choose(*given)
+        sizing, "choose_place", lambda *given: told.append(given[1]) or choose(*given)
     )
     tiny = Simulation(small("fedrevive"))
     assert told == [sizing.revival_bytes(tiny.config, tiny.model, tiny.server.params)]

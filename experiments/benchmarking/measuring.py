@@ -11,22 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Products of dense matrices at full rate, TFLOP/s, as the makers publish them, by the device's name
-# in JAX: (float32 with all its digits, bfloat16). A TPU takes six passes of bfloat16 for a product
-# in float32. Others are measured.
-PEAKS = {
-    "NVIDIA H200": (67.0, 989.0),
-    "NVIDIA H100 80GB HBM3": (67.0, 989.0),
-    "NVIDIA H100 PCIe": (51.0, 756.0),
-    "NVIDIA A100-SXM4-40GB": (19.5, 312.0),
-    "NVIDIA A100-SXM4-80GB": (19.5, 312.0),
-    "TPU v4": (275 / 6, 275.0),
-    "TPU v5 lite": (197 / 6, 197.0),
-    "TPU v5": (459 / 6, 459.0),
-    "TPU v5p": (459 / 6, 459.0),
-    "TPU v6 lite": (918 / 6, 918.0),
-}
-
+from fedrevive_jax.compute import chips
 
 class Timing(NamedTuple):
     """Seconds of one call: the median of several, and half the distance between its quartiles."""
@@ -109,9 +94,9 @@ def peak_flops(precision: str) -> tuple[float, str]:
       precision: `float32` or `bfloat16`.
     """
     kind = jax.devices()[0].device_kind
-    if kind in PEAKS:
-        single, half = PEAKS[kind]
-        return 1e12 * (half if precision == "bfloat16" else single), f"published for {kind}"
+    published = chips.peak(kind, precision)
+    if published is not None:
+        return published, f"published for {kind}"
     # On an accelerator so many in one call that handing it over does not count.
     size, count = (2048, 1) if jax.default_backend() == "cpu" else (8192, 20)
     return measured_flops(precision, size, count), f"measured, products of {size}x{size} matrices"

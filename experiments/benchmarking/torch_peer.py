@@ -146,10 +146,15 @@ class Peer:
         return batches
 
     @torch.no_grad()
+    def _per_call(self, count: int) -> int:
+        """As many of some batches in a call as our own side takes."""
+        shape, batch = self._dataset.input_shape, self._config.distillation_batch
+        return per_call(count, batch, shape, jax.default_backend())
+
     def judge(self, batches) -> list[list[torch.Tensor]]:
         """The logits of each teacher on its own samples, by step and teacher."""
         config = self._config
-        together = per_call(len(batches), config.distillation_batch, self._dataset.input_shape)
+        together = self._per_call(len(batches))
         of_teachers = []
         for (net, _, _), own in zip(self._teachers, zip(*batches, strict=True), strict=True):
             calls = [torch.cat(own[at : at + together]) for at in range(0, len(own), together)]
@@ -167,9 +172,7 @@ class Peer:
             lr=config.distillation_lr,
             weight_decay=config.distillation_weight_decay,
         )
-        together = config.teacher_batch or per_call(
-            config.num_teachers, config.distillation_batch, self._dataset.input_shape
-        )
+        together = config.teacher_batch or self._per_call(config.num_teachers)
         for step, wanted in zip(batches, targets, strict=True):
             optimizer.zero_grad()
             loss = torch.zeros((), device=self.device)

@@ -29,10 +29,10 @@ class Evaluation(NamedTuple):
     per_class: list[float]
 
 
-def make_evaluator(
+def make_batch_judge(
     model: Model, prepare: Callable[[Any, jax.Array], Any], batch: int, mesh: Mesh | None = None
-) -> Callable[[Params, Any, jax.Array, np.ndarray], Evaluation]:
-    """Compiles the evaluation on fixed-size batches; the last one is padded and masked.
+) -> jax.stages.Wrapped:
+    """Compiles one call of an evaluation.
 
     Args:
       model: the model.
@@ -41,8 +41,9 @@ def make_evaluator(
       mesh: the devices that share a call.
 
     Returns:
-      (params, store, labels, positions) -> `Evaluation`, where store and labels are the whole data
-      set and positions name the samples of a split.
+      A jitted function (params, store, labels, positions, valid) -> (sum of losses, right answers
+      by class, samples by class), where store and labels are the whole data set, positions int32
+      [batch] are places in it, and only those that are valid, bool [batch], count.
     """
 
     def judge(shared, positions):
@@ -59,7 +60,22 @@ def make_evaluator(
         by_class = jax.nn.one_hot(truth, model.num_classes) * valid[:, None]
         return jnp.where(valid, loss, 0.0).sum(), right @ by_class, by_class.sum(axis=0)
 
-    one_batch = devices.jit(mesh, judge_batch)
+    return devices.jit(mesh, judge_batch, model.platform)
+
+
+def make_evaluator(
+    model: Model, prepare: Callable[[Any, jax.Array], Any], batch: int, mesh: Mesh | None = None
+) -> Callable[[Params, Any, jax.Array, np.ndarray], Evaluation]:
+    """Compiles the evaluation on fixed-size batches; the last one is padded and masked.
+
+    Args:
+      model, prepare, batch, mesh: see `make_batch_judge`.
+
+    Returns:
+      (params, store, labels, positions) -> `Evaluation`, where positions name the samples of a
+      split.
+    """
+    one_batch = make_batch_judge(model, prepare, batch, mesh)
 
     def evaluate(params, store, labels, positions) -> Evaluation:
         padded = -(-len(positions) // batch) * batch

@@ -121,4 +121,4 @@ def make_window_trainer(
         uploads = train_all((store, labels), (stacked, indices, jobs))
         return tuple(jax.tree.map(operator.itemgetter(i), uploads) for i in range(len(bases)))
 
-    return devices.jit(mesh, train_jobs)
+    return devices.jit(mesh, train_jobs, model.platform)

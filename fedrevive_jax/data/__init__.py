@@ -89,10 +89,11 @@ def spec(config: Config) -> DatasetSpec:
     if known is None:
         loaded = _read(config)
         count = sum(len(loaded.splits[name]) for name in ("train", "validation", "distillation"))
+        tested = len(loaded.splits["test"])
         if isinstance(loaded, Dataset):
-            return DatasetSpec(loaded.input_shape, loaded.num_classes, count)
-        return DatasetSpec((config.text_length,), loaded.num_classes, count)
-    return DatasetSpec((config.text_length,), known.num_classes, known.training_samples)
+            return DatasetSpec(loaded.input_shape, loaded.num_classes, count, tested)
+        return DatasetSpec((config.text_length,), loaded.num_classes, count, tested)
+    return DatasetSpec((config.text_length,), *known)
 
 
 def preprocessing(config: Config) -> Preprocessing:

@@ -3,7 +3,7 @@
 from fedrevive_jax.data.dataset import Dataset, DatasetSpec, Preprocessing
 from fedrevive_jax.data.tfds_reader import image_dataset
 
-SPEC = DatasetSpec((32, 32, 3), 100, 50_000)
+SPEC = DatasetSpec((32, 32, 3), 100, 50_000, 10_000)
 # The fine labels, in alphabetical order.
 _FINE = """
 apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly

@@ -43,11 +43,13 @@ class DatasetSpec(NamedTuple):
       input_shape: (height, width, channels) of one image, or (length,) of one text.
       num_classes: number of classes.
       training_samples: official training samples, before they are split.
+      test_samples: official test samples beside them; 0 where the test part is one of those.
     """
 
     input_shape: tuple[int, ...]
     num_classes: int
     training_samples: int
+    test_samples: int = 0
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import numpy as np
 from fedrevive_jax.data.dataset import Dataset, DatasetSpec, split_training
 
 TEST_SAMPLES = 360
-SPEC = DatasetSpec((8, 8, 1), 10, 1797 - TEST_SAMPLES)
+SPEC = DatasetSpec((8, 8, 1), 10, 1797 - TEST_SAMPLES, TEST_SAMPLES)
 CLASS_NAMES = tuple(string.digits)
 
 

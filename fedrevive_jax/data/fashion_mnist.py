@@ -10,7 +10,7 @@ from fedrevive_jax.data.idx import read_idx
 from fedrevive_jax.data.tfds_reader import command, image_dataset, version_folders
 from fedrevive_jax.errors import ConfigError
 
-SPEC = DatasetSpec((28, 28, 1), 10, 60_000)
+SPEC = DatasetSpec((28, 28, 1), 10, 60_000, 10_000)
 CLASS_NAMES = (
     "T-shirt/top",
     "Trouser",

@@ -26,7 +26,7 @@ CLASS_NAMES = (
     "talk.politics.misc",
     "talk.religion.misc",
 )
-SPEC = TextSpec(len(CLASS_NAMES), 11_314)
+SPEC = TextSpec(len(CLASS_NAMES), 11_314, 7_532)
 
 
 def load(data_dir: str, seed: int) -> Texts:

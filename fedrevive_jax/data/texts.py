@@ -15,10 +15,12 @@ class TextSpec(NamedTuple):
     Attributes:
       num_classes: number of classes.
       training_samples: official training texts, before they are split.
+      test_samples: official test texts beside them.
     """
 
     num_classes: int
     training_samples: int
+    test_samples: int = 0
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def teacher_logits(
     def of_teacher(leaf):
         return leaf.swapaxes(0, 1).reshape(num_teachers, steps * batch, *leaf.shape[3:])
 
-    size = per_call(steps, batch, model.input_shape) * batch
+    size = per_call(steps, batch, model.input_shape, model.platform) * batch
 
     def judge_in_turn(frozen, pairs):
         def values(params, x):
@@ -121,7 +121,9 @@ def distil(
     chex.assert_tree_shape_prefix(samples, (steps, num_teachers, batch))
     chex.assert_shape(present, (num_teachers,))
     per_sample = jnp.broadcast_to(present[:, None] / (present.sum() * batch), (num_teachers, batch))
-    size = settings.teacher_batch or per_call(num_teachers, batch, model.input_shape)
+    size = settings.teacher_batch or per_call(
+        num_teachers, batch, model.input_shape, model.platform
+    )
 
     def apply(shared, samples):
         student, frozen = shared

@@ -45,7 +45,7 @@ class Generator(nn.Module):
 
     image_shape: tuple[int, int, int]
     features: int = 128
-    convolution: str = "auto"
+    convolution: str = "lax"
 
     @nn.compact
     def __call__(self, z, embeddings, targets):

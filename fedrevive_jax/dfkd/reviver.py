@@ -19,7 +19,7 @@ from fedrevive_jax.dfkd.maker import Maker
 from fedrevive_jax.dfkd.prompts import SeedText, prompt_maker
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.messages import Arrival, Submission
-from fedrevive_jax.models import Model
+from fedrevive_jax.models import Model, convolutions
 from fedrevive_jax.models.model import Params, exactly, initial_taps
 
 
@@ -249,11 +249,15 @@ def create(
             nothing = jax.tree.map(
                 lambda ring: jnp.zeros((config.samples_made, *ring.shape[1:]), ring.dtype), rows
             )
-            (generator, guard, version), made, terms = jax.lax.cond(
-                wanted,
-                lambda: synthesise_with(state, proxies, present, params, arrival, synthesis_key),
-                lambda: (own, (*nothing, jnp.asarray(False)), terms),
-            )
+            # The scopes' names tell in a compiled program what costs what.
+            with jax.named_scope("synthesis"):
+                (generator, guard, version), made, terms = jax.lax.cond(
+                    wanted,
+                    lambda: synthesise_with(
+                        state, proxies, present, params, arrival, synthesis_key
+                    ),
+                    lambda: (own, (*nothing, jnp.asarray(False)), terms),
+                )
             state = state._replace(
                 generator=generator,
                 guard=guard,
@@ -264,11 +268,12 @@ def create(
 
         ready = due.distillation(config, synthesiser is not None, arrival.version, beta)
         none = jax.tree.map(jnp.zeros_like, params)
-        guard, delta, distilled, values = jax.lax.cond(
-            accepted & ready & (state.pool.added > 0),
-            lambda: distil(state, proxies, present, submission, distillation_key),
-            lambda: (state.guard, none, jnp.asarray(False), (nan,) * len(DISTILLATION_METRICS)),
-        )
+        with jax.named_scope("distillation"):
+            guard, delta, distilled, values = jax.lax.cond(
+                accepted & ready & (state.pool.added > 0),
+                lambda: distil(state, proxies, present, submission, distillation_key),
+                lambda: (state.guard, none, jnp.asarray(False), (nan,) * len(DISTILLATION_METRICS)),
+            )
         state = state._replace(guard=guard)
         names: tuple[str, ...] = SYNTHESIS_METRICS + DISTILLATION_METRICS
         metrics: dict[str, Any] = dict(zip(names, (*terms, *values), strict=True))
@@ -305,9 +310,12 @@ def make_maker(config: Config, model: Model, seed_text: SeedText | None = None) 
             f"the generator makes images whose sides are multiples of 4; "
             f"these are {height}x{width}",
         )
-    generator = Generator((height, width, channels), config.generator_features, config.convolution)
+    way = convolutions.settled(config.convolution, model.platform)
+    generator = Generator((height, width, channels), config.generator_features, way)
     maker = image_maker(generator, config.latent_size, model.num_classes)
-    return maker._replace(make=exactly(maker.make)) if config.precision == "float32" else maker
+    if config.precision != "float32":
+        return maker
+    return maker._replace(make=exactly(maker.make, model.platform))
 
 
 def _noise(config: Config, model: Model) -> tuple[jax.Array, jax.Array]:

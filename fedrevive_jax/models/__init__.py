@@ -2,10 +2,12 @@
 
 import importlib
 
+import jax
+
 from fedrevive_jax.config import Config
 from fedrevive_jax.data.tokens import CLASSIFIER
 from fedrevive_jax.errors import ConfigError
-from fedrevive_jax.models import t5, t5_weights
+from fedrevive_jax.models import convolutions, t5, t5_weights
 from fedrevive_jax.models.model import (
     Model,
     default_precision,
@@ -36,8 +38,19 @@ NETWORKS = {
 }
 
 
-def create(config: Config, input_shape: tuple[int, ...], num_classes: int) -> Model:
-    """The model that a configuration names, for a data set's inputs and classes."""
+def create(
+    config: Config,
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    platform: str | None = None,
+) -> Model:
+    """The model that a configuration names, for a data set's inputs and classes.
+
+    Args:
+      config: names the model, its sizes and the way of a convolution.
+      input_shape, num_classes: see `Model`.
+      platform: see `from_flax`.
+    """
     if config.model not in (*NETWORKS, "t5"):
         raise ConfigError(
             "model",
@@ -53,20 +66,21 @@ def create(config: Config, input_shape: tuple[int, ...], num_classes: int) -> Mo
             + ("t5" if is_text else f"one of {', '.join(NETWORKS)}"),
         )
     if config.model == "t5":
-        return _t5(config, input_shape[0], num_classes)
+        return _t5(config, input_shape[0], num_classes, platform)
     return make_network(
         config.model,
         input_shape=input_shape,
         num_classes=num_classes,
         width=config.model_width,
         convolution=config.convolution,
+        platform=platform,
     )
 
 
-def _t5(config: Config, length: int, num_classes: int) -> Model:
+def _t5(config: Config, length: int, num_classes: int, platform: str | None) -> Model:
     shape = t5_shape(config)
     weights = t5_weights.read(config.t5_weights, shape) if config.t5_weights else None
-    return t5.make_classifier(shape, length, num_classes, weights)
+    return t5.make_classifier(shape, length, num_classes, weights, platform)
 
 
 def t5_shape(config: Config) -> t5.T5Shape:
@@ -95,6 +109,7 @@ def make_network(
     num_classes: int,
     width: int,
     convolution: str = "auto",
+    platform: str | None = None,
 ) -> Model:
     """The model called `name`.
 
@@ -103,7 +118,10 @@ def make_network(
       input_shape: (height, width, channels) of one image.
       num_classes: size of the logits.
       width: channels of the first convolution.
-      convolution: see `models.convolutions.choose`.
+      convolution: see `models.convolutions.choose`, or `auto`.
+      platform: see `from_flax`.
     """
     module = importlib.import_module(NETWORKS[name])
-    return from_flax(name, module.build(num_classes, width, convolution), input_shape, num_classes)
+    platform = platform or jax.default_backend()
+    network = module.build(num_classes, width, convolutions.settled(convolution, platform))
+    return from_flax(name, network, input_shape, num_classes, platform)

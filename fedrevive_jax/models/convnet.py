@@ -15,7 +15,7 @@ class ConvNet(nn.Module):
     num_classes: int
     width: int = 64
     hidden: tuple[int, int] = (200, 100)
-    convolution: str = "auto"
+    convolution: str = "lax"
 
     @nn.compact
     def __call__(self, images):

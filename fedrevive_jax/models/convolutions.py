@@ -19,15 +19,17 @@ from jax.experimental.xla_metadata import set_xla_metadata
 WAYS = ("lax", "patches", "shifted", "mixed")
 
 
-def default() -> str:
-    """What `auto` stands for on the backend at hand.
+def settled(how: str, platform: str) -> str:
+    """The way that `auto` stands for on a platform; any other is itself.
 
     On a CPU mixed: XLA's convolutions run at the peak there, but not the gradients that JAX derives
     from them, with which a step of the ConvNet takes 1.8 s instead of 28 ms. Accelerators have fast
     gradients of their own; with weights that differ from client to client they have not been
     measured.
     """
-    return "mixed" if jax.default_backend() == "cpu" else "lax"
+    if how != "auto":
+        return how
+    return "mixed" if platform == "cpu" else "lax"
 
 
 def choose(how: str) -> Callable:
@@ -36,13 +38,12 @@ def choose(how: str) -> Callable:
     Args:
       how: `lax`: XLA's convolution. `patches`: shifted slices side by side, times the kernel as one
         matrix. `shifted`: the sum of one matrix product for each place of the kernel; needs the
-        least memory. `mixed`: XLA's convolution with gradients of our own, see `mixed`. `auto`: by
-        the backend, see `default`.
+        least memory. `mixed`: XLA's convolution with gradients of our own, see `mixed`.
     """
-    if how == "auto":
-        how = default()
     if how == "lax":
         return jax.lax.conv_general_dilated
+    if how not in WAYS:
+        raise ValueError(f"convolution: must be one of {', '.join(WAYS)}; is {how!r}")
     return functools.partial(_plain, how)
 
 

@@ -12,7 +12,7 @@ class DigitsNet(nn.Module):
     num_classes: int
     width: int = 32
     hidden: int = 64
-    convolution: str = "auto"
+    convolution: str = "lax"
 
     @nn.compact
     def __call__(self, images):

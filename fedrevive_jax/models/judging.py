@@ -21,20 +21,27 @@ from fedrevive_jax.models.model import Model, Text, gaussian_inputs
 BATCH = 2
 
 
-def fitting(config: Config, dataset: Dataset, model: Model | None = None) -> Model:
-    """The given or the configured model, in the configured precision.
+def fitting(
+    config: Config,
+    dataset: Dataset,
+    model: Model | None = None,
+    platform: str | None = None,
+) -> Model:
+    """The given or the configured model, in the configured precision, for a platform.
 
     Args:
       config: names a model, and the precision.
       dataset: what the model has to read.
       model: stands in for the one that the configuration names, and is judged.
+      platform: see `Model`; None is that of the default backend.
 
     Raises:
       ConfigError: it is not what a model has to be, or does not read what the data set holds.
     """
     check_kind(dataset)
+    platform = platform or jax.default_backend()
     if model is None:
-        model = models.create(config, dataset.input_shape, dataset.num_classes)
+        model = models.create(config, dataset.input_shape, dataset.num_classes, platform)
     elif not isinstance(model, Model):
         raise ConfigError("model", None, f"must be a `Model`, see `from_flax`; is {_told(model)}")
     else:
@@ -47,7 +54,7 @@ def fitting(config: Config, dataset: Dataset, model: Model | None = None) -> Mod
                 "feature_weight=0",
             )
     _check_reading(config, dataset, model)
-    return models.with_precision(model, config.precision)
+    return models.with_precision(model._replace(platform=platform), config.precision)
 
 
 def check_kind(dataset: Any) -> None:

@@ -62,6 +62,7 @@ class Model(NamedTuple):
       frozen: the key of `init` -> arrays that nobody trains: the token table of a text model. They
         are shared, never sent and not part of a version.
       vocabulary: for a text model; None for a model of images.
+      platform: what its programs are compiled for, `cpu`, `gpu` or `tpu`; what is fastest differs.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Model(NamedTuple):
     apply: Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]
     frozen: Callable[[jax.Array], Any] = lambda key: ()
     vocabulary: Vocabulary | None = None
+    platform: str = "cpu"
 
 
 def with_precision(model: Model, precision: str) -> Model:
@@ -84,9 +86,9 @@ def with_precision(model: Model, precision: str) -> Model:
       precision: `float32`, `bfloat16`, or `auto`, see `default_precision`.
     """
     if precision == "auto":
-        precision = default_precision()
+        precision = default_precision(model.platform)
     if precision == "float32":
-        return model._replace(apply=exactly(model.apply))
+        return model._replace(apply=exactly(model.apply, model.platform))
 
     def rounded(leaf):
         return leaf.astype(jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf
@@ -102,12 +104,12 @@ def with_precision(model: Model, precision: str) -> Model:
     return model._replace(apply=apply)
 
 
-def exactly(function: Callable) -> Callable:
+def exactly(function: Callable, platform: str) -> Callable:
     """The function with products of float32 in float32, on its way back, too.
 
     An accelerator would round their factors, to TF32 or bfloat16. A CPU does not.
     """
-    if jax.default_backend() == "cpu":
+    if platform == "cpu":
         return function
 
     @functools.wraps(function)
@@ -118,13 +120,17 @@ def exactly(function: Callable) -> Callable:
     return precise
 
 
-def default_precision() -> str:
+def default_precision(platform: str) -> str:
     """What `auto` stands for: bfloat16 on accelerators, which have units for it."""
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return "float32" if platform == "cpu" else "bfloat16"
 
 
 def from_flax(
-    name: str, module: nn.Module, input_shape: tuple[int, ...], num_classes: int
+    name: str,
+    module: nn.Module,
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    platform: str | None = None,
 ) -> Model:
     """Wraps a Flax module for images that returns (logits, activations), see `Model`.
 
@@ -137,6 +143,7 @@ def from_flax(
         keeps them, are no parameters; GroupNorm and LayerNorm have none.
       input_shape: (height, width, channels) of one image.
       num_classes: size of the logits.
+      platform: see `Model`; None is that of the default backend.
 
     Raises:
       ConfigError: it is no such module. What it computes is judged when it is used.
@@ -165,7 +172,14 @@ def from_flax(
         rngs = None if key is None else {"dropout": key}
         return module.apply({"params": params}, inputs, rngs=rngs, **mode(key is not None))
 
-    return Model(name, tuple(input_shape), num_classes, jax.jit(init), apply)
+    return Model(
+        name,
+        tuple(input_shape),
+        num_classes,
+        jax.jit(init),
+        apply,
+        platform=platform or jax.default_backend(),
+    )
 
 
 def as_inputs(samples: Any, frozen: Any) -> Any:
@@ -176,14 +190,14 @@ def as_inputs(samples: Any, frozen: Any) -> Any:
     return Text(samples, frozen) if is_text else samples
 
 
-def per_call(count: int, batch: int, input_shape: tuple[int, ...]) -> int:
+def per_call(count: int, batch: int, input_shape: tuple[int, ...], platform: str) -> int:
     """How many of `count` equal batches go through a network in one call; a divisor of `count`.
 
     An accelerator takes all. On a CPU smaller calls stay in its caches: with 32 images in a call,
     not 256, a distillation step of the ConvNet took 0.43 s instead of 0.66 s on two cores; the
     small images of digits gain nothing.
     """
-    if jax.default_backend() != "cpu":
+    if platform != "cpu":
         return count
     fits = max(CACHED_NUMBERS // (batch * math.prod(input_shape)), 1)
     return max(size for size in range(1, min(fits, count) + 1) if count % size == 0)

@@ -16,7 +16,7 @@ class ResNet18(nn.Module):
 
     num_classes: int
     width: int = 64
-    convolution: str = "auto"
+    convolution: str = "lax"
 
     @nn.compact
     def __call__(self, images):

@@ -167,6 +167,7 @@ def make_classifier(
     length: int,
     num_classes: int,
     weights: tuple[Params, jax.Array] | None = None,
+    platform: str | None = None,
 ) -> Model:
     """The classifier as a `Model`.
 
@@ -176,6 +177,7 @@ def make_classifier(
       num_classes: size of the logits.
       weights: encoder parameters and token table to start from, see `t5_weights.read`; otherwise
         T5's own random start, with a standard normal table.
+      platform: see `from_flax`.
     """
     module = T5Classifier(shape, num_classes)
 
@@ -202,4 +204,5 @@ def make_classifier(
         apply,
         frozen,
         Vocabulary(shape.vocabulary, shape.width),
+        platform or jax.default_backend(),
     )

@@ -206,7 +206,7 @@ def settle(config: Config) -> Config:
       ConfigError: JAX's own settings, or its devices, are not what a run needs.
     """
     environment.check()
-    how = config.convolution
+    platform = jax.default_backend()
     config = dataclasses.replace(config, workdir=str(config.run_dir))
     paths = {name: getattr(config, name) for name in (*LOCATION_FIELDS, *INPUT_FIELDS)}
     return dataclasses.replace(
@@ -216,8 +216,8 @@ def settle(config: Config) -> Config:
             for name, value in paths.items()
             if value and not is_bucket(value)
         },
-        convolution=convolutions.default() if how == "auto" else how,
-        precision=default_precision() if config.precision == "auto" else config.precision,
+        convolution=convolutions.settled(config.convolution, platform),
+        precision=default_precision(platform) if config.precision == "auto" else config.precision,
     )
 
 

@@ -82,6 +82,39 @@ class Receipt(NamedTuple):
     metrics: dict[str, jax.Array]
 
 
+def make_step(
+    method: Method,
+    seed: int,
+    max_update_norm: float,
+    mesh: Mesh | None = None,
+    platform: str | None = None,
+) -> jax.stages.Wrapped:
+    """Compiles all arithmetic of an arrival.
+
+    Args:
+      method, seed, max_update_norm: see `Server`.
+      mesh, platform: see `devices.jit`.
+
+    Returns:
+      A jitted function (params, base, state, entry, upload, facts) -> (params, state, entry,
+      (accepted, verdict, norm), metrics) that donates the state. `base` is the version that the
+      upload started from, `facts` are scalars in the order of `Arrival`.
+    """
+
+    def step(params, base, state, entry, upload, facts):
+        arrival = Arrival(*facts)
+        chex.assert_trees_all_equal_shapes_and_dtypes(upload.params, base, params)
+        chex.assert_shape(facts, ())
+        key = jax_key(seed, Stream.SERVER, arrival.job)
+        accepted, verdict, norm = judge(upload, base, max_update_norm)
+        submission = Submission(upload, arrival, base, params, accepted, key)
+        params, state, entry, metrics = method.step(state, entry, submission)
+        return params, state, entry, (accepted, verdict, norm), metrics
+
+    # Parameters are never donated: the version store holds them.
+    return devices.jit(mesh, step, platform, donate_argnums=2)
+
+
 class Server:
     """The global model, its live versions, the jobs in flight and the method's state.
 
@@ -137,19 +170,7 @@ class Server:
         self._rejections = Rejections()
         self._unreviewed: list[tuple[Ticket, jax.Array, jax.Array]] = []
         self._found: deque[Rejection] = deque(maxlen=REVIEW_AFTER)
-
-        def step(params, base, state, entry, upload, facts):
-            arrival = Arrival(*facts)
-            chex.assert_trees_all_equal_shapes_and_dtypes(upload.params, base, params)
-            chex.assert_shape(facts, ())
-            key = jax_key(seed, Stream.SERVER, arrival.job)
-            accepted, verdict, norm = judge(upload, base, max_update_norm)
-            submission = Submission(upload, arrival, base, params, accepted, key)
-            params, state, entry, metrics = method.step(state, entry, submission)
-            return params, state, entry, (accepted, verdict, norm), metrics
-
-        # Parameters are never donated: the version store holds them.
-        self._step = devices.jit(mesh, step, donate_argnums=2)
+        self._step = make_step(method, seed, max_update_norm, mesh)
 
     @property
     def version(self) -> int:

@@ -29,6 +29,7 @@ from fedrevive_jax.record.derived import Derived
 from fedrevive_jax.server import builder
 from fedrevive_jax.server.admission import Rejection
 from fedrevive_jax.server.core import Receipt
+from fedrevive_jax.server.shelf import device_bytes, shelf
 from fedrevive_jax.simulation import sizing
 
 NOTHING = Derived()
@@ -108,12 +109,13 @@ class Simulation:
             start.params,
             stored=self.dataset.samples,
             waiting=self.schedule.live_versions_max() + config.concurrency,
+            memory=device_bytes(),
         )
-        self._shelf, self.client_batch = room.shelf, room.client_batch
+        self._shelf, self.client_batch = shelf(room.place, self.mesh), room.client_batch
         self._size_calls()
 
         self.server = builder.create(
-            config, start.params, holdings, shelf=room.shelf, beside=room.beside
+            config, start.params, holdings, shelf=self._shelf, beside=room.beside
         )
         self._train = make_window_trainer(
             self.model,

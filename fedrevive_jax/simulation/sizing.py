@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from fedrevive_jax import methods
 from fedrevive_jax.compute import trees
@@ -23,7 +22,6 @@ from fedrevive_jax.dfkd import reviver
 from fedrevive_jax.methods import Ingredients
 from fedrevive_jax.models import Model
 from fedrevive_jax.models.model import Params, gaussian_inputs, per_call
-from fedrevive_jax.server.shelf import Shelf, device_bytes, shelf
 
 # Copies of the parameters that a job under training needs: its start, itself, the gradient, the two
 # moments of Adam, and the upload.
@@ -61,7 +59,7 @@ def revival_bytes(config: Config, model: Model, params: Any) -> int:
     if not config.traits.distils:
         return 0
     size = config.teacher_batch or per_call(
-        config.num_teachers, config.distillation_batch, model.input_shape
+        config.num_teachers, config.distillation_batch, model.input_shape, model.platform
     )
     student = job_bytes(model, params, size * config.distillation_batch)
     if not config.synthesises:
@@ -103,23 +101,23 @@ def _growth(function: Callable, *given: Any) -> int:
     return two - one
 
 
-def choose_shelf(config: Config, working: int, used: int, mesh: Mesh | None = None) -> Shelf:
-    """The shelf of a configuration; `auto` is the device while it has room.
+def choose_place(config: Config, working: int, used: int, memory: int | None) -> str:
+    """Where versions wait, `device` or `host`; `auto` is the device while it has room.
 
     Args:
       config: names the place.
       working: bytes that a job under training or a server step needs.
       used: bytes that arrays take between calls if all of them live on the device.
-      mesh: the devices of the run, where they are several.
+      memory: bytes of a device that may be planned for; None is enough for everything.
     """
-    place = config.version_memory
-    if place == "auto":
-        room = device_bytes()
-        place = "device" if room is None or used + working <= room else "host"
-    return shelf(place, mesh)
+    if config.version_memory != "auto":
+        return config.version_memory
+    return "device" if memory is None or used + working <= memory else "host"
 
 
-def default_client_batch(model: Model, config: Config, job: int, used: int) -> int:
+def default_client_batch(
+    model: Model, config: Config, job: int, used: int, memory: int | None
+) -> int:
     """Jobs trained in one call of a device where the configuration leaves it open.
 
     On a CPU one job of texts or large images already fills the cores and the caches; of small
@@ -130,12 +128,13 @@ def default_client_batch(model: Model, config: Config, job: int, used: int) -> i
       config: tells the batch size.
       job: bytes of one job under training.
       used: bytes that arrays take between calls.
+      memory: see `choose_place`.
     """
-    if jax.default_backend() == "cpu":
+    if model.platform == "cpu":
         if model.vocabulary is not None:
             return 1
-        return per_call(2, config.batch_size, model.input_shape)
-    free = (device_bytes() or 0) - used
+        return per_call(2, config.batch_size, model.input_shape, model.platform)
+    free = (memory or 0) - used
     return min(max(free // max(job, 1), 1), JOBS_IN_A_CALL)
 
 
@@ -161,18 +160,24 @@ class Room(NamedTuple):
     """How the memory of the devices is used.
 
     Attributes:
-      shelf: where stale versions and uploads wait.
+      place: where stale versions and uploads wait, `device` or `host`.
       client_batch: jobs that one device trains in one call at most.
       beside: bytes that live on the device beside the method's memory of the clients.
     """
 
-    shelf: Shelf
+    place: str
     client_batch: int
     beside: int
 
 
 def room(
-    config: Config, holdings: Ingredients, params: Params, *, stored: Any, waiting: int
+    config: Config,
+    holdings: Ingredients,
+    params: Params,
+    *,
+    stored: Any,
+    waiting: int,
+    memory: int | None,
 ) -> Room:
     """Plans the use of memory, by what the arrays of a run take between calls and during one.
 
@@ -182,6 +187,7 @@ def room(
       params: the global parameters.
       stored: the samples on the device.
       waiting: models that wait at most, stale versions and uploads.
+      memory: see `choose_place`.
     """
     state, entry = methods.shapes(config, holdings, params)
     waiting_bytes = waiting * trees.nbytes(params)
@@ -190,8 +196,10 @@ def room(
         used += config.num_clients * trees.nbytes(entry)
     job = job_bytes(holdings.model, params, config.batch_size)
     working = max(job, revival_bytes(config, holdings.model, params))
-    place = choose_shelf(config, working, used, holdings.mesh)
-    if place.name == "host":
+    place = choose_place(config, working, used, memory)
+    if place == "host":
         used -= waiting_bytes
-    batch = config.client_batch or default_client_batch(holdings.model, config, job, used)
-    return Room(place, batch, waiting_bytes if place.name == "device" else 0)
+    batch = config.client_batch or default_client_batch(
+        holdings.model, config, job, used, memory
+    )
+    return Room(place, batch, waiting_bytes if place == "device" else 0)

@@ -1,0 +1,49 @@
+"""What is published of accelerators' chips."""
+
+from typing import NamedTuple
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """A chip, by what its maker tells.
+
+    Attributes:
+      half: FLOP/s of products of bfloat16.
+      single: FLOP/s of products that keep all digits of float32, as JAX asks for them. A TPU takes
+        six passes of bfloat16 for one.
+      memory: bytes that programs may use; None where nobody has looked.
+      hertz: clock of the cycles that a compiler counts; 0 where none are counted.
+    """
+
+    half: float
+    single: float
+    memory: int | None = None
+    hertz: float = 0.0
+
+
+def _tpu(half: float, memory: float, hertz: float) -> Chip:
+    return Chip(half, half / 6, int(memory * GIB), hertz)
+
+
+# By `device_kind` in JAX. The memory of a TPU is what its compiler says it has.
+CHIPS = {
+    "NVIDIA H200": Chip(989e12, 67e12),
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 67e12),
+    "NVIDIA H100 PCIe": Chip(756e12, 51e12),
+    "NVIDIA A100-SXM4-40GB": Chip(312e12, 19.5e12),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 19.5e12),
+    "TPU v4": Chip(275e12, 275e12 / 6),
+    "TPU v5 lite": _tpu(197e12, 15.75, 1.5e9),
+    "TPU v5": _tpu(459e12, 95.74, 1.75e9),
+    "TPU v5p": _tpu(459e12, 95.74, 1.75e9),
+    "TPU v6 lite": _tpu(918e12, 31.25, 1.75e9),
+}
+
+
+def peak(kind: str, precision: str) -> float | None:
+    """FLOP/s of a kind of device at most, in `float32` or `bfloat16`; None where it is not known."""
+    if kind not in CHIPS:
+        return None
+    chip = CHIPS[kind]
+    return chip.half if precision == "bfloat16" else chip.single

@@ -1,0 +1,357 @@
+"""A run's own programs, compiled for chips that are not there: do they fit, what would they cost?
+
+No data, no weights, no chip. What comes out are the compiler's numbers, and estimates made of them.
+"""
+
+import dataclasses
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedrevive_jax import data, methods
+from fedrevive_jax.clients import feed as feeds
+from fedrevive_jax.clients.evaluation import make_batch_judge
+from fedrevive_jax.clients.local_training import make_window_trainer
+from fedrevive_jax.clock import schedule
+from fedrevive_jax.clock.windows import plan_windows
+from fedrevive_jax.compute import trees
+from fedrevive_jax.compute.hlo import Program
+from fedrevive_jax.compute.streams import Stream, jax_key, root_key
+from fedrevive_jax.compute.target import Target
+from fedrevive_jax.config import Config
+from fedrevive_jax.data.dataset import split_training
+from fedrevive_jax.messages import Upload
+from fedrevive_jax.models import Model, convolutions, default_precision, judging
+from fedrevive_jax.models.model import initial_taps
+from fedrevive_jax.server import builder, core
+from fedrevive_jax.server.shelf import USABLE
+from fedrevive_jax.simulation import planning, sizing
+
+# How far the package's estimate of a program's memory may be off before this says so.
+AGREEMENT = 0.15
+# Of the training samples, where a data set has no test part of its own.
+TESTED = 0.15
+SCOPES = ("synthesis", "distillation")
+
+
+class Programs(NamedTuple):
+    """A run's programs, not compiled yet, each with the shapes of its arguments on the target.
+
+    Attributes:
+      training, server_step, evaluation: (jitted function, arguments).
+      jobs: that are trained in one call.
+      place: where versions wait.
+      client_batch: jobs that one device trains in one call at most.
+      resident: bytes that live on a device between calls.
+      estimates: the package's own estimate of each program's working memory, by name.
+    """
+
+    training: tuple[jax.stages.Wrapped, tuple]
+    server_step: tuple[jax.stages.Wrapped, tuple]
+    evaluation: tuple[jax.stages.Wrapped, tuple]
+    jobs: int
+    place: str
+    client_batch: int
+    resident: int
+    estimates: dict[str, int]
+
+
+def plan(
+    config: Config,
+    target: Target,
+    dataset: data.Dataset | None = None,
+    model: Model | None = None,
+) -> dict[str, Any]:
+    """What a run would be on a target, as plain numbers; seconds are estimates.
+
+    Bytes are of one device, FLOPs of the whole call. `seconds` of a program are the larger of what
+    the compiler's cycles and what its FLOPs at the chip's peak take. The chip waits for nobody
+    in them: neither for the host nor for versions that come from its memory.
+
+    Args:
+      config: what to run.
+      target: for which devices.
+      dataset, model: stand in for those that the configuration names.
+
+    Raises:
+      ConfigError: the configuration cannot be run.
+    """
+    config = settled(config, target)
+    dataset = dataset or _blank(config)
+    clock = schedule.create(config)
+    windows = plan_windows(clock, config.window_limit)
+    programs = build(config, target, dataset, clock, windows, model)
+    counted = planning.plan(config, dataset, model)
+    rows = {
+        name: _row(getattr(programs, name), programs, name, target)
+        for name in ("training", "server_step", "evaluation")
+    }
+    forward = counted["flops_forward_per_sample"]
+    flops = {
+        "training": counted["flops_client_job"] * programs.jobs,
+        "evaluation": forward * config.eval_batch,
+        "synthesis": counted.get("flops_synthesis", 0),
+        "distillation": counted.get("flops_distillation", 0),
+        "server_step": 0,
+    }
+    precision = config.precision
+    peak = (target.chip.half if precision == "bfloat16" else target.chip.single) * len(
+        target.devices
+    )
+    counts = {
+        "training": sum(-(-len(window.jobs) // programs.jobs) for window in windows),
+        "server_step": clock.num_arrivals,
+        "evaluation": _evaluations(config, clock) * -(-_tested(dataset, config) // config.eval_batch),
+        "distillation": 0,
+        "synthesis": 0,
+    }
+    for name, count in planning.revivals(config, clock).items():
+        counts[{"distillations": "distillation", "syntheses": "synthesis"}[name]] = count
+    parts: dict[str, Any] = {}
+    for name, count in counts.items():
+        row = rows["server_step" if name in SCOPES else name]
+        if not row["fits_alone"]:
+            continue
+        cycles = row["cycles_by_part"].get(name, row["cycles_by_part"].get("always", 0))
+        if name in SCOPES and not count:
+            continue
+        modelled = cycles / target.chip.hertz
+        bound = flops[name] / peak
+        seconds = max(modelled, bound)
+        parts[name] = {
+            "calls": count,
+            "cycles": cycles,
+            "seconds": seconds,
+            "flops": flops[name],
+            "share_of_peak": bound / seconds if seconds else 0.0,
+            "seconds_of_the_run": seconds * count,
+        }
+    whole = all(row["fits_alone"] for row in rows.values())
+    total = sum(part["seconds_of_the_run"] for part in parts.values()) if whole else None
+    for row in rows.values():
+        del row["cycles_by_part"]
+    return {
+        "target": target.name,
+        "chip": target.kind,
+        "devices": len(target.devices),
+        "bytes_chip": target.chip.memory,
+        "flops_peak": peak,
+        "arrivals": clock.num_arrivals,
+        "jobs_in_a_call": programs.jobs,
+        "version_memory": programs.place,
+        "bytes_resident": programs.resident,
+        "fits": all(row["fits"] for row in rows.values()),
+        "programs": rows,
+        "parts": parts,
+        "seconds_of_an_arrival": None if total is None else total / max(clock.num_arrivals, 1),
+        "seconds_of_the_run": total,
+        "flops_of_the_run": counted["flops_total"],
+        "flags": _flags(config, programs, target),
+    }
+
+
+def settled(config: Config, target: Target) -> Config:
+    """The configuration with what `auto` stands for on a target."""
+    precision = config.precision
+    return dataclasses.replace(
+        config,
+        convolution=convolutions.settled(config.convolution, target.platform),
+        precision=default_precision(target.platform) if precision == "auto" else precision,
+    )
+
+
+def build(
+    config: Config,
+    target: Target,
+    dataset: data.Dataset,
+    clock: schedule.Schedule,
+    windows: list,
+    model: Model | None = None,
+) -> Programs:
+    """The programs of a settled configuration, for a target.
+
+    Args:
+      config: see `settled`.
+      target: for which devices.
+      dataset: tells shapes and preprocessing; its samples are not looked at.
+      clock, windows: the plan of the run.
+      model: stands in for the one that the configuration names.
+    """
+    model = judging.fitting(config, dataset, model, target.platform)
+    params, frozen = jax.eval_shape(lambda k: (model.init(k), model.frozen(k)), root_key())
+    feed = feeds.make_feed(dataset, frozen)
+    holdings = builder.holdings(
+        config,
+        model,
+        dataset,
+        feed.augment,
+        feed.augment_real,
+        frozen,
+        class_mixes=np.zeros((config.num_clients, dataset.num_classes), np.float32),
+        mesh=target.mesh,
+    )
+    room = sizing.room(
+        config,
+        holdings,
+        params,
+        stored=dataset.samples,
+        waiting=clock.live_versions_max() + config.concurrency,
+        memory=int(USABLE * target.chip.memory) if target.chip.memory else None,
+    )
+    sizes = np.asarray([len(window.jobs) for window in windows], np.int64)
+    jobs = sizing.jobs_in_a_call(sizes, room.client_batch, len(target.devices))
+    state, entry = methods.shapes(config, holdings, params)
+    taps = jax.eval_shape(lambda: initial_taps(model))
+    store, labels = feed.store, dataset.labels.astype(np.int32)
+    number, flag = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
+    steps = (jobs, config.local_iterations, config.batch_size)
+    shapes = target.shapes
+
+    trainer = make_window_trainer(
+        model,
+        feed.training,
+        config.client_lr,
+        lambda job, step: jax_key(config.seed, Stream.AUGMENTATION, job, step),
+        target.mesh,
+    )
+    step = core.make_step(
+        methods.create(config, holdings),
+        config.seed,
+        config.max_update_norm,
+        target.mesh,
+        target.platform,
+    )
+    judge = make_batch_judge(model, feed.evaluation, config.eval_batch, target.mesh)
+    upload = Upload(params, taps, jax.ShapeDtypeStruct((), jnp.float32))
+    positions = jax.ShapeDtypeStruct((config.eval_batch,), jnp.int32)
+    valid = jax.ShapeDtypeStruct((config.eval_batch,), bool)
+    params, state, entry, upload, store, labels = (
+        shapes(tree) for tree in (params, state, entry, upload, store, labels)
+    )
+    indices = shapes(jax.ShapeDtypeStruct(steps, jnp.int32))
+    numbers = shapes(jax.ShapeDtypeStruct((jobs,), jnp.int32))
+    facts = shapes((number,) * 4 + (flag,))
+    waiting = (clock.live_versions_max() + config.concurrency) * trees.nbytes(params)
+    resident = trees.nbytes((state, store, labels))
+    resident += waiting if room.place == "device" else 0
+    if config.cache_memory == "device":
+        resident += config.num_clients * trees.nbytes(entry)
+    of_a_job = sizing.job_bytes(model, params, config.batch_size)
+    each = -(-jobs // len(target.devices))
+    return Programs(
+        (trainer, ((params,) * jobs, store, labels, indices, numbers)),
+        (step, (params, params, state, entry, upload, facts)),
+        (judge, (params, store, labels, shapes(positions), shapes(valid))),
+        jobs,
+        room.place,
+        room.client_batch,
+        resident,
+        {
+            "training": each * of_a_job,
+            "server_step": sizing.revival_bytes(config, model, params),
+        },
+    )
+
+
+def _row(
+    program: tuple[jax.stages.Wrapped, tuple], programs: Programs, name: str, target: Target
+) -> dict[str, Any]:
+    """What the compiler says of a program."""
+    function, arguments = program
+    began = time.perf_counter()
+    lowered = function.lower(*arguments)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        used = re.search(r"[Uu]sed ([\d.]+)([KMGT])|\(([\d.]+)([KMGT])\)", str(error))
+        needed = None
+        if used is not None:
+            size, unit = (used[1], used[2]) if used[1] else (used[3], used[4])
+            needed = int(float(size) * 1024 ** ("KMGT".index(unit) + 1))
+        return {
+            "compile_seconds": time.perf_counter() - began,
+            "fits": False,
+            "fits_alone": False,
+            "bytes_peak": needed,
+            "cycles_by_part": {},
+        }
+    seconds = time.perf_counter() - began
+    memory = compiled.memory_analysis()
+    # What is given back in place of an argument takes no room of its own.
+    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak = (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + new
+        + memory.generated_code_size_in_bytes
+    )
+    beside = max(programs.resident - trees.nbytes(arguments), 0)
+    text = Program(compiled.as_text())
+    cost = text.cost(SCOPES)
+    row = {
+        "compile_seconds": seconds,
+        "bytes_arguments": memory.argument_size_in_bytes,
+        "bytes_temporaries": memory.temp_size_in_bytes,
+        "bytes_results": new,
+        "bytes_peak": peak,
+        "bytes_beside": beside,
+        "fits": target.chip.memory is None or peak + beside <= target.chip.memory,
+        "fits_alone": True,
+        "collectives": text.collectives(),
+        "loops_of_unknown_length": cost.unknown_loops,
+        "cycles_by_part": {"always": cost.always, **cost.branches},
+    }
+    if estimate := programs.estimates.get(name):
+        off = memory.temp_size_in_bytes / estimate - 1
+        row |= {"bytes_estimated": estimate, "estimate_agrees": abs(off) <= AGREEMENT}
+    return row
+
+
+def _blank(config: Config) -> data.Dataset:
+    """A data set of the shapes of the one that a configuration names, all zeros."""
+    known = data.spec(config)
+    count = known.training_samples + known.test_samples
+    kind = np.int32 if len(known.input_shape) == 1 else np.uint8
+    splits = split_training(known.training_samples, config.seed)
+    splits["test"] = np.arange(known.training_samples, count, dtype=np.int32)
+    return data.Dataset(
+        config.dataset,
+        known.num_classes,
+        np.zeros((count, *known.input_shape), kind),
+        np.zeros(count, np.int32),
+        splits,
+        data.preprocessing(config),
+    )
+
+
+def _tested(dataset: data.Dataset, config: Config) -> int:
+    """Samples of an evaluation."""
+    return len(dataset.splits[config.eval_split]) or round(TESTED * len(dataset.labels))
+
+
+def _evaluations(config: Config, clock: schedule.Schedule) -> int:
+    """How often a run is evaluated, its start and its end among them."""
+    if config.eval_interval:
+        return int(config.max_time / config.eval_interval) + 1
+    return clock.num_versions // config.eval_every + 2
+
+
+def _flags(config: Config, programs: Programs, target: Target) -> str:
+    """What the run chose for itself, as flags that would say the same."""
+    chosen = {
+        "precision": config.precision,
+        "convolution": config.convolution,
+        "version_memory": programs.place,
+        "client_batch": programs.client_batch,
+    }
+    if config.teacher_batch:
+        chosen["teacher_batch"] = config.teacher_batch
+    if target.mesh is not None:
+        chosen["mesh"] = len(target.devices)
+    return " ".join(f"--{name}={value}" for name, value in chosen.items())
