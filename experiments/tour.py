@@ -135,6 +135,7 @@ def _draw_pool(path: Path, pool, config, dataset) -> None:
     from fedrevive_jax.record import plots
 
     images, labels = np.asarray(pool.samples), np.asarray(pool.labels)
+    images = images.reshape(-1, *dataset.input_shape)
     filled = min(int(pool.added), len(labels))
     print(f"  pool: {filled} of {config.pool_size} images, {images.shape}")
     plots.synthetic(path, images[:filled], labels[:filled], dataset.num_classes)

@@ -285,6 +285,12 @@ def test_the_meta_step_of_prompts_covers_all_inner_steps(model, table):
     np.testing.assert_allclose(moved, 0.03, rtol=2e-3)
 
 
+def embeddings_of(pool):
+    """Packed as rows: 16 times 8 numbers, or 32, fill whole tiles."""
+    assert pool.samples.embeddings.ndim == 2
+    return np.asarray(pool.samples.embeddings).reshape(len(pool.labels), LENGTH, -1)
+
+
 def test_synthesis_starts_from_the_seed_text(model, table):
     """With a rate of nearly zero the pool holds the seed text's embeddings."""
     seed = prompts.SeedText(jnp.full((3, LENGTH), 9), jnp.arange(3))
@@ -295,7 +301,7 @@ def test_synthesis_starts_from_the_seed_text(model, table):
     state, _ = jax.jit(revive.revive)(
         revive.init(params), jnp.asarray(0.5), submission(upload, arrival(), params)
     )
-    made = np.asarray(state.pool.samples.embeddings[:16, prompts.PROMPTS :])
+    made = embeddings_of(state.pool)[:16, prompts.PROMPTS :]
     np.testing.assert_allclose(made, np.broadcast_to(table[9], made.shape), atol=1e-6)
 
 
@@ -315,7 +321,7 @@ def test_gates_of_text(model, table):
     # 16 samples a synthesis, 64 places.
     assert [added for added, _ in seen] == [0, 0, 16, 32, 48, 64, 64]
     assert [distilled for _, distilled in seen] == [False] * 5 + [True] * 2
-    assert state.pool.samples.embeddings.shape == (64, LENGTH, 8)
+    assert embeddings_of(state.pool).shape == (64, LENGTH, 8)
     np.testing.assert_array_equal(state.frozen, table)
 
 
@@ -407,7 +413,7 @@ def test_seed_text_file(corpus, tmp_path):
     assert simulation.fingerprint != other.fingerprint
     assert all(bool(receipt.accepted) for receipt in simulation.arrivals())
     state = simulation.server.method_state.rule
-    made = state.pool.samples.embeddings[state.pool.labels == 1][:, prompts.PROMPTS :]
+    made = embeddings_of(state.pool)[state.pool.labels == 1][:, prompts.PROMPTS :]
     wanted = state.frozen[ids[0, : LENGTH - prompts.PROMPTS]]
     assert len(made)
     np.testing.assert_allclose(made, np.broadcast_to(wanted, made.shape), atol=1e-6)

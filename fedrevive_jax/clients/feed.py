@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from fedrevive_jax.compute import rows
 from fedrevive_jax.data import Dataset, augment
 from fedrevive_jax.models.model import Text
 
@@ -13,8 +14,9 @@ class Feed(NamedTuple):
     """The way from a data set to a model's inputs.
 
     Attributes:
-      store: pytree that holds the samples, arrays of NumPy still; its copy on the device is given
-        to the functions below as an argument, so that no program carries it as a constant.
+      store: pytree that holds the samples, arrays of NumPy still, see `rows.packed`; its copy on
+        the device is given to the functions below as an argument, so that no program carries it
+        as a constant.
       training: (store, positions int [b], key) -> inputs of local training, augmented.
       evaluation: (store, positions int [b]) -> inputs as they are.
       augment: (samples, key) -> augmented samples, for samples that the server makes.
@@ -41,10 +43,15 @@ def make_feed(dataset: Dataset, frozen: Any) -> Feed:
             lambda samples, key: samples,
         )
     how = dataset.preprocessing
+    image = jax.ShapeDtypeStruct(dataset.input_shape, samples.dtype)
+
+    def images(store, positions):
+        return rows.unpacked(store[positions], image)
+
     return Feed(
-        samples,
-        lambda store, positions, key: augment.client_inputs(store[positions], key, how),
-        lambda store, positions: augment.plain_inputs(store[positions], how),
+        rows.packed(samples),
+        lambda store, positions, key: augment.client_inputs(images(store, positions), key, how),
+        lambda store, positions: augment.plain_inputs(images(store, positions), how),
         lambda samples, key: augment.synthetic_inputs(samples, key, how),
         lambda samples, key: augment.client_inputs(samples, key, how),
     )

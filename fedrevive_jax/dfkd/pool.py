@@ -6,13 +6,15 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from fedrevive_jax.compute import rows
+
 
 class Pool(NamedTuple):
     """A ring of labelled samples on the device.
 
     Attributes:
-      samples: pytree of arrays [size, ...]. Synthetic: images [size, height, width, channels] in
-        [0, 1], or `Embedded` texts; real: byte images or token ids.
+      samples: pytree of arrays [size, ...], see `rows.packed`. Synthetic: images [size, height,
+        width, channels] in [0, 1], or `Embedded` texts; real: byte images or token ids.
       labels: int32 [size]; -1 marks an empty place.
       added: int32 [], samples added so far, less whole rounds of a full pool.
       by_label: int32 [size], the places ordered by their labels, empty ones last. Kept because
@@ -27,7 +29,9 @@ class Pool(NamedTuple):
 
 def empty(size: int, batch: Any) -> Pool:
     """A pool without samples, with room for `size` of those that a batch (or its shapes) holds."""
-    samples = jax.tree.map(lambda leaf: jnp.zeros((size, *leaf.shape[1:]), leaf.dtype), batch)
+    room = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), batch)
+    shapes = jax.eval_shape(rows.packed, room)
+    samples = jax.tree.map(lambda leaf: jnp.zeros((size, *leaf.shape[1:]), leaf.dtype), shapes)
     labels = jnp.full(size, -1, jnp.int32)
     return Pool(samples, labels, jnp.zeros((), jnp.int32), _by_label(labels))
 
@@ -36,7 +40,7 @@ def filled(samples: Any, labels: jax.Array) -> Pool:
     """A pool that holds exactly these samples."""
     labels = jnp.asarray(labels, jnp.int32)
     added = jnp.asarray(len(labels), jnp.int32)
-    return Pool(jax.tree.map(jnp.asarray, samples), labels, added, _by_label(labels))
+    return Pool(rows.packed(jax.tree.map(jnp.asarray, samples)), labels, added, _by_label(labels))
 
 
 def add(pool: Pool, samples: Any, labels: jax.Array, wanted: jax.Array | bool = True) -> Pool:
@@ -58,7 +62,7 @@ def add(pool: Pool, samples: Any, labels: jax.Array, wanted: jax.Array | bool = 
     added = jnp.where(pool.added >= size, pool.added - size, pool.added) + len(labels)
     filled = put(pool.labels, labels)
     return Pool(
-        jax.tree.map(put, pool.samples, samples),
+        jax.tree.map(put, pool.samples, rows.packed(samples)),
         filled,
         jnp.where(wanted, added, pool.added),
         jax.lax.cond(wanted, _by_label, lambda _: pool.by_label, filled),
@@ -68,6 +72,17 @@ def add(pool: Pool, samples: Any, labels: jax.Array, wanted: jax.Array | bool = 
 def _by_label(labels: jax.Array) -> jax.Array:
     last = jnp.iinfo(labels.dtype).max
     return jnp.argsort(jnp.where(labels < 0, last, labels)).astype(jnp.int32)
+
+
+def take(pool: Pool, positions: jax.Array, shapes: Any) -> Any:
+    """Samples at positions int [n], [n, ...] each.
+
+    Args:
+      pool: whose they are.
+      positions: places in it.
+      shapes: of one sample, see `rows.unpacked`.
+    """
+    return rows.unpacked(jax.tree.map(lambda leaf: leaf[positions], pool.samples), shapes)
 
 
 def draw(pool: Pool, mixes: jax.Array, count: int, key: jax.Array) -> jax.Array:

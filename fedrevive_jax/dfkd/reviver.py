@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from fedrevive_jax.compute import trees
+from fedrevive_jax.compute import rows, trees
 from fedrevive_jax.compute.streams import Stream, jax_key, root_key
 from fedrevive_jax.config import Config
 from fedrevive_jax.dfkd import distillation, due, loss_guard, pool, proxy, synthesis, teachers
@@ -20,7 +20,7 @@ from fedrevive_jax.dfkd.prompts import SeedText, prompt_maker
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.messages import Arrival, Submission
 from fedrevive_jax.models import Model, convolutions
-from fedrevive_jax.models.model import Params, exactly, initial_taps
+from fedrevive_jax.models.model import Embedded, Params, exactly, initial_taps
 
 
 class ReviverState(NamedTuple):
@@ -179,7 +179,7 @@ def create(
         adversarial = jnp.where(ensemble.adversarial_on, adversarial, jnp.nan)
         values = (*result.terms, result.agreement, ~result.sound, feature, one_hot, adversarial)
         values = tuple(jnp.asarray(value, jnp.float32) for value in values)
-        made = result.samples, result.labels.astype(jnp.int32), result.sound
+        made = rows.packed(result.samples), result.labels.astype(jnp.int32), result.sound
         return (result.generator, result.guard, arrival.version), made, values
 
     def distil(state: ReviverState, proxies, present, submission: Submission, key):
@@ -188,7 +188,8 @@ def create(
         draw_key, augment_key = jax.random.split(key)
         chosen = pool.draw(state.pool, proxies, steps * batch, draw_key)
         flat = chosen.reshape(-1, steps, batch).swapaxes(0, 1).reshape(-1)
-        samples = augment(jax.tree.map(lambda leaf: leaf[flat], state.pool.samples), augment_key)
+        samples = pool.take(state.pool, flat, a_sample(config, model))
+        samples = augment(samples, augment_key)
         shape = (steps, config.num_teachers, batch)
         samples = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), samples)
         targets = distillation.teacher_logits(
@@ -245,10 +246,8 @@ def create(
             synthesise_with = functools.partial(synthesise, synthesiser)
             wanted = accepted & due.synthesis(config, arrival.version, state.synthesised_version)
             own = state.generator, state.guard, state.synthesised_version
-            rows = state.pool.samples, state.pool.labels
-            nothing = jax.tree.map(
-                lambda ring: jnp.zeros((config.samples_made, *ring.shape[1:]), ring.dtype), rows
-            )
+            made = pool.empty(config.samples_made, _shapes_of_samples(maker, config, state.frozen))
+            nothing = made.samples, made.labels, jnp.asarray(False)
             # The scopes' names tell in a compiled program what costs what.
             with jax.named_scope("synthesis"):
                 (generator, guard, version), made, terms = jax.lax.cond(
@@ -256,7 +255,7 @@ def create(
                     lambda: synthesise_with(
                         state, proxies, present, params, arrival, synthesis_key
                     ),
-                    lambda: (own, (*nothing, jnp.asarray(False)), terms),
+                    lambda: (own, nothing, terms),
                 )
             state = state._replace(
                 generator=generator,
@@ -316,6 +315,17 @@ def make_maker(config: Config, model: Model, seed_text: SeedText | None = None) 
     if config.precision != "float32":
         return maker
     return maker._replace(make=exactly(maker.make, model.platform))
+
+
+def a_sample(config: Config, model: Model) -> Any:
+    """Shapes of one sample of the pool."""
+
+    def one(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    if model.vocabulary is None or not config.synthesises:
+        return one(*model.input_shape)
+    return Embedded(one(*model.input_shape, model.vocabulary.width), one(*model.input_shape))
 
 
 def _noise(config: Config, model: Model) -> tuple[jax.Array, jax.Array]:

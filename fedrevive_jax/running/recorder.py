@@ -372,6 +372,7 @@ class Recorder:
             plots.revival(folder / "revival.png", title, dfkd, [row["beta"] for row in arrivals])
         for pool in _synthetic_pools(simulation.server.method_state):
             images, labels, added = jax.device_get(pool[:3])
+            images = images.reshape(-1, *simulation.dataset.input_shape)
             # Oldest first: the ring's next place is its oldest.
             order = np.roll(np.arange(len(labels)), -int(added) % len(labels))
             plots.synthetic(

@@ -1,0 +1,41 @@
+"""Samples as rows that a device can fetch one by one.
+
+A TPU keeps arrays in tiles of 128 numbers. Images [n, height, width, channels] have few channels,
+so that its compiler lays a whole store out anew before it gathers from it, in every call: 737 MB
+for CIFAR, more than half of an evaluation call on a v5e. As rows [n, numbers] of whole tiles
+nothing is moved. Rows that do not fill their tiles, such as those of 28x28 images, would be worse.
+"""
+
+import math
+from typing import Any
+
+import jax
+
+TILE = 128
+
+
+def packed(samples: Any) -> Any:
+    """Arrays [n, ...] of NumPy or JAX, those as rows [n, numbers] whose numbers fill whole tiles."""
+
+    def pack(leaf):
+        numbers = math.prod(leaf.shape[1:])
+        whole = leaf.ndim > 2 and numbers > 0 and numbers % TILE == 0
+        return leaf.reshape(len(leaf), numbers) if whole else leaf
+
+    return jax.tree.map(pack, samples)
+
+
+def unpacked(rows: Any, shapes: Any) -> Any:
+    """Packed samples [..., numbers], or samples that were not packed, in their shapes again.
+
+    Args:
+      rows: what was packed, or some of it, with any leading axes instead of n.
+      shapes: the structure of a sample; leaves have the `shape` of one, without n.
+    """
+
+    def unpack(leaf, one):
+        if leaf.shape[leaf.ndim - len(one.shape) :] == one.shape:
+            return leaf
+        return leaf.reshape(*leaf.shape[:-1], *one.shape)
+
+    return jax.tree.map(unpack, rows, shapes)
