@@ -132,10 +132,11 @@ def _draw_clock(path: Path, plan) -> None:
 def _draw_pool(path: Path, pool, config, dataset) -> None:
     import numpy as np
 
+    from fedrevive_jax.compute import rows
     from fedrevive_jax.record import plots
 
-    images, labels = np.asarray(pool.samples), np.asarray(pool.labels)
-    images = images.reshape(-1, *dataset.input_shape)
+    images = rows.unpacked(np.asarray(pool.samples), dataset.samples[0])
+    labels = np.asarray(pool.labels)
     filled = min(int(pool.added), len(labels))
     print(f"  pool: {filled} of {config.pool_size} images, {images.shape}")
     plots.synthetic(path, images[:filled], labels[:filled], dataset.num_classes)

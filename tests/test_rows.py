@@ -1,5 +1,7 @@
 """Samples as rows of whole tiles, and back."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,11 +33,30 @@ def test_what_fills_its_tiles_becomes_rows(shape, packed):
         np.testing.assert_array_equal(rows.unpacked(stored[places], one), samples[places])
 
 
+@pytest.mark.parametrize(
+    ("shape", "stored"),
+    [
+        ((5, 28, 28, 1), (5, 896)),
+        ((5, 8, 8, 1), (5, 8, 8, 1)),  # would be twice as large
+        ((5, 32, 32, 3), (5, 3072)),
+        ((5, 120), (5, 120)),
+    ],
+)
+def test_what_nearly_fills_its_tiles_gets_zeros_behind(shape, stored):
+    samples = jnp.arange(math.prod(shape), dtype=jnp.float32).reshape(shape)
+    rows_of = rows.padded(samples)
+    assert rows_of.shape == stored
+    assert rows_of.sum() == samples.sum()
+    one = jax.ShapeDtypeStruct(shape[1:], samples.dtype)
+    np.testing.assert_array_equal(rows.unpacked(rows_of[None, 1:], one)[0], samples[1:])
+
+
 def test_a_pool_gives_back_what_it_was_given():
     """Images of whole tiles, and texts of which the mask is packed with the embeddings or not."""
     key = jax.random.key(0)
     for samples in (
         jax.random.normal(key, (4, 16, 16, 1)),
+        jax.random.normal(key, (4, 15, 15, 1)),
         Embedded(jax.random.normal(key, (4, 16, 8)), jnp.ones((4, 16), bool)),
     ):
         one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), samples)

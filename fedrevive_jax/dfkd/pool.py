@@ -13,7 +13,7 @@ class Pool(NamedTuple):
     """A ring of labelled samples on the device.
 
     Attributes:
-      samples: pytree of arrays [size, ...], see `rows.packed`. Synthetic: images [size, height,
+      samples: pytree of arrays [size, ...], see `rows.padded`. Synthetic: images [size, height,
         width, channels] in [0, 1], or `Embedded` texts; real: byte images or token ids.
       labels: int32 [size]; -1 marks an empty place.
       added: int32 [], samples added so far, less whole rounds of a full pool.
@@ -30,7 +30,7 @@ class Pool(NamedTuple):
 def empty(size: int, batch: Any) -> Pool:
     """A pool without samples, with room for `size` of those that a batch (or its shapes) holds."""
     room = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), batch)
-    shapes = jax.eval_shape(rows.packed, room)
+    shapes = jax.eval_shape(rows.padded, room)
     samples = jax.tree.map(lambda leaf: jnp.zeros((size, *leaf.shape[1:]), leaf.dtype), shapes)
     labels = jnp.full(size, -1, jnp.int32)
     return Pool(samples, labels, jnp.zeros((), jnp.int32), _by_label(labels))
@@ -40,7 +40,7 @@ def filled(samples: Any, labels: jax.Array) -> Pool:
     """A pool that holds exactly these samples."""
     labels = jnp.asarray(labels, jnp.int32)
     added = jnp.asarray(len(labels), jnp.int32)
-    return Pool(rows.packed(jax.tree.map(jnp.asarray, samples)), labels, added, _by_label(labels))
+    return Pool(rows.padded(jax.tree.map(jnp.asarray, samples)), labels, added, _by_label(labels))
 
 
 def add(pool: Pool, samples: Any, labels: jax.Array, wanted: jax.Array | bool = True) -> Pool:
@@ -62,7 +62,7 @@ def add(pool: Pool, samples: Any, labels: jax.Array, wanted: jax.Array | bool = 
     added = jnp.where(pool.added >= size, pool.added - size, pool.added) + len(labels)
     filled = put(pool.labels, labels)
     return Pool(
-        jax.tree.map(put, pool.samples, rows.packed(samples)),
+        jax.tree.map(put, pool.samples, rows.padded(samples)),
         filled,
         jnp.where(wanted, added, pool.added),
         jax.lax.cond(wanted, _by_label, lambda _: pool.by_label, filled),

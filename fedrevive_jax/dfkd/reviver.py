@@ -179,7 +179,7 @@ def create(
         adversarial = jnp.where(ensemble.adversarial_on, adversarial, jnp.nan)
         values = (*result.terms, result.agreement, ~result.sound, feature, one_hot, adversarial)
         values = tuple(jnp.asarray(value, jnp.float32) for value in values)
-        made = rows.packed(result.samples), result.labels.astype(jnp.int32), result.sound
+        made = rows.padded(result.samples), result.labels.astype(jnp.int32), result.sound
         return (result.generator, result.guard, arrival.version), made, values
 
     def distil(state: ReviverState, proxies, present, submission: Submission, key):

@@ -14,6 +14,7 @@ import numpy as np
 
 from fedrevive_jax.clock.schedule import staleness_summary
 from fedrevive_jax.compute import processes
+from fedrevive_jax.compute.rows import unpacked
 from fedrevive_jax.dfkd.pool import Pool
 from fedrevive_jax.models.model import Params
 from fedrevive_jax.record import archive, files, plots
@@ -372,7 +373,7 @@ class Recorder:
             plots.revival(folder / "revival.png", title, dfkd, [row["beta"] for row in arrivals])
         for pool in _synthetic_pools(simulation.server.method_state):
             images, labels, added = jax.device_get(pool[:3])
-            images = images.reshape(-1, *simulation.dataset.input_shape)
+            images = unpacked(images, simulation.dataset.samples[0])
             # Oldest first: the ring's next place is its oldest.
             order = np.roll(np.arange(len(labels)), -int(added) % len(labels))
             plots.synthetic(
