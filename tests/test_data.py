@@ -256,6 +256,26 @@ def test_crop_pads_with_zeros_for_clients_and_reflects_for_synthesis():
         assert seen == crops
 
 
+@pytest.mark.parametrize("size", [(3, 5), (6, 7)])
+def test_both_ways_to_crop_agree(size):
+    """One by one, as a CPU does, and by a choice among all places, as a TPU does; every place
+    comes up. The gradient too, which goes where the pixels came from."""
+    height, width = 6, 7
+    rows, columns = height - size[0] + 1, width - size[1] + 1
+    corners = jnp.asarray([(r, c) for r in range(rows) for c in range(columns)])
+    images = jax.random.normal(jax.random.key(0), (len(corners), height, width, 2))
+    fetched = augment.crop(images, corners, size)
+    for image, (row, column), part in zip(images, corners.tolist(), fetched, strict=True):
+        expected = image[row : row + size[0], column : column + size[1]]
+        np.testing.assert_array_equal(part, expected)
+    np.testing.assert_array_equal(augment.choose_parts(images, corners, size), fetched)
+
+    def slope(way):
+        return jax.grad(lambda x: (way(x, corners, size) ** 3).sum())(images)
+
+    np.testing.assert_array_equal(slope(augment.choose_parts), slope(augment.crop))
+
+
 def test_flip_is_drawn_per_sample():
     images = jnp.arange(3.0).reshape(1, 1, 3, 1).repeat(400, axis=0)
     flipped = augment.client_inputs(images, jax.random.key(1), Preprocessing(flip=True))

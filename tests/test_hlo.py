@@ -75,8 +75,11 @@ false_computation=%dear, metadata={{op_name="jit(step)/cond"}}
 
 
 def test_loops_and_branches_are_counted():
-    """Five rounds of (three rounds of 7, and 1); the dearer branch, apart where it has a name. The
-    inner loop's limit comes from outside the outer one. What a fusion holds is not counted again."""
+    """Five rounds of (three rounds of 7, and 1); the dearer branch, apart where it has a name.
+
+    The inner loop's limit comes from outside the outer one. What a fusion holds is not counted
+    again.
+    """
     cost = Program(TEXT).cost(("distillation", "synthesis"))
     assert cost.always == 5 * (3 * 7 + 1) + 1000
     assert cost.branches == {"distillation": 1000, "synthesis": 0}
@@ -105,8 +108,13 @@ def test_a_known_length_is_taken():
 
 
 def test_collectives_are_counted_by_kind():
-    text = TEXT + "\n%x (y: f32[8]) -> f32[8] {\n  %y = f32[8]{0} parameter(0)\n" + "".join(
-        f"  %z{i} = f32[8]{{0}} collective-permute-{part}(%y)\n"
-        for i, part in enumerate(("start", "done"))
-    ) + "}\n"
+    text = (
+        TEXT
+        + "\n%x (y: f32[8]) -> f32[8] {\n  %y = f32[8]{0} parameter(0)\n"
+        + "".join(
+            f"  %z{i} = f32[8]{{0}} collective-permute-{part}(%y)\n"
+            for i, part in enumerate(("start", "done"))
+        )
+        + "}\n"
+    )
     assert Program(text).collectives() == {"all-gather": 1, "collective-permute": 1}

@@ -1,19 +1,20 @@
 """Programs compiled for TPUs that are not there. Skipped where their compiler is not installed."""
 
 import json
-import sys
+import re
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import pytest
 
-from experiments import main
 from fedrevive_jax.clock import schedule
 from fedrevive_jax.clock.windows import plan_windows
+from fedrevive_jax.compute import hlo
 from fedrevive_jax.compute import target as targets
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.simulation import compiling
+from tests.commands import call
 
 needs_compiler = pytest.mark.skipif(
     not targets.has_compiler(), reason="python -m pip install -e '.[tpu]'"
@@ -38,3 +39,156 @@ def test_a_missing_compiler_is_one_line(monkeypatch):
     monkeypatch.setattr(targets, "has_compiler", lambda: False)
     with pytest.raises(ConfigError, match="target=v5e:1x1: needs the compiler of TPUs"):
         targets.described("v5e:1x1")
+
+
+# --- what may not come back -----------------------------------------------------------------------
+
+SMALL = {"preset_scale": "small", "model": "convnet", "model_width": 8}
+
+
+class Compiled:
+    """One of a run's programs, compiled for a target, with its text parsed."""
+
+    def __init__(self, target, name, dataset="cifar10", method="fedrevive", **fields):
+        self.target = targets.described(target)
+        given = resolve(dataset, method, **{**SMALL, **fields})
+        self.config = compiling.settled(given, self.target)
+        self.dataset = compiling.blank(self.config)
+        clock = schedule.create(self.config)
+        windows = plan_windows(clock, self.config.window_limit)
+        self.programs = compiling.build(self.config, self.target, self.dataset, clock, windows)
+        self.function, self.arguments = getattr(self.programs, name)
+        compiled = self.function.lower(*self.arguments).compile()
+        self.memory = compiled.memory_analysis()
+        self.program = hlo.Program(compiled.as_text())
+
+    def convolutions_in_single_precision(self):
+        shapes = {one.name: one.shape for one in self.program.instructions()}
+        return [
+            one.origin
+            for one in self.program.instructions()
+            if one.opcode == "convolution"
+            and any(shapes[operand].startswith("f32") for operand in one.operands)
+        ]
+
+    def copies_of(self, rows):
+        """Copies of an array with so many rows, anew or in another layout."""
+        return [
+            one.text[:200]
+            for one in self.program.instructions()
+            if one.opcode in ("copy", "copy-start", "transpose")
+            and re.search(rf"\[{rows}[,\]]", one.shape)
+            and "," in one.shape.split("]")[0]  # a row is more than one number
+        ]
+
+
+@pytest.fixture(scope="module", params=["cifar10", "fashion_mnist"])
+def training(request):
+    return Compiled("v5e:1x1", "training", request.param)
+
+
+@pytest.fixture(scope="module")
+def revival():
+    return Compiled("v5e:1x1", "server_step")
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_training_for_a_tpu(training):
+    """In bfloat16 throughout, from a store that stays as it lies, in several jobs at once."""
+    assert training.config.precision == "bfloat16"
+    assert training.programs.jobs > 1
+    assert not training.convolutions_in_single_precision()
+    assert not training.copies_of(len(training.dataset.samples))
+    cost = training.program.cost()
+    assert cost.unknown_loops == 0
+    # Two local steps are two rounds of a loop: one more makes the call half as dear again.
+    more = Compiled(
+        "v5e:1x1", "training", training.config.dataset, local_iterations=3
+    ).program.cost()
+    assert more.always == pytest.approx(1.5 * cost.always, rel=0.1)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_the_control_of_these_tests():
+    """What they look for is seen where it is asked for."""
+    exact = Compiled("v5e:1x1", "evaluation", "cifar10", precision="float32")
+    assert exact.convolutions_in_single_precision()
+    count = len(exact.dataset.samples)
+    store = jax.ShapeDtypeStruct((count, 32, 32, 3), jnp.uint8)
+    places = jax.ShapeDtypeStruct((64,), jnp.int32)
+    shapes = exact.target.shapes((store, places))
+    plain = jax.jit(lambda store, places: store[places]).lower(*shapes).compile()
+    exact.program = hlo.Program(plain.as_text())
+    assert exact.copies_of(count)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_server_step_for_a_tpu(revival):
+    """The generator, too, computes in bfloat16; the pool stays where it is; what is due now and
+    then is told apart."""
+    assert not revival.convolutions_in_single_precision()
+    assert not revival.copies_of(revival.config.pool_size)
+    cost = revival.program.cost(compiling.SCOPES)
+    assert cost.unknown_loops == 0
+    assert min(cost.branches.values()) > cost.always > 0
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fedbuff", "fedasync", "fadas", "ca2fl", "fedfa", "afl_dw"])
+def test_a_server_step_of_every_family_for_a_tpu(method):
+    made = Compiled("v5e:1x1", "server_step", "fashion_mnist", method)
+    assert made.program.cost().always > 0
+    # Traced once: the same shapes again are the same program.
+    traced = []
+    made.function.lower(*made.arguments)
+    with jax.log_compiles():
+        jax.monitoring.register_event_duration_secs_listener(
+            lambda event, *rest, **named: traced.append(event)
+        )
+        made.function.lower(*made.arguments)
+    assert "/jax/core/compile/jaxpr_trace_duration" not in traced
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_what_crosses_a_mesh():
+    """Uploads once after a window, which is what the docs name; nothing on the way in."""
+    made = Compiled("v5e:2x2", "training", "fashion_mnist", concurrency=16)
+    assert made.programs.jobs % 4 == 0
+    seen = made.program.collectives()
+    assert set(seen) <= {"all-gather", "all-reduce"}
+    assert seen["all-gather"] >= 1
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_plan_for_a_target():
+    """Every part of a run, what it takes, and whether it fits; printed as JSON."""
+    result = call(
+        "--dry_run", "--target=v5e:1x1", "--dataset=digits", "--method=fedbuff",
+        "--preset_scale=small",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert (told["chip"], told["devices"], told["fits"]) == ("TPU v5 lite", 1, True)
+    assert set(told["parts"]) == {"training", "server_step", "evaluation"}
+    total = sum(part["seconds_of_the_run"] for part in told["parts"].values())
+    assert told["seconds_of_the_run"] == pytest.approx(total)
+    for part in told["parts"].values():
+        assert part["seconds"] >= part["flops"] / told["flops_peak"]
+        assert 0 <= part["share_of_peak"] <= 1
+    assert "--precision=bfloat16 --convolution=lax" in told["flags"]
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_what_does_not_fit_is_told():
+    """A model whose six copies alone are larger than a v5e."""
+    config = resolve("cifar10", "fedbuff", model="convnet", model_width=8192, eval_batch=8)
+    told = compiling.plan(config, targets.described("v5e:1x1"))
+    assert not told["fits"]
+    assert not told["programs"]["training"]["fits"]

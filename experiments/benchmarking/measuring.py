@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from fedrevive_jax.compute import chips
 
+
 class Timing(NamedTuple):
     """Seconds of one call: the median of several, and half the distance between its quartiles."""
 

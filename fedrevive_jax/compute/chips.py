@@ -42,7 +42,7 @@ CHIPS = {
 
 
 def peak(kind: str, precision: str) -> float | None:
-    """FLOP/s of a kind of device at most, in `float32` or `bfloat16`; None where it is not known."""
+    """FLOP/s of a kind of device at most, in `float32` or `bfloat16`; None for an unknown kind."""
     if kind not in CHIPS:
         return None
     chip = CHIPS[kind]

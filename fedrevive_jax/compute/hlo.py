@@ -176,12 +176,13 @@ def _instruction(name: str, rest: str) -> Instruction | None:
     if found is None:
         return None
     shape, arguments = rest[: found.start(1)].strip(), rest[found.end() :]
-    depth, end = 1, 0
-    for end, letter in enumerate(arguments):
+    depth, inside = 1, []
+    for letter in arguments:
         depth += (letter in "([{") - (letter in ")]}")
         if depth == 0:
             break
-    operands = tuple(_NAME.findall(arguments[:end]))
+        inside.append(letter)
+    operands = tuple(_NAME.findall("".join(inside)))
     origin = re.search(r'op_name="([^"]*)"', rest)
     # A nested fusion's cycles are part of those of the line that calls it: the first are its own.
     cycles = _CYCLES.search(rest)

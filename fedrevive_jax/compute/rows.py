@@ -19,7 +19,7 @@ PADDING = 0.25
 
 
 def packed(samples: Any) -> Any:
-    """Arrays [n, ...] of NumPy or JAX, those as rows [n, numbers] whose numbers fill whole tiles."""
+    """Arrays [n, ...] of NumPy or JAX, as rows [n, numbers] where these fill whole tiles."""
 
     def pack(leaf):
         numbers = math.prod(leaf.shape[1:])

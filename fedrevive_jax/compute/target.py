@@ -96,8 +96,6 @@ def described(name: str) -> Target:
         raise ConfigError("target", name, f"must be a topology like {EXAMPLES}; {reason}") from None
     mesh = None
     if len(devices) > 1:
-        mesh = jax.make_mesh(
-            (len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices
-        )
+        mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
     kind = devices[0].device_kind
     return Target(name, devices[0].platform, kind, CHIPS[kind], tuple(devices), mesh)

@@ -33,6 +33,46 @@ def synthetic_inputs(images: jax.Array, key: jax.Array, how: Preprocessing) -> j
     return plain_inputs(_augment(images, key, how, "reflect"), how)
 
 
+def crop(images: jax.Array, corners: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Of each image the part that begins at its corner.
+
+    A CPU fetches each part. A TPU would do so in a loop over the images; choosing among all places,
+    row by row and column by column, takes it a tenth of the time, and a CPU a hundred times as
+    long.
+
+    Args:
+      images: [b, height, width, channels].
+      corners: int [b, 2], first row and column of each, such that its part lies inside.
+      size: (height, width) of the parts.
+    """
+
+    def fetch(images, corners):
+        def one(image, corner):
+            start = (corner[0], corner[1], 0)
+            return jax.lax.dynamic_slice(image, start, (*size, image.shape[-1]))
+
+        return jax.vmap(one)(images, corners)
+
+    return jax.lax.platform_dependent(
+        images, corners, tpu=lambda i, c: choose_parts(i, c, size), default=fetch
+    )
+
+
+def choose_parts(images: jax.Array, corners: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """`crop` by a choice among all places, along one axis after the other."""
+    for axis in (1, 2):
+        length = size[axis - 1]
+        places = [
+            jax.lax.slice_in_dim(images, place, place + length, axis=axis)
+            for place in range(images.shape[axis] - length + 1)
+        ]
+        at = corners[:, axis - 1].reshape(-1, 1, 1, 1)
+        images = places[0]
+        for place, part in enumerate(places[1:], 1):
+            images = jnp.where(at == place, part, images)
+    return images
+
+
 def rotate(image: jax.Array, degrees: jax.Array) -> jax.Array:
     """Turns one image [height, width, channels] counter-clockwise about its centre.
 
@@ -51,18 +91,13 @@ def rotate(image: jax.Array, degrees: jax.Array) -> jax.Array:
 
 def _augment(images, key, how: Preprocessing, padding_mode: str) -> jax.Array:
     """Random crop, flip and rotation, drawn per sample."""
-    batch, height, width, channels = images.shape
+    batch, height, width, _ = images.shape
     crop_key, flip_key = (jax.random.fold_in(key, tag) for tag in (CROP, FLIP))
     if how.crop_padding:
         pad = how.crop_padding
         padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode=padding_mode)
         corners = jax.random.randint(crop_key, (batch, 2), 0, 2 * pad + 1)
-
-        def crop(image, corner):
-            start = (corner[0], corner[1], 0)
-            return jax.lax.dynamic_slice(image, start, (height, width, channels))
-
-        images = jax.vmap(crop)(padded, corners)
+        images = crop(padded, corners, (height, width))
     if how.flip:
         flipped = jax.random.bernoulli(flip_key, shape=(batch, 1, 1, 1))
         images = jnp.where(flipped, images[:, :, ::-1], images)

@@ -23,7 +23,7 @@ class BatchNormalise(nn.Module):
         mean, variance = layers.batch_statistics(x)
         factor = scale * jax.lax.rsqrt(variance + EPSILON)
         mean, factor, bias = (channels_last(v, x.ndim) for v in (mean, factor, bias))
-        return (x - mean) * factor + bias
+        return ((x - mean) * factor + bias).astype(x.dtype)
 
 
 def channels_last(values: jax.Array, ndim: int) -> jax.Array:

@@ -20,7 +20,14 @@ from fedrevive_jax.dfkd.prompts import SeedText, prompt_maker
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.messages import Arrival, Submission
 from fedrevive_jax.models import Model, convolutions
-from fedrevive_jax.models.model import Embedded, Params, exactly, initial_taps
+from fedrevive_jax.models.model import (
+    Embedded,
+    Params,
+    default_precision,
+    exactly,
+    halved,
+    initial_taps,
+)
 
 
 class ReviverState(NamedTuple):
@@ -312,9 +319,16 @@ def make_maker(config: Config, model: Model, seed_text: SeedText | None = None) 
     way = convolutions.settled(config.convolution, model.platform)
     generator = Generator((height, width, channels), config.generator_features, way)
     maker = image_maker(generator, config.latent_size, model.num_classes)
-    if config.precision != "float32":
-        return maker
-    return maker._replace(make=exactly(maker.make, model.platform))
+    precision = config.precision
+    if precision == "auto":
+        precision = default_precision(model.platform)
+    if precision == "float32":
+        return maker._replace(make=exactly(maker.make, model.platform))
+
+    def make(params, latents, condition):
+        return maker.make(*halved((params, latents)), condition).astype(jnp.float32)
+
+    return maker._replace(make=make)
 
 
 def a_sample(config: Config, model: Model) -> Any:

@@ -90,18 +90,24 @@ def with_precision(model: Model, precision: str) -> Model:
     if precision == "float32":
         return model._replace(apply=exactly(model.apply, model.platform))
 
-    def rounded(leaf):
-        return leaf.astype(jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf
-
     def apply(params, inputs, key=None):
         # The token table of a text stays as it is: only what is looked up in it is rounded.
         content = inputs.content if isinstance(inputs, Text) else inputs
-        content = jax.tree.map(rounded, content)
+        content = halved(content)
         inputs = Text(content, inputs.table) if isinstance(inputs, Text) else content
-        logits, activations = model.apply(jax.tree.map(rounded, params), inputs, key)
+        logits, activations = model.apply(halved(params), inputs, key)
         return logits.astype(jnp.float32), activations
 
     return model._replace(apply=apply)
+
+
+def halved(tree: Any) -> Any:
+    """A pytree with its arrays of float32 rounded to bfloat16."""
+
+    def rounded(leaf):
+        return leaf.astype(jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf
+
+    return jax.tree.map(rounded, tree)
 
 
 def exactly(function: Callable, platform: str) -> Callable:

@@ -81,7 +81,7 @@ def plan(
       ConfigError: the configuration cannot be run.
     """
     config = settled(config, target)
-    dataset = dataset or _blank(config)
+    dataset = dataset or blank(config)
     clock = schedule.create(config)
     windows = plan_windows(clock, config.window_limit)
     programs = build(config, target, dataset, clock, windows, model)
@@ -105,7 +105,8 @@ def plan(
     counts = {
         "training": sum(-(-len(window.jobs) // programs.jobs) for window in windows),
         "server_step": clock.num_arrivals,
-        "evaluation": _evaluations(config, clock) * -(-_tested(dataset, config) // config.eval_batch),
+        "evaluation": _evaluations(config, clock)
+        * -(-_tested(dataset, config) // config.eval_batch),
         "distillation": 0,
         "synthesis": 0,
     }
@@ -313,7 +314,7 @@ def _row(
     return row
 
 
-def _blank(config: Config) -> data.Dataset:
+def blank(config: Config) -> data.Dataset:
     """A data set of the shapes of the one that a configuration names, all zeros."""
     known = data.spec(config)
     count = known.training_samples + known.test_samples

@@ -18,7 +18,7 @@ from fedrevive_jax import methods
 from fedrevive_jax.compute import trees
 from fedrevive_jax.compute.streams import root_key
 from fedrevive_jax.config import Config
-from fedrevive_jax.dfkd import reviver
+from fedrevive_jax.dfkd import reviver, synthesis
 from fedrevive_jax.methods import Ingredients
 from fedrevive_jax.models import Model
 from fedrevive_jax.models.model import Params, gaussian_inputs, per_call
@@ -64,7 +64,9 @@ def revival_bytes(config: Config, model: Model, params: Any) -> int:
     student = job_bytes(model, params, size * config.distillation_batch)
     if not config.synthesises:
         return student
-    networks = config.judges_of_a_sample + 1  # and the student
+    # And the student. Of judges that are not kept one at a time does its forward pass again.
+    judges = 1 if synthesis.keeps_no_judge(model) else config.judges_of_a_sample
+    networks = judges + 1
     per_sample = networks * _kept_bytes(model, params) + _making_bytes(config, model)
     return max(student, config.samples_made * per_sample)
 
@@ -199,7 +201,5 @@ def room(
     place = choose_place(config, working, used, memory)
     if place == "host":
         used -= waiting_bytes
-    batch = config.client_batch or default_client_batch(
-        holdings.model, config, job, used, memory
-    )
+    batch = config.client_batch or default_client_batch(holdings.model, config, job, used, memory)
     return Room(place, batch, waiting_bytes if place == "device" else 0)
