@@ -72,6 +72,30 @@ def test_as_many_jobs_as_fit():
     assert sizing.default_client_batch(model, config, 1, 0, 1000) == sizing.JOBS_IN_A_CALL
 
 
+def test_as_many_teachers_as_fit():
+    """Of eight: all, half of them, one where nothing fits; what is asked for is not changed."""
+    model, params = tiny_convnet()
+    model = model._replace(platform="tpu")
+    config = resolve("fashion_mnist", "fedrevive", num_teachers=8, samples="real")
+
+    def chosen(room, **fields):
+        own = dataclasses.replace(config, **fields)
+        return sizing.teachers_in_a_call(own, model, params, 1000, room)
+
+    needed = {
+        size: 1000
+        + sizing.revival_bytes(dataclasses.replace(config, teacher_batch=size), model, params)
+        for size in (8, 4, 2, 1)
+    }
+    assert chosen(needed[8]) == 0
+    assert chosen(needed[8] - 1) == 4
+    assert chosen(needed[4] - 1) == 2
+    assert chosen(needed[1] - 1) == 1
+    assert chosen(None) == 0
+    assert chosen(1, teacher_batch=2) == 2
+    assert chosen(1, method="fedbuff", samples="generator") == 0
+
+
 def test_jobs_in_a_call_on_a_cpu():
     """Two of small images; one of large images, and of texts, whose few numbers become many."""
     config = resolve("digits", "fedbuff", batch_size=32)

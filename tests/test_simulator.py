@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.benchmarking import measuring
 from fedrevive_jax import models
 from fedrevive_jax.clients.local_training import train
 from fedrevive_jax.config import METHODS
@@ -38,6 +39,37 @@ def test_windows_and_one_by_one_agree(method):
     assert windowed.server._step._cache_size() == windowed._train._cache_size() == 1
     if method == "fedrevive":
         assert any(float(r.metrics["beta"]) > 0 for r in receipts)
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "others"),
+    [
+        ("fedbuff", {}, 0),
+        ("fedbuff", {"version_memory": "host"}, 0),
+        ("ca2fl", {}, 1),  # the client's entry goes back to its cache
+        ("fedrevive", {}, 0),
+    ],
+)
+def test_what_was_compiled_beside_training_is_what_runs(method, fields, others):
+    """The first arrival does not compile the step again, wherever versions wait and entries are."""
+    simulation = Simulation(small(method, **fields))
+    simulation.train_ahead()
+    simulation._compiled.result()
+    with measuring.compilations() as seen:
+        simulation.advance()
+    assert seen.count == others
+    assert simulation.server._step._cache_size() == 1
+
+
+def test_what_fails_beside_training_is_told_at_the_arrival(monkeypatch):
+    simulation = Simulation(small("fedbuff"))
+
+    def fail():
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(simulation.server, "compile", fail)
+    with pytest.raises(MemoryError, match="no room"):
+        simulation.advance()
 
 
 def test_the_limit_of_windows_changes_nothing_in_bfloat16():

@@ -160,6 +160,7 @@ class Server:
         self._method = method
         self._num_clients = num_clients
         self._max_update_norm = max_update_norm
+        self._taps = taps
         self._upload_shapes = described(Upload(params, taps, jnp.zeros(())))
         self._state = shelf.fetch(devices.jit(mesh, method.init)(params))
         self._cache = NoCache() if cache is None else cache
@@ -209,6 +210,17 @@ class Server:
           VersionNotFoundError: the version is gone.
         """
         return self._versions.get(version)
+
+    def compile(self) -> None:
+        """Compiles the step for the uploads that will come; `submit` finds it compiled.
+
+        It only reads, so that another thread may call it while jobs are dispatched and trained.
+        """
+        like = Upload(self.params, self._taps, jnp.zeros(()))
+        upload = self._shelf.fetch(devices.replicate(self._mesh, like))
+        entry = self._shelf.fetch(self._cache.fetch(0))
+        facts = (*(np.zeros((), np.int32) for _ in range(4)), np.zeros((), bool))
+        self._step.lower(self.params, self.params, self._state, entry, upload, facts).compile()
 
     def dispatch(self, client: int) -> Ticket:
         """Hands a new job to a client; it starts from the newest version.

@@ -46,6 +46,7 @@ class Programs(NamedTuple):
       jobs: that are trained in one call.
       place: where versions wait.
       client_batch: jobs that one device trains in one call at most.
+      teacher_batch: teachers whose samples go through the student in one call; 0 is all.
       resident: bytes that live on a device between calls.
       estimates: the package's own estimate of each program's working memory, by name.
     """
@@ -56,6 +57,7 @@ class Programs(NamedTuple):
     jobs: int
     place: str
     client_batch: int
+    teacher_batch: int
     resident: int
     estimates: dict[str, int]
 
@@ -219,6 +221,7 @@ def build(
         lambda job, step: jax_key(config.seed, Stream.AUGMENTATION, job, step),
         target.mesh,
     )
+    config = dataclasses.replace(config, teacher_batch=room.teacher_batch)
     step = core.make_step(
         methods.create(config, holdings),
         config.seed,
@@ -250,6 +253,7 @@ def build(
         jobs,
         room.place,
         room.client_batch,
+        room.teacher_batch,
         resident,
         {
             "training": each * of_a_job,
@@ -351,8 +355,8 @@ def _flags(config: Config, programs: Programs, target: Target) -> str:
         "version_memory": programs.place,
         "client_batch": programs.client_batch,
     }
-    if config.teacher_batch:
-        chosen["teacher_batch"] = config.teacher_batch
+    if programs.teacher_batch:
+        chosen["teacher_batch"] = programs.teacher_batch
     if target.mesh is not None:
         chosen["mesh"] = len(target.devices)
     return " ".join(f"--{name}={value}" for name, value in chosen.items())

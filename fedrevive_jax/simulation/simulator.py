@@ -1,9 +1,11 @@
 """The simulation: windows -> local training -> server steps, in exactly the planned order."""
 
+import dataclasses
 import functools
 import hashlib
 import time
 from collections.abc import Iterator, Set
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -82,6 +84,7 @@ class Simulation:
 
         self.position = 0
         self.step_seconds: list[float] = []
+        self._compiled: Future[None] | None = None
         self._uploads: dict[int, Upload] = {}
         self._planned = schedule.create(config)
         self._follow(self._planned, [])
@@ -115,7 +118,7 @@ class Simulation:
         self._size_calls()
 
         self.server = builder.create(
-            config, start.params, holdings, shelf=self._shelf, beside=room.beside
+            dataclasses.replace(config, teacher_batch=room.teacher_batch), start.params, holdings, shelf=self._shelf, beside=room.beside
         )
         self._train = make_window_trainer(
             self.model,
@@ -174,14 +177,27 @@ class Simulation:
 
     def train_ahead(self) -> None:
         """Trains the window of the next arrival, if that arrival needs it and has none yet."""
+        self._compile_server_step()
         window = self._first_of_window.get(self.position)
         if window is not None and int(window.jobs[0]) not in self._uploads:
             trained = self.train_jobs(window.jobs)
             self._uploads.update((job, self._shelf.store(own)) for job, own in trained.items())
 
+    def _compile_server_step(self) -> None:
+        """Begins it, once, beside the compilation of the training and the first window's.
+
+        Of several processes each compiles when it gets there, all in the same order.
+        """
+        if self._compiled is None and jax.process_count() == 1:
+            one = ThreadPoolExecutor(1, "server step")
+            self._compiled = one.submit(self.server.compile)
+            one.shutdown(wait=False)
+
     def advance(self) -> Receipt:
         """Processes the next arrival, training its window first when it needs one."""
         self.train_ahead()
+        if self._compiled is not None:
+            self._compiled.result()  # what went wrong there is told here
         index = self.position
         job = int(self.schedule.job[index])
         upload = self._shelf.fetch(self._uploads.pop(job))

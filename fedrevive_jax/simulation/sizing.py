@@ -6,6 +6,7 @@ its own convolutions 15% (ConvNet), 29% (ResNet-18) and 48% (T5) for a server st
 5%, 7% and 16% for a job.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -164,11 +165,13 @@ class Room(NamedTuple):
     Attributes:
       place: where stale versions and uploads wait, `device` or `host`.
       client_batch: jobs that one device trains in one call at most.
+      teacher_batch: see `Dfkd`; 0 where all teachers' samples fit into a call.
       beside: bytes that live on the device beside the method's memory of the clients.
     """
 
     place: str
     client_batch: int
+    teacher_batch: int
     beside: int
 
 
@@ -202,4 +205,25 @@ def room(
     if place == "host":
         used -= waiting_bytes
     batch = config.client_batch or default_client_batch(holdings.model, config, job, used, memory)
-    return Room(place, batch, waiting_bytes if place == "device" else 0)
+    teachers = teachers_in_a_call(config, holdings.model, params, used, memory)
+    return Room(place, batch, teachers, waiting_bytes if place == "device" else 0)
+
+
+def teachers_in_a_call(
+    config: Config, model: Model, params: Any, used: int, memory: int | None
+) -> int:
+    """`teacher_batch` where the configuration leaves it open: as many as fit, or 0 for all.
+
+    Args:
+      config: the sizes.
+      model, params: see `job_bytes`.
+      used, memory: see `choose_place`.
+    """
+    if config.teacher_batch or memory is None or not config.traits.distils:
+        return config.teacher_batch
+    for size in range(config.num_teachers, 0, -1):
+        if config.num_teachers % size == 0:
+            own = dataclasses.replace(config, teacher_batch=size)
+            if used + revival_bytes(own, model, params) <= memory:
+                return 0 if size == config.num_teachers else size
+    return 1
