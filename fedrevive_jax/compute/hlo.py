@@ -116,7 +116,7 @@ class Program:
 
         def of_instruction(one: Instruction) -> int:
             if one.opcode == "while":
-                body, times = _attribute(one.text, "body"), self._trips(one)
+                body, times = _attribute(one.text, "body"), self.rounds(one)
                 if times is None:
                     unknown.append(one.name)
                 return of_computation(body) * (1 if times is None else times)
@@ -134,8 +134,11 @@ class Program:
         always = of_computation(self.entry)
         return Cost(always, branches, len(unknown))
 
-    def _trips(self, loop: Instruction) -> int | None:
-        """How often a loop runs: its counter begins at zero and is compared with a constant."""
+    def rounds(self, loop: Instruction) -> int | None:
+        """How often a loop runs, a `while`; None where its text does not tell.
+
+        Its counter and what that is compared with have to be constants before it begins.
+        """
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text):
             return int(known[1])
         condition = self.computations[_attribute(loop.text, "condition")]

@@ -118,7 +118,11 @@ class Simulation:
         self._size_calls()
 
         self.server = builder.create(
-            dataclasses.replace(config, teacher_batch=room.teacher_batch), start.params, holdings, shelf=self._shelf, beside=room.beside
+            dataclasses.replace(config, teacher_batch=room.teacher_batch),
+            start.params,
+            holdings,
+            shelf=self._shelf,
+            beside=room.beside,
         )
         self._train = make_window_trainer(
             self.model,
