@@ -129,7 +129,7 @@ def create(
             return synthesiser.init(omega), room
 
     else:
-        synthesiser = None
+        synthesiser = maker = None
 
         def start() -> tuple[synthesis.GeneratorState | None, pool.Pool]:
             held = _noise(config, model) if config.samples == "noise" else real_samples
@@ -249,7 +249,7 @@ def create(
         nan = jnp.asarray(jnp.nan, jnp.float32)
 
         terms = (nan,) * len(SYNTHESIS_METRICS)
-        if synthesiser is not None:
+        if synthesiser is not None and maker is not None:
             synthesise_with = functools.partial(synthesise, synthesiser)
             wanted = accepted & due.synthesis(config, arrival.version, state.synthesised_version)
             own = state.generator, state.guard, state.synthesised_version
@@ -326,7 +326,7 @@ def make_maker(config: Config, model: Model, seed_text: SeedText | None = None) 
         return maker._replace(make=exactly(maker.make, model.platform))
 
     def make(params, latents, condition):
-        return maker.make(*halved((params, latents)), condition).astype(jnp.float32)
+        return maker.make(halved(params), halved(latents), condition).astype(jnp.float32)
 
     return maker._replace(make=make)
 
@@ -334,7 +334,7 @@ def make_maker(config: Config, model: Model, seed_text: SeedText | None = None) 
 def a_sample(config: Config, model: Model) -> Any:
     """Shapes of one sample of the pool."""
 
-    def one(*shape):
+    def one(*shape) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     if model.vocabulary is None or not config.synthesises:

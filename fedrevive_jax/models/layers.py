@@ -1,6 +1,5 @@
 """Layers shared by the networks: PyTorch's default start, convolutions, statistics."""
 
-import functools
 import math
 
 import flax.linen as nn
@@ -152,7 +151,7 @@ def _max_of_windows(inputs: jax.Array) -> jax.Array:
     return jax.lax.reduce_window(inputs, lowest, jax.lax.max, window, window, "VALID")
 
 
-def _max_pool(inputs: jax.Array) -> jax.Array:
+def max_pool_2x2(inputs: jax.Array) -> jax.Array:
     """2x2 max pooling with stride 2; an odd last row or column is dropped.
 
     Written as a reshape, whose gradient is cheap inside loops on a CPU. A TPU would write down
@@ -163,28 +162,6 @@ def _max_pool(inputs: jax.Array) -> jax.Array:
       inputs: [b, height, width, channels].
     """
     return jax.lax.platform_dependent(inputs, tpu=_max_of_windows, default=_max_of_reshaped)
-
-
-def _max_pool_forward(inputs):
-    return max_pool_2x2(inputs), inputs
-
-
-def _max_pool_backward(inputs, gradient):
-    def back(how, inputs, gradient):
-        return jax.vjp(how, inputs)[1](gradient)[0]
-
-    return (
-        jax.lax.platform_dependent(
-            inputs,
-            gradient,
-            tpu=functools.partial(back, _max_of_windows),
-            default=functools.partial(back, _max_of_reshaped),
-        ),
-    )
-
-
-max_pool_2x2 = jax.custom_vjp(_max_pool)
-max_pool_2x2.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 def batch_statistics(activation: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -42,6 +42,7 @@ def plan(
     sizes = _sizes(config, dataset, model)
     params, shared, entry = sizes.params, sizes.frozen, sizes.entry
     live = clock.live_versions_max()
+    computing = models.with_precision(sizes.model, config.precision)
     model_bytes = trees.nbytes(params)
     forward = forward_flops(sizes.model)
     data_bytes = _blank_samples(sizes.stored, sizes.model.input_shape).nbytes
@@ -73,8 +74,8 @@ def plan(
         "bytes_method_state": state_bytes,
         "bytes_client_cache": cache_bytes,
         "bytes_device": device_bytes,
-        "bytes_job": sizing.job_bytes(sizes.model, params, config.batch_size),
-        "bytes_server_step": sizing.revival_bytes(config, sizes.model, params),
+        "bytes_job": sizing.job_bytes(computing, params, config.batch_size),
+        "bytes_server_step": sizing.revival_bytes(config, computing, params),
         "bytes_host": data_bytes + clock.nbytes + cached["host"] + waiting["host"],
         "bytes_disk": cached["disk"],
     }

@@ -117,12 +117,9 @@ class Simulation:
         self._shelf, self.client_batch = shelf(room.place, self.mesh), room.client_batch
         self._size_calls()
 
+        config = dataclasses.replace(config, teacher_batch=room.teacher_batch)
         self.server = builder.create(
-            dataclasses.replace(config, teacher_batch=room.teacher_batch),
-            start.params,
-            holdings,
-            shelf=self._shelf,
-            beside=room.beside,
+            config, start.params, holdings, shelf=self._shelf, beside=room.beside
         )
         self._train = make_window_trainer(
             self.model,
