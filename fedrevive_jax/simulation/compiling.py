@@ -17,9 +17,9 @@ from fedrevive_jax.clients import feed as feeds
 from fedrevive_jax.clients.evaluation import make_batch_judge
 from fedrevive_jax.clients.local_training import make_window_trainer
 from fedrevive_jax.clock import schedule
-from fedrevive_jax.clock.windows import plan_windows
+from fedrevive_jax.clock.windows import Window, plan_windows
 from fedrevive_jax.compute import trees
-from fedrevive_jax.compute.hlo import Program
+from fedrevive_jax.compute.hlo import Cost, Program
 from fedrevive_jax.compute.streams import Stream, jax_key, root_key
 from fedrevive_jax.compute.target import Target
 from fedrevive_jax.config import Config
@@ -47,7 +47,8 @@ class Programs(NamedTuple):
       place: where versions wait.
       client_batch: jobs that one device trains in one call at most.
       teacher_batch: teachers whose samples go through the student in one call; 0 is all.
-      resident: bytes that live on a device between calls.
+      beside: bytes that live on a device during a call and are none of its arguments, by name of
+        the program. Versions that wait there are all counted, also those that are arguments.
       estimates: the package's own estimate of each program's working memory, by name.
     """
 
@@ -58,7 +59,7 @@ class Programs(NamedTuple):
     place: str
     client_batch: int
     teacher_batch: int
-    resident: int
+    beside: dict[str, int]
     estimates: dict[str, int]
 
 
@@ -87,73 +88,82 @@ def plan(
     clock = schedule.create(config)
     windows = plan_windows(clock, config.window_limit)
     programs = build(config, target, dataset, clock, windows, model)
+    rows, cycles = {}, {}
+    for name in ("training", "server_step", "evaluation"):
+        rows[name], own = _compiled(name, programs, target)
+        if own is not None:
+            cycles |= {name: own.always, **(own.branches if name == "server_step" else {})}
     counted = planning.plan(config, dataset, model)
-    rows = {
-        name: _row(getattr(programs, name), programs, name, target)
-        for name in ("training", "server_step", "evaluation")
-    }
-    forward = counted["flops_forward_per_sample"]
+    peak = len(target.devices) * (
+        target.chip.half if config.precision == "bfloat16" else target.chip.single
+    )
     flops = {
         "training": counted["flops_client_job"] * programs.jobs,
-        "evaluation": forward * config.eval_batch,
         "synthesis": counted.get("flops_synthesis", 0),
         "distillation": counted.get("flops_distillation", 0),
-        "server_step": 0,
+        "evaluation": counted["flops_forward_per_sample"] * config.eval_batch,
     }
-    precision = config.precision
-    peak = (target.chip.half if precision == "bfloat16" else target.chip.single) * len(
-        target.devices
-    )
-    counts = {
-        "training": sum(-(-len(window.jobs) // programs.jobs) for window in windows),
-        "server_step": clock.num_arrivals,
-        "evaluation": _evaluations(config, clock)
-        * -(-_tested(dataset, config) // config.eval_batch),
-        "distillation": 0,
-        "synthesis": 0,
+    calls = _calls(config, dataset, clock, windows, programs.jobs)
+    parts = {
+        name: _part(count, cycles[name] / target.chip.hertz, flops.get(name, 0), peak)
+        for name, count in calls.items()
+        if count and name in cycles
     }
-    for name, count in planning.revivals(config, clock).items():
-        counts[{"distillations": "distillation", "syntheses": "synthesis"}[name]] = count
-    parts: dict[str, Any] = {}
-    for name, count in counts.items():
-        row = rows["server_step" if name in SCOPES else name]
-        if not row["fits_alone"]:
-            continue
-        cycles = row["cycles_by_part"].get(name, row["cycles_by_part"].get("always", 0))
-        if name in SCOPES and not count:
-            continue
-        modelled = cycles / target.chip.hertz
-        bound = flops[name] / peak
-        seconds = max(modelled, bound)
-        parts[name] = {
-            "calls": count,
-            "cycles": cycles,
-            "seconds": seconds,
-            "flops": flops[name],
-            "share_of_peak": bound / seconds if seconds else 0.0,
-            "seconds_of_the_run": seconds * count,
-        }
-    whole = all(row["fits_alone"] for row in rows.values())
-    total = sum(part["seconds_of_the_run"] for part in parts.values()) if whole else None
-    for row in rows.values():
-        del row["cycles_by_part"]
+    # Of a program that does not fit there are no cycles, and so none of the run.
+    total = sum(part["seconds_of_the_run"] for part in parts.values())
+    seconds = total if all(row["fits_alone"] for row in rows.values()) else None
     return {
         "target": target.name,
         "chip": target.kind,
         "devices": len(target.devices),
         "bytes_chip": target.chip.memory,
         "flops_peak": peak,
-        "arrivals": clock.num_arrivals,
-        "jobs_in_a_call": programs.jobs,
-        "version_memory": programs.place,
-        "bytes_resident": programs.resident,
         "fits": all(row["fits"] for row in rows.values()),
+        "version_memory": programs.place,
+        "jobs_in_a_call": programs.jobs,
         "programs": rows,
         "parts": parts,
-        "seconds_of_an_arrival": None if total is None else total / max(clock.num_arrivals, 1),
-        "seconds_of_the_run": total,
+        "arrivals": clock.num_arrivals,
         "flops_of_the_run": counted["flops_total"],
+        "seconds_of_the_run": seconds,
+        "seconds_of_an_arrival": seconds and seconds / max(clock.num_arrivals, 1),
         "flags": _flags(config, programs, target),
+    }
+
+
+def _calls(
+    config: Config,
+    dataset: data.Dataset,
+    clock: schedule.Schedule,
+    windows: list[Window],
+    jobs: int,
+) -> dict[str, int]:
+    """How often each part of a run is called."""
+    # An evaluation of the start and one of the end are among them.
+    if config.eval_interval:
+        evaluations = int(config.max_time / config.eval_interval) + 2
+    else:
+        evaluations = clock.num_versions // config.eval_every + 2
+    evaluated = len(dataset.splits[config.eval_split]) or round(TESTED * len(dataset.labels))
+    revivals = planning.revivals(config, clock)
+    return {
+        "training": sum(-(-len(window.jobs) // jobs) for window in windows),
+        "server_step": clock.num_arrivals,
+        "synthesis": revivals.get("syntheses", 0),
+        "distillation": revivals.get("distillations", 0),
+        "evaluation": evaluations * -(-evaluated // config.eval_batch),
+    }
+
+
+def _part(calls: int, modelled: float, flops: int, peak: float) -> dict[str, Any]:
+    """What a part takes, from the seconds that its cycles take and its FLOPs."""
+    seconds = max(modelled, flops / peak)
+    return {
+        "calls": calls,
+        "flops": flops,
+        "seconds": seconds,
+        "share_of_peak": flops / peak / seconds if seconds else 0.0,
+        "seconds_of_the_run": seconds * calls,
     }
 
 
@@ -172,7 +182,7 @@ def build(
     target: Target,
     dataset: data.Dataset,
     clock: schedule.Schedule,
-    windows: list,
+    windows: list[Window],
     model: Model | None = None,
 ) -> Programs:
     """The programs of a settled configuration, for a target.
@@ -239,11 +249,11 @@ def build(
     indices = shapes(jax.ShapeDtypeStruct(steps, jnp.int32))
     numbers = shapes(jax.ShapeDtypeStruct((jobs,), jnp.int32))
     facts = shapes((number,) * 4 + (flag,))
-    waiting = (clock.live_versions_max() + config.concurrency) * trees.nbytes(params)
-    resident = trees.nbytes((state, store, labels))
-    resident += waiting if room.place == "device" else 0
+    waiting = 0
+    if room.place == "device":
+        waiting = (clock.live_versions_max() + config.concurrency) * trees.nbytes(params)
     if config.cache_memory == "device":
-        resident += config.num_clients * trees.nbytes(entry)
+        waiting += config.num_clients * trees.nbytes(entry)
     of_a_job = sizing.job_bytes(model, params, config.batch_size)
     each = -(-jobs // len(target.devices))
     return Programs(
@@ -254,7 +264,11 @@ def build(
         room.place,
         room.client_batch,
         room.teacher_batch,
-        resident,
+        {
+            "training": waiting + trees.nbytes(state),
+            "server_step": waiting + trees.nbytes((store, labels)),
+            "evaluation": waiting + trees.nbytes(state),
+        },
         {
             "training": each * of_a_job,
             "server_step": sizing.revival_bytes(config, model, params),
@@ -262,11 +276,9 @@ def build(
     )
 
 
-def _row(
-    program: tuple[jax.stages.Wrapped, tuple], programs: Programs, name: str, target: Target
-) -> dict[str, Any]:
-    """What the compiler says of a program."""
-    function, arguments = program
+def _compiled(name: str, programs: Programs, target: Target) -> tuple[dict[str, Any], Cost | None]:
+    """What the compiler says of a program, and its cycles where it fits."""
+    function, arguments = getattr(programs, name)
     began = time.perf_counter()
     lowered = function.lower(*arguments)
     try:
@@ -279,16 +291,18 @@ def _row(
         if used is not None:
             size, unit = (used[1], used[2]) if used[1] else (used[3], used[4])
             needed = int(float(size) * 1024 ** ("KMGT".index(unit) + 1))
-        return {
+        row = {
             "compile_seconds": time.perf_counter() - began,
             "fits": False,
             "fits_alone": False,
             "bytes_peak": needed,
-            "cycles_by_part": {},
         }
+        return row, None
     seconds = time.perf_counter() - began
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None and text is not None  # a TPU's compiler tells both
+    # A TPU's compiler tells both.
+    assert memory is not None
+    assert text is not None
     # What is given back in place of an argument takes no room of its own.
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = (
@@ -297,7 +311,7 @@ def _row(
         + new
         + memory.generated_code_size_in_bytes
     )
-    beside = max(programs.resident - trees.nbytes(arguments), 0)
+    beside = programs.beside[name]
     read = Program(text)
     cost = read.cost(SCOPES)
     row = {
@@ -311,12 +325,11 @@ def _row(
         "fits_alone": True,
         "collectives": read.collectives(),
         "loops_of_unknown_length": cost.unknown_loops,
-        "cycles_by_part": {"always": cost.always, **cost.branches},
     }
     if estimate := programs.estimates.get(name):
         off = memory.temp_size_in_bytes / estimate - 1
         row |= {"bytes_estimated": estimate, "estimate_agrees": abs(off) <= AGREEMENT}
-    return row
+    return row, cost
 
 
 def blank(config: Config) -> data.Dataset:
@@ -334,18 +347,6 @@ def blank(config: Config) -> data.Dataset:
         splits,
         data.preprocessing(config),
     )
-
-
-def _tested(dataset: data.Dataset, config: Config) -> int:
-    """Samples of an evaluation."""
-    return len(dataset.splits[config.eval_split]) or round(TESTED * len(dataset.labels))
-
-
-def _evaluations(config: Config, clock: schedule.Schedule) -> int:
-    """How often a run is evaluated, its start and its end among them."""
-    if config.eval_interval:
-        return int(config.max_time / config.eval_interval) + 1
-    return clock.num_versions // config.eval_every + 2
 
 
 def _flags(config: Config, programs: Programs, target: Target) -> str:
