@@ -59,7 +59,7 @@ class Target(NamedTuple):
             dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
             return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place)
 
-        return jax.tree.map(described, jax.eval_shape(lambda: tree))
+        return jax.tree.map(described, tree)
 
 
 def has_compiler() -> bool:

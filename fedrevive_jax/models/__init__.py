@@ -30,7 +30,7 @@ __all__ = [
     "with_precision",
 ]
 
-# name -> module with `build(num_classes, width, convolution) -> flax Module`, for images.
+# name -> module with `build(num_classes, width, convolution, platform) -> flax Module`, for images.
 NETWORKS = {
     "digitsnet": "fedrevive_jax.models.digitsnet",
     "convnet": "fedrevive_jax.models.convnet",
@@ -123,5 +123,6 @@ def make_network(
     """
     module = importlib.import_module(NETWORKS[name])
     platform = platform or jax.default_backend()
-    network = module.build(num_classes, width, convolutions.settled(convolution, platform))
+    way = convolutions.settled(convolution, platform)
+    network = module.build(num_classes, width, way, platform)
     return from_flax(name, network, input_shape, num_classes, platform)

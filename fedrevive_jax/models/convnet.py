@@ -16,6 +16,7 @@ class ConvNet(nn.Module):
     width: int = 64
     hidden: tuple[int, int] = (200, 100)
     convolution: str = "lax"
+    platform: str = "cpu"
 
     @nn.compact
     def __call__(self, images):
@@ -31,7 +32,7 @@ class ConvNet(nn.Module):
             taps.append(x)
             x = nn.relu(x)
             if i > 1:
-                x = layers.max_pool_2x2(x)
+                x = layers.max_pool_2x2(x, self.platform)
         x = x.reshape(x.shape[0], -1)
         for i, features in enumerate(self.hidden, start=1):
             x = nn.relu(layers.dense(features, x, f"fc{i}"))
@@ -39,5 +40,5 @@ class ConvNet(nn.Module):
         return logits, tuple(taps)
 
 
-def build(num_classes: int, width: int, convolution: str) -> ConvNet:
-    return ConvNet(num_classes, width, convolution=convolution)
+def build(num_classes: int, width: int, convolution: str, platform: str) -> ConvNet:
+    return ConvNet(num_classes, width, convolution=convolution, platform=platform)

@@ -13,6 +13,7 @@ class DigitsNet(nn.Module):
     width: int = 32
     hidden: int = 64
     convolution: str = "lax"
+    platform: str = "cpu"
 
     @nn.compact
     def __call__(self, images):
@@ -28,10 +29,10 @@ class DigitsNet(nn.Module):
             taps.append(x)
             x = nn.relu(x)
             if i > 1:
-                x = layers.max_pool_2x2(x)
+                x = layers.max_pool_2x2(x, self.platform)
         x = nn.relu(layers.dense(self.hidden, x.reshape(x.shape[0], -1), "fc1"))
         return layers.dense(self.num_classes, x, "fc2"), tuple(taps)
 
 
-def build(num_classes: int, width: int, convolution: str) -> DigitsNet:
-    return DigitsNet(num_classes, width, convolution=convolution)
+def build(num_classes: int, width: int, convolution: str, platform: str) -> DigitsNet:
+    return DigitsNet(num_classes, width, convolution=convolution, platform=platform)

@@ -139,19 +139,7 @@ def _add_backward(bias, gradient):
 add.defvjp(_add_forward, _add_backward)
 
 
-def _max_of_reshaped(inputs: jax.Array) -> jax.Array:
-    batch, height, width, channels = inputs.shape
-    even = inputs[:, : height // 2 * 2, : width // 2 * 2]
-    return even.reshape(batch, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
-
-
-def _max_of_windows(inputs: jax.Array) -> jax.Array:
-    lowest = np.asarray(-np.inf, inputs.dtype)
-    window = (1, 2, 2, 1)
-    return jax.lax.reduce_window(inputs, lowest, jax.lax.max, window, window, "VALID")
-
-
-def max_pool_2x2(inputs: jax.Array) -> jax.Array:
+def max_pool_2x2(inputs: jax.Array, platform: str) -> jax.Array:
     """2x2 max pooling with stride 2; an odd last row or column is dropped.
 
     Written as a reshape, whose gradient is cheap inside loops on a CPU. A TPU would write down
@@ -160,8 +148,15 @@ def max_pool_2x2(inputs: jax.Array) -> jax.Array:
 
     Args:
       inputs: [b, height, width, channels].
+      platform: see `model.Model`.
     """
-    return jax.lax.platform_dependent(inputs, tpu=_max_of_windows, default=_max_of_reshaped)
+    if platform == "tpu":
+        lowest = np.asarray(-np.inf, inputs.dtype)
+        window = (1, 2, 2, 1)
+        return jax.lax.reduce_window(inputs, lowest, jax.lax.max, window, window, "VALID")
+    batch, height, width, channels = inputs.shape
+    even = inputs[:, : height // 2 * 2, : width // 2 * 2]
+    return even.reshape(batch, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
 
 
 def batch_statistics(activation: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -42,5 +42,6 @@ class ResNet18(nn.Module):
         return layers.dense(self.num_classes, x, "head", use_bias=False), tuple(taps)
 
 
-def build(num_classes: int, width: int, convolution: str) -> ResNet18:
+def build(num_classes: int, width: int, convolution: str, platform: str) -> ResNet18:
+    del platform  # nothing in it has another way elsewhere
     return ResNet18(num_classes, width, convolution)
