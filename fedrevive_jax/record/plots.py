@@ -271,15 +271,15 @@ def revival(path: Path, title: str, rows: list[dict[str, Any]], betas: list[floa
     agreement.set_ylim(0, 1.02)
     cosine.axhline(0, color="black", linewidth=1)
     window = max(1, len(betas) // 50)
-    revived = np.asarray(betas) > 0
-    parts = [revived[at : at + window].mean() for at in range(0, len(revived), window)]
+    blended = np.asarray(betas) > 0
+    parts = [blended[at : at + window].mean() for at in range(0, len(blended), window)]
     share.step(np.arange(len(parts)) * window, parts, where="post", color="tab:orange")
     share.set_ylim(0, 1.02)
     share.set_xlabel("arrival")
-    share.set_ylabel("share of arrivals revived")
+    share.set_ylabel("share of arrivals with β > 0")
     for axes in (agreement, share, norm, cosine):
         axes.grid(alpha=0.3)
-    figure.suptitle(f"{title}: {revived.mean():.0%} of the arrivals were revived")
+    figure.suptitle(f"{title}: β > 0 at {blended.mean():.0%} of the arrivals")
     figure.savefig(path, dpi=120)
     return True
 
