@@ -28,9 +28,8 @@ def test_what_fills_its_tiles_becomes_rows(shape, packed):
     assert stored.shape == packed
     one = jax.ShapeDtypeStruct(shape[1:], samples.dtype)
     np.testing.assert_array_equal(rows.unpacked(stored, one), samples)
-    places = np.asarray([[1, 0], [0, 2]]) if len(samples) else np.zeros((2, 2, 0), int)
-    if len(samples):
-        np.testing.assert_array_equal(rows.unpacked(stored[places], one), samples[places])
+    places = np.asarray([[1, 0], [0, 2]])[:, : len(samples)]
+    np.testing.assert_array_equal(rows.unpacked(stored[places], one), samples[places])
 
 
 @pytest.mark.parametrize(

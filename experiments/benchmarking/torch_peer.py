@@ -145,12 +145,12 @@ class Peer:
             batches.append(step)
         return batches
 
-    @torch.no_grad()
     def _per_call(self, count: int) -> int:
         """As many of some batches in a call as our own side takes."""
         shape, batch = self._dataset.input_shape, self._config.distillation_batch
         return per_call(count, batch, shape, jax.default_backend())
 
+    @torch.no_grad()
     def judge(self, batches) -> list[list[torch.Tensor]]:
         """The logits of each teacher on its own samples, by step and teacher."""
         config = self._config

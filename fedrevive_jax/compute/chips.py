@@ -41,9 +41,6 @@ CHIPS = {
 }
 
 
-def peak(kind: str, precision: str) -> float | None:
-    """FLOP/s of a kind of device at most, in `float32` or `bfloat16`; None for an unknown kind."""
-    if kind not in CHIPS:
-        return None
-    chip = CHIPS[kind]
+def peak(chip: Chip, precision: str) -> float:
+    """FLOP/s of a chip at most, in `float32` or `bfloat16`."""
     return chip.half if precision == "bfloat16" else chip.single

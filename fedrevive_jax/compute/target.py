@@ -1,6 +1,6 @@
-"""What programs are compiled for: the devices at hand, or TPUs that are somewhere else.
+"""TPUs that programs are compiled for without having them.
 
-The compiler of TPUs runs on any machine that has `libtpu`. It compiles for a topology that is only
+Their compiler runs on any machine that has `libtpu`. It compiles for a topology that is only
 described; nothing runs there.
 """
 
@@ -55,11 +55,11 @@ class Target(NamedTuple):
         else:
             place = NamedSharding(self.mesh, PartitionSpec())
 
-        def described(leaf):
+        def lying(leaf):
             dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
             return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place)
 
-        return jax.tree.map(described, tree)
+        return jax.tree.map(lying, tree)
 
 
 def has_compiler() -> bool:

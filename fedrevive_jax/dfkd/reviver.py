@@ -195,7 +195,7 @@ def create(
         draw_key, augment_key = jax.random.split(key)
         chosen = pool.draw(state.pool, proxies, steps * batch, draw_key)
         flat = chosen.reshape(-1, steps, batch).swapaxes(0, 1).reshape(-1)
-        samples = pool.take(state.pool, flat, a_sample(config, model))
+        samples = pool.take(state.pool, flat, _a_sample(config, model))
         samples = augment(samples, augment_key)
         shape = (steps, config.num_teachers, batch)
         samples = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), samples)
@@ -331,7 +331,7 @@ def make_maker(config: Config, model: Model, seed_text: SeedText | None = None) 
     return maker._replace(make=make)
 
 
-def a_sample(config: Config, model: Model) -> Any:
+def _a_sample(config: Config, model: Model) -> Any:
     """Shapes of one sample of the pool."""
 
     def one(*shape) -> Any:

@@ -18,7 +18,7 @@ from fedrevive_jax.clients.evaluation import make_batch_judge
 from fedrevive_jax.clients.local_training import make_window_trainer
 from fedrevive_jax.clock import schedule
 from fedrevive_jax.clock.windows import Window, plan_windows
-from fedrevive_jax.compute import trees
+from fedrevive_jax.compute import chips, trees
 from fedrevive_jax.compute.hlo import Cost, Program
 from fedrevive_jax.compute.streams import Stream, jax_key, root_key
 from fedrevive_jax.compute.target import Target
@@ -94,9 +94,7 @@ def plan(
         if own is not None:
             cycles |= {name: own.always, **(own.branches if name == "server_step" else {})}
     counted = planning.plan(config, dataset, model)
-    peak = len(target.devices) * (
-        target.chip.half if config.precision == "bfloat16" else target.chip.single
-    )
+    peak = len(target.devices) * chips.peak(target.chip, config.precision)
     flops = {
         "training": counted["flops_client_job"] * programs.jobs,
         "synthesis": counted.get("flops_synthesis", 0),
