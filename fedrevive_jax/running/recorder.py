@@ -1,4 +1,4 @@
-"""Watches a simulation: evaluates it, keeps its record on disk, writes checkpoints."""
+"""Watches a run: evaluates it, keeps its record on disk, writes checkpoints."""
 
 import contextlib
 import logging
@@ -6,23 +6,27 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from fedrevive_jax.clients.evaluation import Evaluation
 from fedrevive_jax.clock.schedule import staleness_summary
 from fedrevive_jax.compute import processes
 from fedrevive_jax.compute.rows import unpacked
+from fedrevive_jax.config import Config
+from fedrevive_jax.data import Dataset
 from fedrevive_jax.dfkd.pool import Pool
+from fedrevive_jax.models import Model
 from fedrevive_jax.models.model import Params
 from fedrevive_jax.record import archive, files, plots
 from fedrevive_jax.record.checkpoint import Checkpoints, Saved
 from fedrevive_jax.record.health import Health
 from fedrevive_jax.server.admission import VERDICTS
-from fedrevive_jax.server.core import Receipt
-from fedrevive_jax.simulation.simulator import Simulation
+from fedrevive_jax.server.core import Receipt, Server
 
 _LOG = logging.getLogger(__name__)
 
@@ -54,8 +58,79 @@ class _Record(NamedTuple):
     checkpoints: Checkpoints
 
 
+class Run(Protocol):
+    """What a recorder watches: a simulation, or a live federation.
+
+    Attributes:
+      config, dataset, model, origin, mesh, server: see `Simulation`.
+      position: arrivals processed so far.
+      finished: whether no more will come.
+      now: when the last of them arrived, in simulated time or in seconds; 0 before the first.
+      staleness: that of the arrivals so far, int [position].
+      is_settled: whether fetching device results of all arrivals but the last does not keep the
+        device waiting.
+      jobs_restarted, step_seconds, bytes_sent: see `Simulation`.
+      facts: what the summary says of this kind of run, plain.
+    """
+
+    @property
+    def config(self) -> Config: ...
+    @property
+    def dataset(self) -> Dataset: ...
+    @property
+    def model(self) -> Model: ...
+    @property
+    def origin(self) -> dict[str, str]: ...
+    @property
+    def mesh(self) -> Mesh | None: ...
+    @property
+    def server(self) -> Server: ...
+    @property
+    def position(self) -> int: ...
+    @property
+    def finished(self) -> bool: ...
+    @property
+    def now(self) -> float: ...
+    @property
+    def staleness(self) -> np.ndarray: ...
+    @property
+    def is_settled(self) -> bool: ...
+    @property
+    def jobs_restarted(self) -> int: ...
+    @property
+    def step_seconds(self) -> list[float]: ...
+    @property
+    def bytes_sent(self) -> int: ...
+    @property
+    def facts(self) -> dict[str, Any]: ...
+
+    def is_first_after(self, interval: float, version: int) -> bool:
+        """Whether a version that was just made is the first since a multiple of an interval."""
+        ...
+
+    def evaluate(self) -> Evaluation:
+        """Evaluates the newest version on the configured split."""
+        ...
+
+    def snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Everything a continuation needs: (plain record, pytree of arrays)."""
+        ...
+
+    def check(self, record: dict[str, Any]) -> None:
+        """Whether a snapshot is one of this run, or a `ConfigError`."""
+        ...
+
+    def shapes(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The structure and shapes of a snapshot's arrays, told from its record."""
+        ...
+
+    def restore(self, record: dict[str, Any], params: Params, arrays: dict[str, Any]) -> None:
+        """Continues from a snapshot and the parameters of its newest version."""
+        ...
+
+
 class Recorder:
-    """Watches a simulation: evaluates, keeps rows, writes files and checkpoints.
+    """Watches a run: evaluates, keeps rows, writes files and checkpoints.
 
     Device results of a window's arrivals are fetched once the next window has been handed to the
     device, so that the host rarely waits and the device hardly ever.
@@ -63,22 +138,22 @@ class Recorder:
 
     def __init__(
         self,
-        simulation: Simulation,
+        run: Run,
         run_dir: Path | None,
         publish: Callable[[], None] = lambda: None,
     ):
         """Opens a folder, if there is one.
 
         Args:
-          simulation: what is watched.
+          run: what is watched.
           run_dir: the folder.
           publish: called whenever the folder holds something new that is whole.
         """
         self._publish = publish
-        self._simulation = simulation
-        self._config = simulation.config
+        self._run = run
+        self._config = run.config
         self._evaluations: list[dict[str, Any]] = []
-        self._pending: list[tuple[int, Receipt]] = []
+        self._pending: list[tuple[int, float, Receipt]] = []
         self._wall_before = 0.0
         self._began = time.monotonic()
         self._resumed: int | None = None
@@ -102,17 +177,17 @@ class Recorder:
         found = processes.first(self._newest)
         if found is not None:
             self._resumed, (saved, params, arrays) = found
-            simulation = self._simulation
-            simulation.restore(saved["simulation"], params, arrays)
+            run = self._run
+            run.restore(saved["simulation"], params, arrays)
             sizes = {name: rows["size"] for name, rows in saved["rows"].items()}
             self._wall_before = saved["wall_seconds"]
-            self._saved_position = simulation.position
-            if simulation.jobs_restarted and self._folder is not None:
+            self._saved_position = run.position
+            if run.jobs_restarted and self._folder is not None:
                 _LOG.warning(
                     "continued from version %d with checkpoint_mode=params: not exact, the jobs "
                     "in flight start again from it (%d in the whole run)",
                     self._resumed,
-                    simulation.jobs_restarted,
+                    run.jobs_restarted,
                 )
         self._evaluations, self._health = processes.first(lambda: self._open(sizes))
 
@@ -124,16 +199,16 @@ class Recorder:
         return checkpoints.newest_good(lambda step: self._load(folder, checkpoints, step))
 
     def _load(self, folder: Path, checkpoints: Checkpoints, step: int) -> Saved:
-        simulation = self._simulation
+        run = self._run
         saved = checkpoints.record(step)
-        simulation.check(saved["simulation"])
+        run.check(saved["simulation"])
         for name in (files.METRICS, files.ARRIVALS):
             # Rows before an older checkpoint may be whole still.
             archive.check_start(folder / name, **saved["rows"][name])
         return checkpoints.load(
             step,
-            simulation.server.params,
-            lambda saved: simulation.shapes(saved["simulation"]),
+            run.server.params,
+            lambda saved: run.shapes(saved["simulation"]),
         )
 
     def _open(self, sizes: dict[str, int]) -> tuple[list[dict[str, Any]], Health]:
@@ -160,7 +235,7 @@ class Recorder:
           DivergenceError, RejectLimitError: what was recorded already has to be the end.
         """
         if not self._evaluations:
-            self._evaluate(0.0)
+            self._evaluate()
         self._judge()
 
     def observe(self, receipt: Receipt) -> None:
@@ -169,16 +244,15 @@ class Recorder:
         Raises:
           DivergenceError, RejectLimitError: the run has to stop; a checkpoint is written.
         """
-        simulation, config = self._simulation, self._config
-        index = simulation.position - 1
-        if index in simulation.window_starts:
-            # All before this arrival, whose window is on the device by now and keeps it busy.
+        run, config = self._run, self._config
+        if run.is_settled:
+            # All before this arrival.
             self._fetch(leave=1)
-        self._pending.append((index, receipt))
-        if receipt.new_version > receipt.version and not simulation.finished:
+        self._pending.append((run.position - 1, run.now, receipt))
+        if receipt.new_version > receipt.version and not run.finished:
             if self._is_evaluated(receipt.new_version):
                 self._fetch()
-                self._evaluate(float(simulation.schedule.time[index]))
+                self._evaluate()
             if receipt.new_version % config.checkpoint_every == 0:
                 self._save()
         self._judge()
@@ -188,7 +262,7 @@ class Recorder:
         interrupted."""
         interval = self._config.eval_interval
         if interval:
-            return self._simulation.schedule.is_first_after(interval, version)
+            return self._run.is_first_after(interval, version)
         return version % self._config.eval_every == 0
 
     def save_now(self) -> str:
@@ -197,11 +271,11 @@ class Recorder:
             return "nothing was saved"
         self._save()
         self._record.checkpoints.wait()
-        return f"saved at version {self._simulation.server.version}"
+        return f"saved at version {self._run.server.version}"
 
     def finish(self) -> Result:
         """The last evaluation, the last checkpoint, pictures, and the summary."""
-        simulation, clock = self._simulation, self._simulation.schedule
+        run = self._run
         self._fetch()
         for term, share in self._health.rejected_terms.items():
             if share > 0.5:
@@ -211,35 +285,32 @@ class Recorder:
                     term,
                     100 * share,
                 )
-        end = float(clock.time[-1]) if clock.num_arrivals else 0.0
-        if self._evaluations[-1]["version"] != simulation.server.version:
-            self._evaluate(end)
+        if self._evaluations[-1]["version"] != run.server.version:
+            self._evaluate()
         self._judge()
         accuracies = [row["accuracy"] for row in self._evaluations]
         summary = {
             "method": self._config.method,
-            "dataset": simulation.dataset.name,
-            "model": simulation.model.name,
+            "dataset": run.dataset.name,
+            "model": run.model.name,
             "seed": self._config.seed,
-            **simulation.origin,
+            **run.origin,
             "final_accuracy": accuracies[-1],
             "best_accuracy": max(accuracies),
-            "versions": simulation.server.version,
-            "arrivals": clock.num_arrivals,
-            "windows": len(simulation.windows),
-            "rejected": simulation.server.rejected,
-            "faults": clock.faults,
+            "versions": run.server.version,
+            "arrivals": run.position,
+            "rejected": run.server.rejected,
             "skipped": self._health.skipped,
             "loss_guard_rejected": self._health.rejected_terms,
             "revived": self._health.revived,
-            "jobs_restarted": simulation.jobs_restarted,
-            "simulated_time": end,
+            "jobs_restarted": run.jobs_restarted,
+            **run.facts,
             "wall_seconds": self._wall_seconds(),
-            "server_seconds_per_arrival": _mean_or_none(simulation.step_seconds),
-            "bytes_sent": simulation.bytes_sent,
-            **staleness_summary(clock.staleness),
+            "server_seconds_per_arrival": _mean_or_none(run.step_seconds),
+            "bytes_sent": run.bytes_sent,
+            **staleness_summary(run.staleness),
             "device": str(jax.devices()[0].device_kind),
-            "devices": 1 if simulation.mesh is None else simulation.mesh.size,
+            "devices": 1 if run.mesh is None else run.mesh.size,
         }
         if self._record is not None:
             self._save()
@@ -247,7 +318,7 @@ class Recorder:
             self._pictures(self._record.folder)
             files.write_json(self._record.folder / files.SUMMARY, summary)
             self._publish()
-        return Result(simulation.server.params, summary, self._evaluations, self._resumed)
+        return Result(run.server.params, summary, self._evaluations, self._resumed)
 
     def close(self) -> None:
         """Makes everything durable; errors of a save under way are raised."""
@@ -260,11 +331,10 @@ class Recorder:
 
     def news(self) -> str:
         """Where the run stands, for a progress bar."""
-        simulation = self._simulation
-        seen = simulation.schedule.staleness[: simulation.position]
-        now = simulation.schedule.time[simulation.position - 1] if len(seen) else 0.0
+        run = self._run
+        seen = run.staleness
         return (
-            f"t={now:.1f} version={simulation.server.version} "
+            f"t={run.now:.1f} version={run.server.version} "
             f"accuracy={self._evaluations[-1]['accuracy']:.3f} "
             f"staleness={seen.mean() if len(seen) else 0.0:.1f}"
         )
@@ -272,12 +342,11 @@ class Recorder:
     def _wall_seconds(self) -> float:
         return round(self._wall_before + time.monotonic() - self._began, 3)
 
-    def _evaluate(self, now: float) -> None:
-        result = self._simulation.evaluate()
-        version = self._simulation.server.version
+    def _evaluate(self) -> None:
+        result = self._run.evaluate()
         row = {
-            "version": version,
-            "time": now,
+            "version": self._run.server.version,
+            "time": self._run.now,
             "wall_seconds": self._wall_seconds(),
             "accuracy": result.accuracy,
             "loss": result.loss,
@@ -302,20 +371,25 @@ class Recorder:
         """
         if not self._pending:
             return
-        results = jax.device_get([(r.loss, r.verdict, r.metrics) for _, r in self._pending])
-        for (index, receipt), (loss, verdict, metrics) in zip(self._pending, results, strict=True):
-            self._add_arrival(index, receipt, float(loss), int(verdict), metrics)
+        results = jax.device_get([(r.loss, r.verdict, r.metrics) for *_, r in self._pending])
+        for arrival, (loss, verdict, metrics) in zip(self._pending, results, strict=True):
+            self._add_arrival(*arrival, float(loss), int(verdict), metrics)
         self._pending.clear()
-        self._simulation.server.review(leave)
+        self._run.server.review(leave)
         if self._record is not None:
             self._record.arrivals.flush()
             self._record.metrics.flush()
             self._record.checkpoints.check()
 
     def _add_arrival(
-        self, index: int, receipt: Receipt, loss: float, verdict: int, metrics
+        self,
+        index: int,
+        now: float,
+        receipt: Receipt,
+        loss: float,
+        verdict: int,
+        metrics: dict[str, Any],
     ) -> None:
-        now = float(self._simulation.schedule.time[index])
         values = {name: float(value) for name, value in metrics.items()}
         reason = VERDICTS[verdict]
         row = {
@@ -345,10 +419,10 @@ class Recorder:
     def _save(self) -> None:
         """Saves where the run stands, unless that is the last thing that was saved."""
         record = self._record
-        if record is None or self._saved_position == self._simulation.position:
+        if record is None or self._saved_position == self._run.position:
             return
         self._fetch()
-        plain, arrays = self._simulation.snapshot()
+        plain, arrays = self._run.snapshot()
         saved = {
             "version": plain["version"],
             "simulation": plain,
@@ -358,12 +432,12 @@ class Recorder:
                 files.ARRIVALS: record.arrivals.flush(),
             },
         }
-        record.checkpoints.save(saved, self._simulation.server.params, arrays)
-        self._saved_position = self._simulation.position
+        record.checkpoints.save(saved, self._run.server.params, arrays)
+        self._saved_position = self._run.position
 
     def _pictures(self, folder: Path) -> None:
-        config, simulation = self._config, self._simulation
-        title = f"{config.method} on {simulation.dataset.name}, seed {config.seed}"
+        config, run = self._config, self._run
+        title = f"{config.method} on {run.dataset.name}, seed {config.seed}"
         arrivals = files.read_rows(folder / files.ARRIVALS)
         staleness = [row["staleness"] for row in arrivals]
         plots.curves(folder / "curves.png", title, self._evaluations, staleness)
@@ -371,16 +445,16 @@ class Recorder:
             rows = files.read_rows(folder / files.METRICS)
             dfkd = [row for row in rows if row["kind"] == "dfkd"]
             plots.revival(folder / "revival.png", title, dfkd, [row["beta"] for row in arrivals])
-        for pool in _synthetic_pools(simulation.server.method_state):
+        for pool in _synthetic_pools(run.server.method_state):
             images, labels, added = jax.device_get(pool[:3])
-            images = unpacked(images, simulation.dataset.samples[0])
+            images = unpacked(images, run.dataset.samples[0])
             # Oldest first: the ring's next place is its oldest.
             order = np.roll(np.arange(len(labels)), -int(added) % len(labels))
             plots.synthetic(
                 folder / "synthetic.png",
                 images[order],
                 labels[order],
-                simulation.dataset.num_classes,
+                run.dataset.num_classes,
             )
 
 

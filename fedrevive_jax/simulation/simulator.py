@@ -159,9 +159,38 @@ class Simulation:
         return self.position == self.schedule.num_arrivals
 
     @property
+    def now(self) -> float:
+        """Simulated time of the last arrival; 0 before the first."""
+        return float(self.schedule.time[self.position - 1]) if self.position else 0.0
+
+    @property
+    def staleness(self) -> np.ndarray:
+        """Of the arrivals so far, int [position]."""
+        return self.schedule.staleness[: self.position]
+
+    @property
     def window_starts(self) -> Set[int]:
         """Arrivals before which a window of jobs is trained."""
         return self._first_of_window.keys()
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the last arrival was the first of a window, which is on the device by now and
+        keeps it busy."""
+        return self.position - 1 in self._first_of_window
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the summary says of a simulation."""
+        return {
+            "windows": len(self.windows),
+            "faults": self.schedule.faults,
+            "simulated_time": self.now,
+        }
+
+    def is_first_after(self, interval: float, version: int) -> bool:
+        """Whether a version is the first since a multiple of an interval of simulated time."""
+        return self.schedule.is_first_after(interval, version)
 
     @property
     def bytes_sent(self) -> int:
