@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "server": "compute data models messages dfkd methods record",
     "simulation": "compute data clock models messages clients dfkd methods record server",
     "running": "compute data clock models clients dfkd record server simulation",
+    "live": "compute data models messages clients record server running",
     "comparison": "compute data presets record server simulation running",
 }
 COMMON = {"errors", "config"}
@@ -38,6 +39,10 @@ NEVER = {
     "record.reading": ["simulation", "server", "clock", "clients"],
     "running.restore": ["simulation", "server", "clock"],
     "simulation.planning": ["running"],
+    "live.coordinator": ["clients", "clock", "simulation", "running", "record.checkpoint"],
+    "live.wire": ["data", "models", "server", "config", "compute"],
+    "live.flower.records": ["data", "models", "server", "config", "compute"],
+    "live.flower.client_app": ["data", "models", "server", "config", "compute"],
     "clients.local_training": ["server", "methods", "dfkd", "clock"],
 }
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedrevive_jax.compute.streams import Stream, numpy_generator
+from fedrevive_jax.config import Config
+from fedrevive_jax.data.dataset import Dataset
 from fedrevive_jax.errors import ConfigError
 
 
@@ -51,6 +53,21 @@ class Shards:
         passes = -(-steps * batch_size // len(own))
         walk = np.concatenate([generator.permutation(own) for _ in range(passes)])
         return walk[: steps * batch_size].reshape(steps, batch_size)
+
+
+def create(config: Config, dataset: Dataset) -> Shards:
+    """Who holds what of a data set's training split, as a configuration names it."""
+    return partition(
+        config.partition,
+        dataset.splits["train"],
+        dataset.labels,
+        num_classes=dataset.num_classes,
+        num_clients=config.num_clients,
+        samples_per_client=config.samples_per_client,
+        alpha=config.alpha,
+        seed=config.seed,
+        groups=dataset.groups,
+    )
 
 
 def partition(

@@ -2,7 +2,7 @@
 
     origin.json      where the first parameters come from; the data's digest and the names of their
                      classes; digests of the files that were read beside them, and of the two below
-    clients.npz      who holds what
+    clients.npz      who holds what; a live federation does not know
     tokenizer.json   for text, unless it comes with pretrained weights
 
 A model can be continued or evaluated with these alone: another tokenizer or other tables would give
@@ -109,11 +109,12 @@ def write(folder: Path, derived: Derived, sources: Sources) -> None:
     Raises:
       ConfigError: the folder cannot be written.
     """
-    assert derived.shards is not None
     assert derived.origin is not None
-    tables = io.BytesIO()
-    np.savez(tables, **dataclasses.asdict(derived.shards))
-    contents = {CLIENTS: tables.getvalue()}
+    contents = {}
+    if derived.shards is not None:
+        tables = io.BytesIO()
+        np.savez(tables, **dataclasses.asdict(derived.shards))
+        contents[CLIENTS] = tables.getvalue()
     if derived.tokenizer:
         contents[TOKENIZER] = derived.tokenizer.encode()
     origin = {
@@ -136,13 +137,17 @@ def read(folder: Path) -> Derived:
       FileError: a file is missing, has changed, or is of another version of the package.
     """
     origin, sources, digests = _read_origin(folder)
+    shards = _read_shards(folder, digests) if CLIENTS in digests else None
+    return Derived(_read_tokenizer(folder, digests), shards, origin, sources)
+
+
+def _read_shards(folder: Path, digests: dict[str, str]) -> Shards:
     content = _read(folder / CLIENTS, digests)
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            shards = Shards(arrays["indices"], arrays["offsets"])
+            return Shards(arrays["indices"], arrays["offsets"])
     except (KeyError, ValueError, EOFError, zipfile.BadZipFile):  # what nobody here has written
         raise FileError(folder / CLIENTS, "holds something else") from None
-    return Derived(_read_tokenizer(folder, digests), shards, origin, sources)
 
 
 def read_known(folder: Path) -> Known:
@@ -175,7 +180,6 @@ def _read_origin(folder: Path) -> tuple[dict[str, str], Sources, dict[str, str]]
         if (
             all(map(_is_texts, (digests, kept, sources.inputs)))
             and all(isinstance(text, str) for text in (sources.data_sha256, *classes))
-            and CLIENTS in digests
             and "start" in kept
         ):
             return kept, sources, digests

@@ -50,6 +50,18 @@ def exclusive(folder: Path) -> Iterator[None]:
                 _put(stream, b"")
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process holds a folder now. To be asked where none is about to take it."""
+    try:
+        with (folder / NAME).open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False
+
+
 def _put(stream: Any, text: bytes) -> None:
     stream.truncate(0)
     stream.write(text)

@@ -24,6 +24,7 @@ from fedrevive_jax.models import Model
 from fedrevive_jax.models.model import Params
 from fedrevive_jax.record import archive, files, plots
 from fedrevive_jax.record.checkpoint import Checkpoints, Saved
+from fedrevive_jax.record.derived import Derived
 from fedrevive_jax.record.health import Health
 from fedrevive_jax.server.admission import VERDICTS
 from fedrevive_jax.server.core import Receipt, Server
@@ -59,10 +60,12 @@ class _Record(NamedTuple):
 
 
 class Run(Protocol):
-    """What a recorder watches: a simulation, or a live federation.
+    """What is run and recorded: a simulation, or a live federation.
 
     Attributes:
-      config, dataset, model, origin, mesh, server: see `Simulation`.
+      config, dataset, model, origin, mesh, server, derived, fingerprint: see `Simulation`.
+      settled: what was chosen for the devices at hand, plain.
+      planned_arrivals: how many there will be; None where nobody knows.
       position: arrivals processed so far.
       finished: whether no more will come.
       now: when the last of them arrived, in simulated time or in seconds; 0 before the first.
@@ -86,6 +89,14 @@ class Run(Protocol):
     @property
     def server(self) -> Server: ...
     @property
+    def derived(self) -> Derived: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def settled(self) -> dict[str, Any]: ...
+    @property
+    def planned_arrivals(self) -> int | None: ...
+    @property
     def position(self) -> int: ...
     @property
     def finished(self) -> bool: ...
@@ -103,6 +114,10 @@ class Run(Protocol):
     def bytes_sent(self) -> int: ...
     @property
     def facts(self) -> dict[str, Any]: ...
+
+    def advance(self) -> Receipt | None:
+        """Processes the next arrival; None where none has come for a while."""
+        ...
 
     def is_first_after(self, interval: float, version: int) -> bool:
         """Whether a version that was just made is the first since a multiple of an interval."""
@@ -141,6 +156,7 @@ class Recorder:
         run: Run,
         run_dir: Path | None,
         publish: Callable[[], None] = lambda: None,
+        save_seconds: float = 0.0,
     ):
         """Opens a folder, if there is one.
 
@@ -148,6 +164,7 @@ class Recorder:
           run: what is watched.
           run_dir: the folder.
           publish: called whenever the folder holds something new that is whole.
+          save_seconds: see `runner.run`.
         """
         self._publish = publish
         self._run = run
@@ -155,7 +172,8 @@ class Recorder:
         self._evaluations: list[dict[str, Any]] = []
         self._pending: list[tuple[int, float, Receipt]] = []
         self._wall_before = 0.0
-        self._began = time.monotonic()
+        self._began = self._saved_at = time.monotonic()
+        self._save_seconds = save_seconds
         self._resumed: int | None = None
         self._health = Health(self._config.reject_limit)
         self._saved_position: int | None = None
@@ -255,6 +273,8 @@ class Recorder:
                 self._evaluate()
             if receipt.new_version % config.checkpoint_every == 0:
                 self._save()
+        if 0 < self._save_seconds <= time.monotonic() - self._saved_at:
+            self._save()
         self._judge()
 
     def _is_evaluated(self, version: int) -> bool:
@@ -433,7 +453,7 @@ class Recorder:
             },
         }
         record.checkpoints.save(saved, self._run.server.params, arrays)
-        self._saved_position = self._run.position
+        self._saved_position, self._saved_at = self._run.position, time.monotonic()
 
     def _pictures(self, folder: Path) -> None:
         config, run = self._config, self._run

@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 from jax.experimental import multihost_utils
@@ -29,9 +29,9 @@ from fedrevive_jax.record.checkpoint import (
     has_checkpoint,
 )
 from fedrevive_jax.record.health import DivergenceError, RejectLimitError
-from fedrevive_jax.record.interruption import InterruptedRunError, Interruption
+from fedrevive_jax.record.interruption import InterruptedRunError
 from fedrevive_jax.record.reading import read_params
-from fedrevive_jax.running.recorder import Recorder, Result, read_evaluations
+from fedrevive_jax.running.recorder import Recorder, Result, Run, read_evaluations
 from fedrevive_jax.simulation.profiling import FOLDER as PROFILE
 from fedrevive_jax.simulation.profiling import WindowTrace
 from fedrevive_jax.simulation.simulator import Simulation
@@ -39,9 +39,18 @@ from fedrevive_jax.simulation.simulator import Simulation
 _LOG = logging.getLogger(__name__)
 
 __all__ = [
-    "DivergenceError", "RejectLimitError", "Result", "check_sources", "is_finished", "run",
-    "settle",
+    "DivergenceError", "RejectLimitError", "Result", "Stopping", "check_sources", "is_finished",
+    "run", "settle",
 ]  # fmt: skip
+
+
+class Stopping(Protocol):
+    """What tells a run to save and stop."""
+
+    @property
+    def requested(self) -> bool: ...
+
+    def share(self) -> None: ...
 
 
 def run(
@@ -51,8 +60,10 @@ def run(
     model: Model | None = None,
     keep_record: bool = False,
     overwrite: bool = False,
-    interruption: Interruption | None = None,
+    interruption: Stopping | None = None,
     profile: bool = False,
+    make: Callable[..., Run] = Simulation,
+    save_seconds: float = 0.0,
 ) -> Result:
     """Runs a configuration to its end.
 
@@ -66,7 +77,9 @@ def run(
         A finished run is read, not run again.
       overwrite: start afresh in a folder that holds a run.
       interruption: asks the run to save and stop; no signal is handled without it.
-      profile: trace a few windows into the folder `profile` of the record.
+      profile: trace a few windows of a simulation into the folder `profile` of the record.
+      make: (config, dataset, model, derived) -> what is run; takes the arguments of `Simulation`.
+      save_seconds: write a checkpoint as soon as the last one is so old, too; 0: by versions only.
 
     Raises:
       ConfigError: the data, or the folder, is not what the configuration needs, or another process
@@ -82,7 +95,17 @@ def run(
         place = _Place(str(config.run_dir))
         if keep_record and is_bucket(config.run_dir):
             config, place = stack.enter_context(_mirrored(config, overwrite))
-        return _run(config, place, dataset, model, keep_record, overwrite, interruption, profile)
+        how = _How(make, interruption, profile, save_seconds)
+        return _run(config, place, dataset, model, keep_record, overwrite, how)
+
+
+class _How(NamedTuple):
+    """How a run is made, stopped, traced and saved; see `run`."""
+
+    make: Callable[..., Run]
+    interruption: Stopping | None
+    profile: bool
+    save_seconds: float
 
 
 class _Place(NamedTuple):
@@ -104,8 +127,7 @@ def _run(
     model: Model | None,
     keep_record: bool,
     overwrite: bool,
-    interruption: Interruption | None,
-    profile: bool,
+    how: _How,
 ) -> Result:
     """See `run`; the configuration is settled, and its folder is on this machine."""
 
@@ -117,65 +139,61 @@ def _run(
 
     finished, kept = processes.first(look)
 
-    def build() -> tuple[Simulation, derived.Sources]:
+    def build() -> tuple[Run, derived.Sources]:
         loaded = dataset if dataset is not None else data.load(config, kept.tokenizer)
         judging.check_kind(loaded)
         sources = derived.sources_of(config, loaded.digest, loaded.classes)
         if kept.sources is not None:
             _check_sources(config, kept.sources, sources)
-        return Simulation(config, loaded, model, kept), sources
+        return how.make(config, loaded, model, kept), sources
 
-    simulation, sources = processes.together(build)
+    made, sources = processes.together(build)
     processes.agree(
         lambda: {
-            "the plan, the data or a file that is read": simulation.fingerprint,
-            # Chosen from the memory of the device where they are left open.
-            "client_batch": simulation.client_batch,
-            "version_memory": simulation.version_memory,
+            "the plan, the data or a file that is read": made.fingerprint,
+            **made.settled,
         }
     )
     if finished:
-        return processes.first(lambda: _read_finished(simulation))
+        return processes.first(lambda: _read_finished(made))
     with contextlib.ExitStack() as stack:
 
         def open_folder() -> None:
             stack.enter_context(_opened(config, overwrite, place))
             if kept.sources is None:
-                derived.write(config.run_dir, simulation.derived, sources)
+                derived.write(config.run_dir, made.derived, sources)
             place.publish()
 
         stack.enter_context(_told(config.run_dir))
         if keep_record:
             processes.first(open_folder)
         folder = config.run_dir if keep_record and processes.is_first() else None
-        return _play(simulation, folder, place.publish, interruption, profile)
+        return _play(made, folder, place.publish, how)
 
 
-def _play(
-    simulation: Simulation,
-    folder: Path | None,
-    publish: Callable[[], None],
-    interruption: Interruption | None,
-    profile: bool,
-) -> Result:
+def _play(made: Run, folder: Path | None, publish: Callable[[], None], how: _How) -> Result:
     """Processes all arrivals that are left, and records them where there is a folder."""
-    recorder = Recorder(simulation, folder, publish)
+    recorder = Recorder(made, folder, publish, how.save_seconds)
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(recorder))
         recorder.resume()
         trace = None
-        if profile and folder is not None:
-            trace = WindowTrace(folder / PROFILE, simulation)
+        if how.profile and folder is not None:
+            assert isinstance(made, Simulation), "only a simulation has windows"
+            trace = WindowTrace(folder / PROFILE, made)
             stack.enter_context(contextlib.closing(trace))
-        with _progress_bar(simulation) as progress:
+        with _progress_bar(made) as progress:
             recorder.start()
-            while not simulation.finished:
-                if interruption and _shall_stop(interruption, simulation.position):
+            while not made.finished:
+                if how.interruption and _shall_stop(how.interruption, made.position):
                     saved = processes.first(recorder.save_now)
                     raise InterruptedRunError(f"interrupted: {saved}")
                 if trace is not None:
                     trace.before_arrival()
-                recorder.observe(simulation.advance())
+                receipt = made.advance()
+                if receipt is None:  # nothing has come for a while
+                    continue
+                recorder.observe(receipt)
                 if not progress.disable:
                     progress.set_postfix_str(recorder.news(), refresh=False)
                 progress.update(1)
@@ -184,7 +202,7 @@ def _play(
         return recorder.finish()
 
 
-def _shall_stop(interruption: Interruption, position: int) -> bool:
+def _shall_stop(interruption: Stopping, position: int) -> bool:
     """Whether a run stops before its next arrival, because it was asked to; several processes stop
     before the same one, whichever of them was asked."""
     if jax.process_count() == 1:
@@ -412,21 +430,21 @@ def _prepare(config: Config, overwrite: bool, place: _Place) -> None:
         files.write_json(folder / files.CONFIG, {**config.as_dict(), "workdir": place.name})
 
 
-def _progress_bar(simulation: Simulation):
+def _progress_bar(made: Run):
     from tqdm import tqdm
 
     return tqdm(
-        total=simulation.schedule.num_arrivals,
-        initial=simulation.position,
+        total=made.planned_arrivals,
+        initial=made.position,
         unit=" arrivals",
         disable=not (sys.stderr.isatty() and processes.is_first()),
         dynamic_ncols=True,
     )
 
 
-def _read_finished(simulation: Simulation) -> Result:
+def _read_finished(made: Run) -> Result:
     """The result of a run that is finished, from its record."""
-    folder = simulation.config.run_dir
-    _, params = read_params(folder, simulation.model)
+    folder = made.config.run_dir
+    _, params = read_params(folder, made.model)
     summary = files.read_json(folder / files.SUMMARY)
     return Result(params, summary, read_evaluations(folder))

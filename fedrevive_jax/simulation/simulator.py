@@ -21,8 +21,9 @@ from fedrevive_jax.clock.windows import plan_windows
 from fedrevive_jax.compute import devices, environment, trees
 from fedrevive_jax.compute.streams import Stream, jax_key
 from fedrevive_jax.config import Config
+from fedrevive_jax.data import partition
 from fedrevive_jax.data.dataset import warn_of_missing_classes
-from fedrevive_jax.data.partition import Shards, partition
+from fedrevive_jax.data.partition import Shards
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.messages import Upload
 from fedrevive_jax.models import Model, judging
@@ -80,7 +81,7 @@ class Simulation:
         for split in ("train", config.eval_split):
             self.dataset.positions(split)  # refused where it is empty
         warn_of_missing_classes(self.dataset)
-        self._shards = derived.shards or _shared_out(config, self.dataset)
+        self._shards = derived.shards or partition.create(config, self.dataset)
 
         self.position = 0
         self.step_seconds: list[float] = []
@@ -153,6 +154,15 @@ class Simulation:
     def uploads(self) -> dict[int, Upload]:
         """Uploads that are trained and have not arrived, by job."""
         return dict(self._uploads)
+
+    @property
+    def settled(self) -> dict[str, Any]:
+        """What was chosen from the memory of the device where it was left open."""
+        return {"client_batch": self.client_batch, "version_memory": self.version_memory}
+
+    @property
+    def planned_arrivals(self) -> int:
+        return self.schedule.num_arrivals
 
     @property
     def finished(self) -> bool:
@@ -427,19 +437,4 @@ def _broken(upload: Upload) -> Upload:
     """An upload whose parameters are not numbers, as a failed client may send it."""
     return upload._replace(
         params=jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), upload.params)
-    )
-
-
-def _shared_out(config: Config, dataset: data.Dataset) -> Shards:
-    """Who holds what."""
-    return partition(
-        config.partition,
-        dataset.splits["train"],
-        dataset.labels,
-        num_classes=dataset.num_classes,
-        num_clients=config.num_clients,
-        samples_per_client=config.samples_per_client,
-        alpha=config.alpha,
-        seed=config.seed,
-        groups=dataset.groups,
     )

@@ -1,0 +1,120 @@
+"""Serves a real federation: python -m experiments.serve --local_clients=6 [--method=... ...].
+
+With --local_clients all of it is on this machine, and nothing can be reached from outside. Between
+machines: --listen=HOST:PORT --certificates=DIR --clients=DIR, and `experiments.join` on each
+client. The record is that of a simulation, with seconds in the place of simulated time.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from absl import flags
+
+from experiments import flags as config_flags
+from fedrevive_jax.errors import ConfigError, UserError
+from fedrevive_jax.presets import resolve
+from fedrevive_jax.record.interruption import Interruption
+
+LOCAL = flags.DEFINE_integer(
+    "local_clients", 0, "clients on this machine, which share the training split between them"
+)
+PAUSES = flags.DEFINE_string(
+    "pauses",
+    "0,1,2,4",
+    "seconds that jobs of the local clients take longer, in turn, to play slow ones",
+)
+JOB_SECONDS = flags.DEFINE_float("job_seconds", 600.0, "how long an upload is waited for")
+SAVE_SECONDS = flags.DEFINE_float("save_seconds", 10.0, "seconds between two checkpoints")
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "start afresh in a folder that holds a run")
+STATE = flags.DEFINE_string(
+    "state_dir", None, "folder for Flower's database and the logs; default: beside the workdir"
+)
+GRACE = config_flags.define_grace()
+config_flags.define()
+flags.adopt_module_key_flags(config_flags)
+
+# Of a live run where nothing else is asked for: it ends by versions, not by the clock.
+ENDLESS, VERSIONS = "1e9", "300"
+
+
+def main() -> int:
+    count = LOCAL.value
+    if not 1 <= count <= 64:
+        raise ConfigError("local_clients", count, "must be 1 to 64")
+    pauses = _pauses(PAUSES.value, count)
+    given = config_flags.given_values()
+    if not given["max_time"]:
+        given["max_time"], given["max_versions"] = ENDLESS, given["max_versions"] or VERSIONS
+    for name, value in {
+        "num_clients": str(count),
+        "concurrency": str(count),
+        "workdir": f"runs/live_{given['dataset'] or 'digits'}_{given['method'] or 'fedrevive'}",
+    }.items():
+        given[name] = given[name] or value
+    config = resolve(**given)
+    if config.num_clients < count:
+        raise ConfigError("num_clients", config.num_clients, f"must be at least {count}")
+    try:
+        import flwr  # noqa: F401
+    except ModuleNotFoundError:
+        raise UserError("serve needs Flower: python -m pip install -e '.[live]'") from None
+    from fedrevive_jax.live import serving
+    from fedrevive_jax.live.coordinator import Times
+    from fedrevive_jax.live.flower import hosting
+    from fedrevive_jax.running import runner
+
+    config = runner.settle(config)
+    if runner.is_finished(config, OVERWRITE.value):
+        print(f"{config.run_dir} holds this run, finished; nothing to do")
+        return 0
+    state = Path(STATE.value or f"{config.run_dir}.live").absolute()
+    order = serving.Order(
+        config, Times(job=JOB_SECONDS.value), SAVE_SECONDS.value, OVERWRITE.value
+    )
+    clients = hosting.shared_between(config, count, pauses)
+    began = time.monotonic()
+    with Interruption(GRACE.value) as interruption:
+        status = hosting.host(
+            order,
+            state,
+            clients=clients,
+            door=None,
+            stop=lambda: interruption.requested,
+            tell=lambda line: _tell(time.monotonic() - began, line),
+        )
+    if status["state"] == serving.FAILED:
+        if status["field"]:
+            raise ConfigError(*status["field"])
+        raise UserError(status["line"])
+    if status["state"] == serving.STOPPED:
+        print(status["line"], file=sys.stderr)
+        return interruption.status
+    summary = status["summary"]
+    print(
+        f"{config.method} on {config.dataset}, live with {summary['clients_joined']} clients: "
+        f"accuracy {summary['final_accuracy']:.4f} (best {summary['best_accuracy']:.4f}) "
+        f"after {summary['versions']} versions, {summary['arrivals']} arrivals, "
+        f"{summary['simulated_time']:.0f} s; record in {config.run_dir}"
+    )
+    return 0
+
+
+def _pauses(text: str, count: int) -> list[float]:
+    try:
+        values = [float(value) for value in text.split(",")]
+    except ValueError:
+        values = [-1.0]
+    if not all(0 <= value <= 3600 for value in values):
+        raise ConfigError("pauses", text, "must be seconds, 0 to 3600, separated by commas")
+    return [values[number % len(values)] for number in range(count)]
+
+
+def _tell(seconds: float, line: str) -> None:
+    """One line that is written over where there is a terminal."""
+    end = "\r" if sys.stderr.isatty() else "\n"
+    print(f"{seconds:6.0f} s  {line:<70}", end=end, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    config_flags.run(main)

@@ -1,0 +1,215 @@
+"""A federation on Flower from this machine's side: the server with its SuperLink, or a client.
+
+The processes, and who starts them:
+
+    serve                       this module, `host`
+      flower-superlink          on loopback; starts the process of the server for each run
+      gate                      what of it can be reached from outside, see `live.flower.gate`
+      trainer, flower-supernode one each for every client on this machine
+    join                        this module, `join`
+      trainer, flower-supernode
+
+Whatever ends is started again. A run whose process is gone is started again, too, and continues
+from the newest checkpoint.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedrevive_jax.config import Config
+from fedrevive_jax.errors import UserError
+from fedrevive_jax.live import serving
+from fedrevive_jax.live.children import Child, stopped_together
+from fedrevive_jax.live.flower import commands
+from fedrevive_jax.live.flower.commands import LOOPBACK, Certificates
+from fedrevive_jax.live.trainer import Options
+from fedrevive_jax.record import lock
+
+_LOG = logging.getLogger(__name__)
+LOOK = 0.3
+# A run that was started tells where it stands after so many seconds at the latest.
+FIRST_WORD = 180.0
+
+
+class Door(NamedTuple):
+    """Who may come in from outside, and where.
+
+    Attributes:
+      address: (host, port) to listen at.
+      certificates: of the server.
+      keys: files with the clients' public keys.
+    """
+
+    address: tuple[str, int]
+    certificates: Certificates
+    keys: Sequence[Path]
+
+
+def host(
+    order: serving.Order,
+    state: Path,
+    *,
+    clients: Sequence[Options],
+    door: Door | None,
+    stop: Callable[[], bool],
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
+    """Serves a run to its end.
+
+    Args:
+      order: what to run.
+      state: a folder for databases and logs, kept from one start to the next.
+      clients: those that live on this machine.
+      door: for those that do not; None: nobody comes in.
+      stop: whether the run shall save and stop; asked often.
+      tell: gets a line whenever there is news.
+
+    Returns:
+      What the run told last, see `serving.STATUS`.
+
+    Raises:
+      UserError: something that is needed does not start, or does not stay.
+    """
+    _make_private(state)
+    for name in (serving.STATUS, serving.STOP, f"{serving.ORDER}.begun"):
+        (state / name).unlink(missing_ok=True)
+    order.write(state)
+    port = commands.free_port()
+    certificates = door.certificates if door else None
+    link = commands.superlink(state, port, certificates)
+    with stopped_together([link]), contextlib.ExitStack() as stack:
+        commands.wait_until_listening(link, port)
+        control = commands.Control(state, port, certificates.authority if certificates else None)
+        kept = [link]
+        if door is not None:
+            for key in door.keys:
+                control.register(key)
+            kept.append(_gate(state, door, port))
+            stack.enter_context(stopped_together(kept[1:]))
+        kept += stack.enter_context(_local_clients(state, clients, port))
+        return _supervise(state, control, kept, stop, tell)
+
+
+def join(
+    state: Path, options: Options, address: str, authority: Path, key: Path, stop: Callable[[], bool]
+) -> None:
+    """Works for a server until it is told to stop.
+
+    Args:
+      state: a folder for logs and the socket.
+      options: what this client decides itself.
+      address: host:port of the server.
+      authority: the certificate that signs the server's.
+      key: this client's private key.
+      stop: whether to leave; asked often.
+
+    Raises:
+      UserError: a process does not stay alive.
+    """
+    _make_private(state)
+    trainer, path = _trainer(state, "client", options)
+    node = commands.supernode(state, "node", address, path, authority, key)
+    with stopped_together([trainer, node]):
+        while not stop():
+            for child in (trainer, node):
+                if child.keep():
+                    _LOG.warning("%s had ended and was started again", child.name)
+            time.sleep(LOOK)
+
+
+def _supervise(
+    state: Path,
+    control: commands.Control,
+    kept: Sequence[Child],
+    stop: Callable[[], bool],
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
+    """Keeps all alive until the run is over."""
+    told, run, since = "", control.run(state), time.monotonic()
+    while True:
+        status = _status(state)
+        if status.get("state") in (serving.FINISHED, serving.STOPPED, serving.FAILED):
+            control.stop(run)
+            return status
+        if (line := status.get("line", "")) and line != told:
+            tell(line)
+            told = line
+        if stop():
+            (state / serving.STOP).touch()
+        for child in kept:
+            if child.keep():
+                _LOG.warning("%s had ended and was started again", child.name)
+        if status and not lock.is_held(state):
+            # It may have said its last word in between.
+            if _status(state).get("state") != serving.RUNNING:
+                continue
+            if stop():
+                return {"state": serving.STOPPED, "line": "the server's process was gone"}
+            _LOG.warning("the server's process has ended; it continues from the newest checkpoint")
+            (state / serving.STATUS).unlink()
+            control.stop(run)
+            run, since, told = control.run(state), time.monotonic(), ""
+        elif not status and time.monotonic() - since > FIRST_WORD:
+            raise UserError(
+                f"the server's process says nothing: {commands.last_line(kept[0].log)}"
+            )
+        time.sleep(LOOK)
+
+
+def _status(state: Path) -> dict[str, Any]:
+    try:
+        return json.loads((state / serving.STATUS).read_text())
+    except FileNotFoundError:
+        return {}
+
+
+@contextlib.contextmanager
+def _local_clients(state: Path, clients: Sequence[Options], port: int) -> Iterator[list[Child]]:
+    """A trainer and a node for each client on this machine, where the link speaks plain text."""
+    children = []
+    for number, options in enumerate(clients):
+        name = f"client_{number}"
+        trainer, path = _trainer(state, name, options)
+        node = commands.supernode(state, f"node_{number}", f"{LOOPBACK}:{port}", path)
+        children += [trainer, node]
+    with stopped_together(children):
+        yield children
+
+
+def _trainer(state: Path, name: str, options: Options) -> tuple[Child, Path]:
+    """The process that trains for a client, and its socket."""
+    told = state / f"{name}.json"
+    told.write_text(options.to_json())
+    path = state / f"{name}.sock"
+    if len(str(path)) > 100:  # what a socket's name may hold
+        raise UserError(f"{state}: the folder's name is too long for a socket in it; give another")
+    command = [sys.executable, "-m", "fedrevive_jax.live.trainer", str(path), str(told)]
+    return Child(f"the trainer of {name}", command, state / f"{name}.log"), path
+
+
+def _gate(state: Path, door: Door, port: int) -> Child:
+    command = [
+        sys.executable, "-m", "fedrevive_jax.live.flower.gate",
+        f"{door.address[0]}:{door.address[1]}", str(port),
+        *map(str, door.certificates),
+    ]  # fmt: skip
+    return Child("the gate", command, state / "gate.log")
+
+
+def _make_private(state: Path) -> None:
+    """Keys and sockets of others' work lie there: nobody else reads it."""
+    state.mkdir(parents=True, exist_ok=True)
+    state.chmod(0o700)
+
+
+def shared_between(config: Config, count: int, pauses: Sequence[float]) -> list[Options]:
+    """Options of clients on this machine that share a data set between them."""
+    config = dataclasses.replace(config, num_clients=count, concurrency=1, buffer_size=1)
+    return [Options(config, number, pause) for number, pause in enumerate(pauses)]

@@ -1,0 +1,94 @@
+"""Flower's Grid as a `Link`."""
+
+import logging
+import time
+from collections.abc import Hashable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import flwr.app
+from flwr.serverapp import Grid
+
+from fedrevive_jax.live.flower.records import from_record, to_record
+from fedrevive_jax.live.link import PREPARE, Message, Reply
+
+_LOG = logging.getLogger(__name__)
+# How often a flight is asked for, and how many at once. A reply whose sender is slow to upload it
+# holds up the call that asks for it, so that each is asked for alone.
+POLL, PULLERS = 0.3, 8
+# How long a list of nodes is believed.
+NODES_FOR = 1.0
+
+
+class GridLink:
+    """A link over a Grid. One owner calls; replies are pulled by threads."""
+
+    def __init__(self, grid: Grid):
+        self._grid = grid
+        self._pool = ThreadPoolExecutor(PULLERS, "pull")
+        self._next: dict[str, float] = {}
+        self._pulling: dict[str, Future[list[Reply]]] = {}
+        self._nodes: tuple[float, list[int]] = (-1e9, [])
+
+    def nodes(self) -> Iterable[int]:
+        since, nodes = self._nodes
+        if time.monotonic() - since > NODES_FOR:
+            nodes = list(self._grid.get_node_ids())
+            self._nodes = time.monotonic(), nodes
+        return nodes
+
+    def send(self, node: int, message: Message, seconds: float) -> Hashable | None:
+        kind = flwr.app.MessageType.QUERY if message.kind == PREPARE else flwr.app.MessageType.TRAIN
+        sent = flwr.app.Message(to_record(message), node, kind, ttl=seconds)
+        # The Grid over HTTP gives None in a message's place, that in memory leaves it out.
+        given = list(self._grid.push_messages([sent]))
+        if not given or given[0] is None:
+            return None
+        self._next[given[0]] = time.monotonic() + POLL
+        return given[0]
+
+    def receive(self) -> list[Reply]:
+        now = time.monotonic()
+        for flight, due in self._next.items():
+            if due <= now and flight not in self._pulling:
+                self._pulling[flight] = self._pool.submit(self._pull, flight)
+        replies = []
+        for flight in [name for name, own in self._pulling.items() if own.done()]:
+            pulled = self._pulling.pop(flight)
+            if flight not in self._next:
+                continue  # given up meanwhile
+            try:
+                found = pulled.result()
+            except Exception as error:  # of the network: whatever the client library raises
+                _LOG.warning("a reply could not be asked for: %s", error)
+                found = []
+            if found:
+                del self._next[flight]
+                replies += found
+            else:
+                self._next[flight] = now + POLL
+        return replies
+
+    def forget(self, flight: Hashable) -> None:
+        self._next.pop(str(flight), None)
+
+    def close(self) -> None:
+        """Ends the threads; a pull under way is not waited for."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _pull(self, flight: str) -> list[Reply]:
+        """The reply of a flight, if it has come: at most one, and only its own."""
+        for message in self._grid.pull_messages([flight]):
+            if message.metadata.reply_to_message_id != flight:
+                continue
+            if message.has_error():
+                return [Reply(flight, None, _one_line(message.error.reason))]
+            try:
+                return [Reply(flight, from_record(message.content))]
+            except ValueError as error:
+                return [Reply(flight, None, str(error))]
+        return []
+
+
+def _one_line(reason: str | None, limit: int = 300) -> str:
+    text = " ".join((reason or "no reason given").split())
+    return text if len(text) <= limit else text[:limit] + "..."

@@ -1,0 +1,74 @@
+"""A link without a network, for tests of the coordinator: it does what it is told, or the worst."""
+
+from collections import deque
+
+from fedrevive_jax.live.link import PREPARE, Message, Reply
+
+
+class Planned:
+    """Trains nobody: the reply to a job is the upload that was kept for it, in a planned order."""
+
+    def __init__(self, nodes, order, packed):
+        """Args: nodes: how many; order: jobs as they arrive; packed: job -> its upload."""
+        self._nodes, self._order, self._packed = range(nodes), deque(order), packed
+        self._under_way = {}
+        self._prepared = []
+        self._count = 0
+
+    def nodes(self):
+        return self._nodes
+
+    def send(self, node, message, seconds):
+        self._count += 1
+        if message.kind == PREPARE:
+            self._prepared.append(Reply(self._count, Message(PREPARE, {})))
+        else:
+            self._under_way[message.header["job"]] = self._count
+        return self._count
+
+    def receive(self):
+        ready, self._prepared = self._prepared, []
+        if self._order and self._order[0] in self._under_way:
+            job = self._order.popleft()
+            body = self._packed[job]
+            ready.append(Reply(self._under_way.pop(job), Message("train", {"seconds": 1}, body)))
+        return ready
+
+    def forget(self, flight):
+        pass
+
+
+class Hostile:
+    """Does to its messages what it is told, in any order; replies come when they are told to."""
+
+    def __init__(self, nodes):
+        self.up = set(range(nodes))
+        self.refuses = False
+        self.open = {}  # flight -> (node, message), what could still be answered
+        self.over = {}  # what was answered or is not waited for: it may be answered all the same
+        self._replies = []
+        self._count = 0
+
+    def nodes(self):
+        return set(self.up)
+
+    def send(self, node, message, seconds):
+        if self.refuses or node not in self.up:
+            return None
+        self._count += 1
+        self.open[self._count] = node, message
+        return self._count
+
+    def receive(self):
+        ready, self._replies = self._replies, []
+        return ready
+
+    def forget(self, flight):
+        if flight in self.open:
+            self.over[flight] = self.open.pop(flight)
+
+    def answer(self, flight, message, error=""):
+        """Lets a reply come, also to what nobody waits for any more."""
+        if flight in self.open:
+            self.over[flight] = self.open.pop(flight)
+        self._replies.append(Reply(flight, message, error))

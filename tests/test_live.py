@@ -1,0 +1,183 @@
+"""The coordinator of a live federation, without a network."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedrevive_jax.errors import ConfigError
+from fedrevive_jax.live import packing
+from fedrevive_jax.live.coordinator import Coordinator, Times, drawn, prepared
+from fedrevive_jax.live.federation import Federation
+from fedrevive_jax.live.link import Message
+from fedrevive_jax.live.registry import Registry
+from fedrevive_jax.server.core import Server
+from fedrevive_jax.simulation.simulator import Simulation
+from tests.links import Hostile, Planned
+from tests.toys import ONE, make, rows, scalar_upload, small
+
+# A client is free when its upload arrives, in a simulation as it is live.
+AT_ONCE = {"delays": "exponential", "delay_download": 0.0, "delay_upload": 0.0}
+
+
+def simulated(config):
+    """A simulation that is over, its receipts, and all its uploads as they would be sent."""
+    simulation, uploads, receipts = Simulation(config), {}, []
+    while not simulation.finished:
+        simulation.train_ahead()
+        uploads.update(simulation.uploads)
+        receipts.append(simulation.advance())
+    return simulation, receipts, {job: packing.pack(own) for job, own in uploads.items()}
+
+
+def live(config, link, choose, **kwargs):
+    """A federation that has processed all that comes over a link."""
+    ticks = iter(range(10**9))
+    federation = Federation(
+        config, link=link, choose=choose, clock=lambda: next(ticks) / 1e6,
+        wait=lambda seconds: None, **kwargs,
+    )  # fmt: skip
+    receipts = []
+    while (receipt := federation.advance()) is not None:
+        receipts.append(receipt)
+    return federation, receipts
+
+
+@pytest.mark.parametrize(
+    ("method", "kwargs"),
+    [
+        ("fedrevive", {}),
+        ("fedbuff", {"buffer_size": 3}),
+        ("ca2fl", {"max_time": 12.0}),
+        ("fedavg", {"concurrency": 4}),
+    ],
+)
+def test_the_same_uploads_make_the_same_model_simulated_and_live(method, kwargs):
+    config = small(method, **{**AT_ONCE, **kwargs})
+    simulation, expected, packed = simulated(config)
+    order = simulation.schedule.job.tolist()
+    link = Planned(config.num_clients, order, packed)
+    federation, receipts = live(config, link, lambda job, free: int(simulation.schedule.client[job]))
+    assert rows(receipts) == rows(expected)
+    assert federation.server.version == simulation.server.version > 1
+    for live_state, state in zip(
+        *(
+            jax.tree.leaves((run.server.params, run.server.method_state))
+            for run in (federation, simulation)
+        ),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(live_state, state)
+
+
+def test_true_histograms_are_refused():
+    with pytest.raises(ConfigError, match="proxy=histogram: is for simulations"):
+        Federation(small("fedrevive", proxy="histogram"), link=Planned(1, [], {}))
+
+
+NODES, K = 5, 3
+TAPS = ((jnp.zeros(1), jnp.ones(1)),)
+
+
+@functools.cache
+def scalar_server():
+    """A server of a scalar model, whose step is traced once in all tests, and how it began."""
+    method = make("fedbuff", num_clients=NODES, concurrency=K)
+    chex.clear_trace_counter()
+    method = method._replace(step=chex.assert_max_traces(method.step, n=1))
+    server = Server(method, ONE, TAPS, seed=0, num_clients=NODES)
+    return server, jax.device_get(server.snapshot())
+
+
+def hostile(open_slots=1):
+    """A coordinator of a scalar model over a link that does the worst."""
+    server, (record, arrays) = scalar_server()
+    server.restore(record, ONE, arrays)
+    link = Hostile(NODES)
+    coordinator = Coordinator(
+        server, link, Registry(NODES), jax.eval_shape(lambda: scalar_upload(0.0)),
+        prepared("{}", "digest"), concurrency=K, open_slots=open_slots, choose=drawn(0),
+        times=Times(job=10, prepare=20, rest=1),
+    )  # fmt: skip
+    return server, link, coordinator
+
+
+def good(w=0.5):
+    return Message("train", {"seconds": 0.5}, packing.pack(scalar_upload(w)))
+
+
+BODIES = {
+    "good": good(),
+    "nan": good(float("nan")),
+    "short": Message("train", {}, b"\0"),
+    "long": Message("train", {"seconds": "x"}, good().body + b"\0"),
+    "empty": Message("train", {"version": "no", "seconds": float("inf")}, b""),
+    "none": Message("train", {"seconds": -1}, None),  # type: ignore[arg-type]
+    "wrong version": Message("train", {"version": 10**9}, good().body),
+    "dead": None,
+}
+ACTS = st.one_of(
+    st.tuples(st.just("answer"), st.integers(0, 9), st.sampled_from(sorted(BODIES))),
+    st.tuples(st.just("again"), st.integers(0, 99), st.sampled_from(sorted(BODIES))),
+    st.tuples(st.just("lose"), st.integers(0, NODES - 1)),
+    st.tuples(st.just("return"), st.integers(0, NODES - 1)),
+    st.tuples(st.just("refuse"), st.booleans()),
+    st.tuples(st.just("wait"), st.sampled_from([0.1, 3.0, 30.0])),
+)
+
+
+def act(link, kind, *what):
+    """Does one thing to a link; returns the seconds that pass."""
+    flights = sorted(link.open if kind == "answer" else link.over)
+    if kind in ("answer", "again") and flights:
+        link.answer(flights[what[0] % len(flights)], BODIES[what[1]], "a reason")
+    elif kind == "lose":
+        link.up.discard(what[0])
+    elif kind == "return":
+        link.up.add(what[0])
+    elif kind == "refuse":
+        link.refuses = what[0]
+    return what[0] if kind == "wait" else 0.0
+
+
+def check(server, coordinator, open_slots):
+    """What holds at every moment: no slot and no job is lost, and no version is kept for nobody."""
+    at_work, cohort, vacant = coordinator.slots
+    assert at_work + cohort + vacant == K
+    assert 0 <= cohort < open_slots
+    assert {ticket[0] for ticket in server.snapshot()[0]["jobs"]} == set(coordinator.jobs)
+    assert len(set(coordinator.jobs.values())) == at_work  # one job a node
+    assert len(server.live_versions) <= at_work + 1
+
+
+@pytest.mark.parametrize("open_slots", [1, K])
+@settings(max_examples=250, deadline=None, derandomize=True)
+@given(acts=st.lists(ACTS, max_size=60))
+def test_nothing_that_nodes_or_network_do_loses_a_slot_or_a_job(open_slots, acts):
+    server, link, coordinator = hostile(open_slots=open_slots)
+    now, taken = 0.0, 0
+    for kind, *what in acts:
+        now += act(link, kind, *what)
+        before = server.rejected.copy()
+        arrived = coordinator.advance(now)
+        taken += arrived is not None
+        assert arrived is None or server.rejected == before or arrived.training <= arrived.round_trip
+        check(server, coordinator, open_slots)
+    # Once all is well again, the work goes on.
+    link.up, link.refuses = set(range(NODES)), False
+    for _ in range(40):  # beyond every job's deadline and the longest rest
+        now += 1.0
+        coordinator.advance(now)
+    for _ in range(4 * K):
+        for flight in list(link.open):
+            link.answer(flight, good())
+        for _ in range(2 * NODES):
+            now += 0.1
+            taken += coordinator.advance(now) is not None
+            check(server, coordinator, open_slots)
+    assert taken >= 4 * K
