@@ -13,6 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -37,9 +38,11 @@ WRONG_VARIABLE = ("for JAX flag jax_", "for environment 'JAX_")
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")
 
 
-def define() -> None:
-    """Defines a flag for every field of `Config`; unset means the preset's value."""
-    for field in dataclasses.fields(Config):
+def define(names: Sequence[str] | None = None) -> None:
+    """Defines a flag for every field of `Config`, or for those named; unset means the preset's
+    value. Without names those of the preset come along."""
+    fields = [f for f in dataclasses.fields(Config) if names is None or f.name in names]
+    for field in fields:
         limits = field.metadata
         words = limits["help"]
         if "choices" in limits:
@@ -48,8 +51,10 @@ def define() -> None:
         # the same kind of message.
         default = "empty" if field.default == "" else field.default
         flags.DEFINE_string(field.name, None, f"{words}. Default: the preset's, else {default}.")
-    for field in dataclasses.fields(Config):
+    for field in fields:
         flags.FLAGS[field.name].help = in_flags(flags.FLAGS[field.name].help)
+    if names is not None:
+        return
     flags.DEFINE_alias("conv", "convolution")
     flags.DEFINE_string(
         "preset_scale", None, f"size of the preset ({', '.join(SCALES)}). Default: {SCALES[0]}."
@@ -65,7 +70,7 @@ def define() -> None:
 def given_values() -> dict[str, str | None]:
     """What the command line says of every field and of the preset; None where nothing."""
     names = [*(field.name for field in dataclasses.fields(Config)), *OF_PRESETS]
-    return {name: flags.FLAGS[name].value for name in names}
+    return {name: flags.FLAGS[name].value for name in names if name in flags.FLAGS}
 
 
 def worded(error: UserError) -> str:
@@ -95,6 +100,29 @@ def define_grace() -> flags.FlagHolder[float]:
     return flags.DEFINE_float(
         "grace", 6.0, "seconds after SIGTERM or SIGINT in which a run saves; then it ends anyway"
     )
+
+
+def address(name: str, text: str | None) -> tuple[str, int]:
+    """HOST:PORT of a flag.
+
+    Raises:
+      ConfigError: it is none.
+    """
+    host, _, port = (text or "").rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConfigError(name, text or "", "must be HOST:PORT, as in fl.example.org:8443")
+    return host, int(port)
+
+
+def need_flower() -> None:
+    """Tells in one line what a live federation wants beside the package.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    missing = [name for name in ("flwr", "httpx", "uvicorn") if not find_spec(name)]
+    if missing:
+        raise UserError(f"needs {missing[0]}: python -m pip install -e '.[live]'")
 
 
 def run(main: Callable[[], int | None]) -> None:

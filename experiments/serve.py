@@ -12,6 +12,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import flags as config_flags
+from fedrevive_jax.config import is_bucket
 from fedrevive_jax.errors import ConfigError, UserError
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.record.interruption import Interruption
@@ -24,6 +25,11 @@ PAUSES = flags.DEFINE_string(
     "0,1,2,4",
     "seconds that jobs of the local clients take longer, in turn, to play slow ones",
 )
+LISTEN = flags.DEFINE_string("listen", None, "HOST:PORT at which clients of other machines come in")
+CERTIFICATES = flags.DEFINE_string(
+    "certificates", "certificates", "folder of the server's certificates, see experiments.keys"
+)
+CLIENTS = flags.DEFINE_string("clients", None, "folder of the public keys of those who may come in")
 JOB_SECONDS = flags.DEFINE_float("job_seconds", 600.0, "how long an upload is waited for")
 SAVE_SECONDS = flags.DEFINE_float("save_seconds", 10.0, "seconds between two checkpoints")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "start afresh in a folder that holds a run")
@@ -39,26 +45,23 @@ ENDLESS, VERSIONS = "1e9", "300"
 
 
 def main() -> int:
-    count = LOCAL.value
-    if not 1 <= count <= 64:
-        raise ConfigError("local_clients", count, "must be 1 to 64")
+    door, count = _door()
     pauses = _pauses(PAUSES.value, count)
     given = config_flags.given_values()
     if not given["max_time"]:
         given["max_time"], given["max_versions"] = ENDLESS, given["max_versions"] or VERSIONS
     for name, value in {
         "num_clients": str(count),
-        "concurrency": str(count),
+        "concurrency": given["num_clients"] or str(count),
         "workdir": f"runs/live_{given['dataset'] or 'digits'}_{given['method'] or 'fedrevive'}",
     }.items():
         given[name] = given[name] or value
     config = resolve(**given)
     if config.num_clients < count:
         raise ConfigError("num_clients", config.num_clients, f"must be at least {count}")
-    try:
-        import flwr  # noqa: F401
-    except ModuleNotFoundError:
-        raise UserError("serve needs Flower: python -m pip install -e '.[live]'") from None
+    if is_bucket(str(config.run_dir)):
+        raise ConfigError("workdir", config.run_dir, "must be on this machine")
+    config_flags.need_flower()
     from fedrevive_jax.live import serving
     from fedrevive_jax.live.coordinator import Times
     from fedrevive_jax.live.flower import hosting
@@ -72,14 +75,14 @@ def main() -> int:
     order = serving.Order(
         config, Times(job=JOB_SECONDS.value), SAVE_SECONDS.value, OVERWRITE.value
     )
-    clients = hosting.shared_between(config, count, pauses)
+    clients = [] if door else hosting.shared_between(config, pauses)
     began = time.monotonic()
     with Interruption(GRACE.value) as interruption:
         status = hosting.host(
             order,
             state,
             clients=clients,
-            door=None,
+            door=door and hosting.Door(*door),
             stop=lambda: interruption.requested,
             tell=lambda line: _tell(time.monotonic() - began, line),
         )
@@ -98,6 +101,31 @@ def main() -> int:
         f"{summary['simulated_time']:.0f} s; record in {config.run_dir}"
     )
     return 0
+
+
+def _door() -> tuple[tuple[tuple[str, int], tuple[Path, ...], list[Path]] | None, int]:
+    """Where clients of other machines come in, and how many clients there are.
+
+    Raises:
+      ConfigError: it is not said where clients are, or a file is missing.
+    """
+    if LISTEN.value is None:
+        if not 1 <= LOCAL.value <= 64:
+            raise ConfigError("local_clients", LOCAL.value, "must be 1 to 64, or give listen=HOST:PORT")
+        return None, LOCAL.value
+    if LOCAL.value:
+        raise ConfigError("local_clients", LOCAL.value, "goes without `listen`; use experiments.join")
+    address = config_flags.address("listen", LISTEN.value)
+    files = tuple(
+        Path(CERTIFICATES.value, name).absolute() for name in ("ca.crt", "server.crt", "server.key")
+    )
+    for path in files:
+        if not path.is_file():
+            raise ConfigError("certificates", CERTIFICATES.value, f"holds no {path.name}")
+    keys = sorted(Path(CLIENTS.value or "").absolute().glob("*.pub")) if CLIENTS.value else []
+    if not keys:
+        raise ConfigError("clients", CLIENTS.value or "", "must be a folder with public keys, *.pub")
+    return (address, files, keys), len(keys)
 
 
 def _pauses(text: str, count: int) -> list[float]:

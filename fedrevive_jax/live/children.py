@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from fedrevive_jax.errors import UserError
 # A process that ends is started again after a rest, longer each time that it ends at once.
 FIRST_REST, LONGEST_REST, AT_ONCE, MOST_STARTS = 0.5, 30.0, 20.0, 6
 STOP_SECONDS = 5.0
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class ChildError(UserError):
@@ -84,7 +86,7 @@ class Child:
             return False
         if not self._due:
             if self._starts >= MOST_STARTS:
-                raise ChildError(f"{self.name} does not stay alive: {last_line(self.log)}")
+                raise ChildError(f"{self.name} does not stay alive: {complaint(self.log)}")
             self._end_group()
             self._due = now + min(FIRST_REST * 2 ** (self._starts - 1), LONGEST_REST)
         if now < self._due:
@@ -174,11 +176,14 @@ def stopped_together(children: Sequence[Child]) -> Iterator[None]:
                 child.stop()
 
 
-def last_line(log: Path) -> str:
-    """The last line of a log that says something."""
+def complaint(log: Path) -> str:
+    """The last line of a log that tells of an error, else the last that says anything."""
     try:
         lines = log.read_text(errors="replace").splitlines()
     except OSError:
         lines = []
-    told = [line.strip() for line in lines if line.strip()]
-    return f"{told[-1][:200]} (all of it in {log})" if told else f"it says nothing in {log}"
+    told = [line for line in (_COLOURS.sub("", line).strip() for line in lines) if line]
+    wrong = [line for line in told if re.search("error|fail", line, re.IGNORECASE)]
+    if not told:
+        return f"it says nothing in {log}"
+    return f"{(wrong or told)[-1][:200]} (all of it in {log})"

@@ -94,7 +94,7 @@ class Trace:
     def add(self, arrived: Arrived) -> None:
         training = max(arrived.training, 1e-3)
         half = max(arrived.round_trip - training, 0.0) / 2
-        numbers = (f"{value:.3f}" for value in (half, training, half))
+        numbers = (f"{value:.4f}" for value in (half, training, half))
         self._rows.writerow([arrived.receipt.client, *numbers])
         self._stream.flush()
 

@@ -23,7 +23,8 @@ def send(stream: socket.socket, header: dict[str, Any], body: bytes = b"") -> No
     """Sends one message."""
     text = json.dumps(header).encode()
     stream.sendall(_LENGTHS.pack(len(text), len(body)) + text)
-    stream.sendall(body)
+    if body:  # who has all it waits for may have closed already
+        stream.sendall(body)
 
 
 def receive(stream: socket.socket) -> tuple[dict[str, Any], bytes]:

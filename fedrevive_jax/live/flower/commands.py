@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedrevive_jax.errors import UserError
-from fedrevive_jax.live.children import Child, last_line
+from fedrevive_jax.live.children import Child, complaint
 from fedrevive_jax.live.wire import SOCKET
 
 QUIET = {
@@ -202,7 +202,7 @@ def wait_until_listening(child: Child, port: int, seconds: float = 60.0) -> None
             if probe.connect_ex((LOOPBACK, port)) == 0:
                 return
         time.sleep(0.1)
-    raise FlowerError(f"{child.name} does not start: {last_line(child.log)}")
+    raise FlowerError(f"{child.name} does not start: {complaint(child.log)}")
 
 
 def _last_json(text: str) -> dict:

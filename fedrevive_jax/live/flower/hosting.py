@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from fedrevive_jax.config import Config
 from fedrevive_jax.errors import UserError
 from fedrevive_jax.live import serving
-from fedrevive_jax.live.children import Child, stopped_together
+from fedrevive_jax.live.children import Child, ChildError, complaint, stopped_together
 from fedrevive_jax.live.flower import commands
 from fedrevive_jax.live.flower.commands import LOOPBACK, Certificates
 from fedrevive_jax.live.trainer import Options
@@ -43,13 +43,17 @@ class Door(NamedTuple):
 
     Attributes:
       address: (host, port) to listen at.
-      certificates: of the server.
+      files: the server's certificates, see `commands.Certificates`.
       keys: files with the clients' public keys.
     """
 
     address: tuple[str, int]
-    certificates: Certificates
+    files: Sequence[Path]
     keys: Sequence[Path]
+
+    @property
+    def certificates(self) -> Certificates:
+        return Certificates(*self.files)
 
 
 def host(
@@ -118,9 +122,13 @@ def join(
     node = commands.supernode(state, "node", address, path, authority, key)
     with stopped_together([trainer, node]):
         while not stop():
-            for child in (trainer, node):
-                if child.keep():
-                    _LOG.warning("%s had ended and was started again", child.name)
+            _keep([trainer])
+            try:
+                _keep([node])
+            except ChildError as error:
+                raise ChildError(
+                    f"{error}; does a server listen at {address}, and is {key}.pub among its keys?"
+                ) from None
             time.sleep(LOOK)
 
 
@@ -143,9 +151,7 @@ def _supervise(
             told = line
         if stop():
             (state / serving.STOP).touch()
-        for child in kept:
-            if child.keep():
-                _LOG.warning("%s had ended and was started again", child.name)
+        _keep(kept)
         if status and not lock.is_held(state):
             # It may have said its last word in between.
             if _status(state).get("state") != serving.RUNNING:
@@ -158,9 +164,15 @@ def _supervise(
             run, since, told = control.run(state), time.monotonic(), ""
         elif not status and time.monotonic() - since > FIRST_WORD:
             raise UserError(
-                f"the server's process says nothing: {commands.last_line(kept[0].log)}"
+                f"the server's process says nothing: {complaint(kept[0].log)}"
             )
         time.sleep(LOOK)
+
+
+def _keep(children: Sequence[Child]) -> None:
+    for child in children:
+        if child.keep():
+            _LOG.warning("%s had ended and was started again", child.name)
 
 
 def _status(state: Path) -> dict[str, Any]:
@@ -209,7 +221,10 @@ def _make_private(state: Path) -> None:
     state.chmod(0o700)
 
 
-def shared_between(config: Config, count: int, pauses: Sequence[float]) -> list[Options]:
-    """Options of clients on this machine that share a data set between them."""
-    config = dataclasses.replace(config, num_clients=count, concurrency=1, buffer_size=1)
+def shared_between(config: Config, pauses: Sequence[float]) -> list[Options]:
+    """Options of clients on this machine that share a data set between them, one for each pause."""
+    config = dataclasses.replace(
+        config, num_clients=len(pauses), concurrency=1, buffer_size=1, open_slots=1,
+        method="fedbuff",
+    )  # fmt: skip
     return [Options(config, number, pause) for number, pause in enumerate(pauses)]

@@ -1,0 +1,200 @@
+"""Flower as a link: with its own messages, without its processes."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+flwr = pytest.importorskip("flwr.app", reason="needs the extra live")
+
+from flwr.app import Context, Error, RecordDict  # noqa: E402
+from flwr.app import Message as FlowerMessage  # noqa: E402
+from flwr.serverapp import Grid  # noqa: E402
+from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
+
+from fedrevive_jax.live import wire  # noqa: E402
+from fedrevive_jax.live.federation import Federation  # noqa: E402
+from fedrevive_jax.live.flower import client_app, records  # noqa: E402
+from fedrevive_jax.live.flower.link import GridLink  # noqa: E402
+from fedrevive_jax.live.link import PREPARE, TRAIN, Message  # noqa: E402
+from fedrevive_jax.live.trainer import Options, Trainer, listen  # noqa: E402
+from tests.toys import small  # noqa: E402
+
+pytestmark = pytest.mark.slow  # run where the extra `live` is installed
+
+
+@pytest.fixture(autouse=True)
+def identity():
+    """Flower's messages ask the process who it is."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+
+
+class FakeGrid(Grid):
+    """Hands every message to a function at once; its replies can be pulled."""
+
+    def __init__(self, answer, nodes=(1,)):
+        self._answer, self._nodes = answer, nodes
+        self.waiting = {}
+        self.pushed = 0
+
+    def set_run(self, run):
+        raise NotImplementedError
+
+    run = None
+
+    def create_message(self, *args, **kwargs):
+        raise NotImplementedError
+
+    def get_node_ids(self):
+        return self._nodes
+
+    def push_messages(self, messages):
+        ids = []
+        for message in messages:
+            self.pushed += 1
+            name = f"message {self.pushed}"
+            message.metadata.__dict__["_message_id"] = name
+            self.waiting[name] = self._answer(message)
+            ids.append(name)
+        return ids
+
+    def pull_messages(self, message_ids):
+        return [reply for name in message_ids for reply in self.waiting.pop(name, ())]
+
+    def send_and_receive(self, messages, *, timeout=None):
+        raise NotImplementedError
+
+
+def received(link, seconds=20.0):
+    """What a link gives next."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if replies := link.receive():
+            return replies
+        time.sleep(0.01)
+    return []
+
+
+def echo(message):
+    return [FlowerMessage(message.content, reply_to=message)]
+
+
+@pytest.mark.parametrize("message", [Message(PREPARE, {"a": 1}), Message(TRAIN, {}, b"\0\1\xff")])
+def test_a_message_comes_back_as_it_was_sent(message):
+    assert records.from_record(records.to_record(message)) == message
+    grid = FakeGrid(echo)
+    link = GridLink(grid)
+    flight = link.send(1, message, 60.0)
+    assert received(link) == [(flight, message, "")]
+    link.close()
+
+
+def foreign(message):
+    """A reply that says that it is one to another message, beside the right one."""
+    other = FlowerMessage(message.content, reply_to=message)
+    other.metadata.__dict__["_reply_to_message_id"] = "another"
+    return [other, *echo(message)]
+
+
+def wrong(message):
+    return [FlowerMessage(RecordDict(), reply_to=message)]
+
+
+def failed(message):
+    return [FlowerMessage(Error(code=2, reason="died\nof something"), reply_to=message)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [(foreign, ""), (wrong, "no message of this package"), (failed, "died of something")],
+)
+def test_every_flight_ends_with_one_reply_that_is_its_own(answer, error):
+    grid = FakeGrid(answer)
+    link = GridLink(grid)
+    flight = link.send(1, Message(TRAIN, {}), 60.0)
+    ((name, message, why),) = received(link)
+    assert name == flight
+    assert (message is None) == bool(error)
+    assert error in why
+    assert link.receive() == []
+    link.close()
+
+
+@pytest.mark.parametrize("given", [[None], []])
+def test_a_message_that_flower_does_not_take_has_no_flight(given):
+    grid = FakeGrid(echo)
+    grid.push_messages = lambda messages: given
+    link = GridLink(grid)
+    assert link.send(1, Message(TRAIN, {}), 60.0) is None
+    link.close()
+
+
+def test_one_that_is_slow_to_be_pulled_holds_nobody_up():
+    release = threading.Event()
+
+    class Slow(FakeGrid):
+        def pull_messages(self, message_ids):
+            if "message 1" in message_ids:
+                assert release.wait(20)
+            return super().pull_messages(message_ids)
+
+    link = GridLink(Slow(echo))
+    slow, quick = (link.send(1, Message(TRAIN, {"n": n}), 60.0) for n in range(2))
+    assert [reply.flight for reply in received(link)] == [quick]
+    release.set()
+    assert [reply.flight for reply in received(link)] == [slow]
+    link.close()
+
+
+def test_what_is_not_waited_for_is_not_pulled_and_an_error_of_the_network_is_no_reply():
+    grid = FakeGrid(echo)
+    link = GridLink(grid)
+    flight = link.send(1, Message(TRAIN, {}), 60.0)
+    calls = []
+
+    def fails(message_ids):
+        calls.append(message_ids)
+        raise ConnectionError("no SuperLink")
+
+    pull, grid.pull_messages = grid.pull_messages, fails
+    end = time.monotonic() + 20
+    while not calls and time.monotonic() < end:
+        assert link.receive() == []
+        time.sleep(0.01)
+    grid.pull_messages = pull
+    assert [reply.flight for reply in received(link)] == [flight]
+    other = link.send(1, Message(TRAIN, {}), 60.0)
+    link.forget(other)
+    assert received(link, 1.0) == []
+    link.close()
+
+
+def test_a_federation_trains_through_flowers_messages_and_a_trainers_socket(tmp_path, monkeypatch):
+    """All but the network and the processes: coordinator, link, ClientApp, socket, trainer."""
+    config = small(
+        "fedbuff", max_versions=6, max_time=1e9, num_clients=2, concurrency=2, buffer_size=1
+    )
+    path = tmp_path / "s"
+    trainer = Trainer(Options(config, part=1))
+    threading.Thread(target=listen, args=(path, trainer), daemon=True).start()
+    monkeypatch.setenv(wire.SOCKET, str(path))
+
+    def node(message):
+        context = Context(1, 1, {}, RecordDict(), {})
+        try:
+            return [client_app.pass_on(message, context)]
+        except Exception as error:  # as Flower's own process does it
+            return [FlowerMessage(Error(code=2, reason=str(error)), reply_to=message)]
+
+    link = GridLink(FakeGrid(node, nodes=(2**63 + 1, 5)))
+    federation = Federation(config, link=link)
+    receipts = []
+    while not federation.finished:
+        if (receipt := federation.advance()) is not None:
+            receipts.append(receipt)
+    federation.close()
+    link.close()
+    assert [r.version for r in receipts] == list(range(6))
+    assert {r.client for r in receipts} == {0, 1}
+    assert all(np.isfinite(float(r.loss)) and bool(r.accepted) for r in receipts)

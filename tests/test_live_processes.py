@@ -1,0 +1,236 @@
+"""A live federation with real processes on loopback: kills, and who gets in."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("flwr", reason="needs the extra live")
+
+from fedrevive_jax.live import keys  # noqa: E402
+from fedrevive_jax.live.flower import commands  # noqa: E402
+from fedrevive_jax.record import files  # noqa: E402
+
+pytestmark = pytest.mark.slow
+PACE = 0.3  # seconds that a job takes longer
+# Enough of a run for every kill: it ends when the last has been survived.
+SMALL = ["--samples_per_client=40", "--local_iterations=2", "--batch_size=8", "--model_width=4"]
+
+
+def start(module, *arguments, cwd):
+    return subprocess.Popen(
+        [sys.executable, "-m", f"experiments.{module}", *map(str, arguments)],
+        cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+
+
+def wait_for(condition, process, seconds=240):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.1)
+
+
+def arrivals(state):
+    try:
+        return json.loads((state / "status.json").read_text()).get("arrivals", 0)
+    except FileNotFoundError:
+        return 0
+
+
+def processes(*words):
+    """Process ids of those whose command holds all words."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+            if command and all(word in command for word in words):
+                found.append(int(entry.name))
+    return found
+
+
+def kill(*words):
+    found = processes(*words)
+    assert found, words
+    for pid in found:
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_a_federation_survives_every_kill_and_counts_every_upload_once(tmp_path):
+    run, state = tmp_path / "run", tmp_path / "run.live"
+    serve = [
+        "--local_clients=3", f"--pauses={PACE}", "--method=fedbuff", "--buffer_size=1",
+        "--max_versions=100000", "--eval_every=20", "--save_seconds=2", "--job_seconds=60",
+        f"--workdir={run}", *SMALL,
+    ]  # fmt: skip
+    process = start("serve", *serve, cwd=tmp_path)
+    try:
+        wait_for(lambda: arrivals(state) >= 6, process)
+        status = json.loads((state / "status.json").read_text())
+        for victim in (
+            ("live.trainer", str(state / "client_0.sock")),
+            ("flower-supernode", "--superlink"),  # all three
+            ("flower-superlink", str(state)),
+        ):
+            before = arrivals(state)
+            kill(*victim)
+            wait_for(lambda before=before: arrivals(state) >= before + 6, process)
+        saved = newest_checkpoint(run)
+        before = arrivals(state)
+        os.kill(json.loads((state / "status.json").read_text())["pid"], signal.SIGKILL)
+        wait_for(lambda: arrivals(state) >= saved + 4 and arrivals(state) != before, process)
+        assert json.loads((state / "status.json").read_text())["pid"] != status["pid"]
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=90)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130, output
+    assert "saved at version" in output
+    assert "Traceback" not in output
+    wait = time.monotonic() + 20
+    while processes(str(state)) and time.monotonic() < wait:
+        time.sleep(0.1)
+    assert not processes(str(state))  # nothing is left behind
+    # The same command goes on, and ends by itself.
+    at = newest_checkpoint(run)
+    done = start("serve", *serve[:4], f"--max_versions={at + 5}", *serve[5:], cwd=tmp_path)
+    try:
+        output, _ = done.communicate(timeout=240)
+    finally:
+        done.kill()
+        done.wait()
+    assert done.returncode == 1, output  # another configuration
+    assert "--max_versions: 100000 in the record" in output
+
+    rows = files.read_rows(run / "arrivals.jsonl")
+    assert [row["index"] for row in rows] == list(range(len(rows)))
+    assert [row["version"] for row in rows] == list(range(len(rows)))  # each made one version
+    assert all(row["staleness"] == row["version"] - row["base_version"] for row in rows)
+    assert max(row["staleness"] for row in rows) <= 12
+    assert {row["client"] for row in rows} <= {0, 1, 2}
+    assert all(np.isfinite(row["loss"]) for row in rows)
+
+
+def newest_checkpoint(run):
+    return max((int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit()), default=0)
+
+
+def answer(port, authority, method, path, body=b""):
+    """The status that a server tells somebody with no more than the authority's certificate."""
+    context = ssl.create_default_context(cafile=authority)
+    connection = http.client.HTTPSConnection("127.0.0.1", port, context=context, timeout=20)
+    connection.request(method, path, body)
+    status = connection.getresponse().status
+    connection.close()
+    return status
+
+
+def test_nobody_comes_in_but_registered_nodes_and_they_to_the_door_alone(tmp_path):
+    keys.make_server(tmp_path / "certificates", ["127.0.0.1"])
+    for name in ("keys/one", "stranger"):
+        keys.make_client(tmp_path / name)
+    port = commands.free_port()
+    authority = tmp_path / "certificates" / "ca.crt"
+    server = start(
+        "serve", f"--listen=127.0.0.1:{port}", "--clients=keys", "--method=fedbuff",
+        "--buffer_size=1", "--max_versions=4", *SMALL, cwd=tmp_path,
+    )  # fmt: skip
+    state = tmp_path / "runs" / "live_digits_fedbuff.live"
+    children = []
+
+    def join(key, name):
+        children.append(
+            start("join", f"--server=127.0.0.1:{port}", f"--certificate={authority}",
+                  f"--key={key}", f"--state_dir={tmp_path / name}", cwd=tmp_path)
+        )  # fmt: skip
+        return children[-1]
+
+    try:
+        wait_for(lambda: (state / "status.json").exists(), server)
+        # Control and runtime are not there from outside, however the path is written.
+        for path in (
+            "/v1/control/list-runs", "/v1/control/start-run", "/v1/runtime/get-nodes", "/health", "/",
+            "/v1/fleet/../control/list-runs", "/v1/fleet/%2e%2e/control/list-runs",
+            "/v1/fleet//", "//v1/control/list-runs", "/v1/fleet/x?y=/v1/control",
+        ):  # fmt: skip
+            assert answer(port, authority, "POST", path) == 404, path
+        assert answer(port, authority, "GET", "/v1/fleet/pull-messages") == 404
+        # The door for nodes is there, and asks who it is.
+        assert answer(port, authority, "POST", "/v1/fleet/activate-node") in (400, 401, 403, 422)
+        # Nor is the SuperLink itself anywhere but on loopback.
+        assert listening_on_all() == []
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as plain:
+            plain.sendall(b"POST /v1/fleet/activate-node HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert not plain.recv(100).startswith(b"HTTP/1.1 2")
+        stranger = join(tmp_path / "stranger", "s")
+        member = join(tmp_path / "keys" / "one", "m")
+        output, _ = server.communicate(timeout=240)  # the member trains all versions
+        assert server.returncode == 0, output
+        assert "live with 1 clients" in output
+        assert "after 4 versions" in output
+        told, _ = stranger.communicate(timeout=120)
+        assert stranger.returncode == 1
+        assert "Traceback" not in told
+        assert "stranger.pub among its keys?" in told
+        member.send_signal(signal.SIGTERM)
+        told, _ = member.communicate(timeout=60)
+        assert member.returncode == 143, told
+    finally:
+        for child in (server, *children):
+            child.kill()
+            child.wait()
+
+
+def listening_on_all():
+    """Local addresses, other than those of loopback, at which Flower's programs listen."""
+    pids = set(processes("flower-super"))
+    inodes = set()
+    for pid in pids:
+        try:
+            links = [os.readlink(f"/proc/{pid}/fd/{n}") for n in os.listdir(f"/proc/{pid}/fd")]
+        except OSError:
+            continue
+        inodes |= {link[8:-1] for link in links if link.startswith("socket:[")}
+    rows = [
+        line.split()
+        for name in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
+    loopback = ("0100007F:", "00000000000000000000000001000000:")
+    return [r[1] for r in rows if r[3] == "0A" and r[9] in inodes and not r[1].startswith(loopback)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ((), "--local_clients=0: must be 1 to 64, or give --listen=HOST:PORT"),
+        (("--local_clients=65",), "--local_clients=65: must be 1 to 64"),
+        (("--local_clients=2", "--pauses=x"), "--pauses=x: must be seconds"),
+        (("--listen=8443",), "--listen=8443: must be HOST:PORT"),
+        (("--listen=h:8443",), "--certificates=certificates: holds no ca.crt"),
+        (("--local_clients=2", "--listen=h:1"), "--local_clients=2: goes without --listen"),
+        (("--local_clients=2", "--proxy=histogram", "--method=fedrevive"), "--proxy=histogram: is"),
+    ],
+)
+def test_wrong_flags_of_serve_are_told_in_one_line(tmp_path, arguments, error):
+    process = start("serve", *arguments, cwd=tmp_path)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 1
+    assert output.splitlines()[-1].startswith(f"error: {error}"), output
+    assert "Traceback" not in output
