@@ -95,10 +95,10 @@ def in_flags(text: str) -> str:
     return re.sub(r"(?<![\w.=/`-])(?P<name>\w+)(?==)", flag, text)
 
 
-def define_grace() -> flags.FlagHolder[float]:
+def define_grace(seconds: float = 6.0) -> flags.FlagHolder[float]:
     """Defines the time that programs have which save at a signal."""
     return flags.DEFINE_float(
-        "grace", 6.0, "seconds after SIGTERM or SIGINT in which a run saves; then it ends anyway"
+        "grace", seconds, "seconds after SIGTERM or SIGINT in which a run saves; then it ends anyway"
     )
 
 

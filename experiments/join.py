@@ -19,7 +19,7 @@ SERVER = flags.DEFINE_string("server", None, "HOST:PORT at which the server list
 CERTIFICATE = flags.DEFINE_string("certificate", "ca.crt", "the server's ca.crt")
 KEY = flags.DEFINE_string("key", None, "this client's private key, see experiments.keys")
 STATE = flags.DEFINE_string("state_dir", "runs/client.live", "folder for logs")
-GRACE = config_flags.define_grace()
+GRACE = config_flags.define_grace(30.0)  # several processes end, one after the other
 # The rest is the server's to say.
 config_flags.define(("dataset", "data_dir", "t5_weights", "precision", "convolution"))
 flags.adopt_module_key_flags(config_flags)

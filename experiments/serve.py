@@ -36,7 +36,7 @@ OVERWRITE = flags.DEFINE_bool("overwrite", False, "start afresh in a folder that
 STATE = flags.DEFINE_string(
     "state_dir", None, "folder for Flower's database and the logs; default: beside the workdir"
 )
-GRACE = config_flags.define_grace()
+GRACE = config_flags.define_grace(30.0)  # several processes end, one after the other
 config_flags.define()
 flags.adopt_module_key_flags(config_flags)
 

@@ -21,7 +21,7 @@ class Planned:
     def send(self, node, message, seconds):
         self._count += 1
         if message.kind == PREPARE:
-            self._prepared.append(Reply(self._count, Message(PREPARE, {})))
+            self._prepared.append(Reply(self._count, Message(PREPARE, {"name": node})))
         else:
             self._under_way[message.header["job"]] = self._count
         return self._count

@@ -75,6 +75,30 @@ def test_the_same_uploads_make_the_same_model_simulated_and_live(method, kwargs)
         np.testing.assert_array_equal(live_state, state)
 
 
+def test_a_client_that_comes_back_by_another_node_takes_over_its_seat_and_its_slot():
+    server, link, coordinator = hostile(believes_names=True)
+    link.up = {1}
+    coordinator.advance(0.0)
+    ready = Message("prepare", {"name": "a client"})
+    link.answer(*link.open, ready)
+    coordinator.advance(0.1)
+    assert coordinator.jobs == {0: 1}
+    old = next(iter(link.open))
+    link.up = {4}  # started again
+    coordinator.advance(0.2)
+    link.answer(next(name for name in link.open if name != old), ready)
+    coordinator.advance(0.3)
+    assert coordinator.jobs == {1: 4}  # the first job is given up at once
+    link.answer(old, good())
+    assert coordinator.advance(0.4) is None
+    assert coordinator.ignored == 1
+    link.answer(*link.open, good())
+    arrived = coordinator.advance(0.5)
+    assert arrived is not None
+    assert (arrived.receipt.job, arrived.receipt.client) == (1, 0)
+    assert server.rejected == {}
+
+
 def test_true_histograms_are_refused():
     with pytest.raises(ConfigError, match="proxy=histogram: is for simulations"):
         Federation(small("fedrevive", proxy="histogram"), link=Planned(1, [], {}))
@@ -94,7 +118,7 @@ def scalar_server():
     return server, jax.device_get(server.snapshot())
 
 
-def hostile(open_slots=1):
+def hostile(open_slots=1, **kwargs):
     """A coordinator of a scalar model over a link that does the worst."""
     server, (record, arrays) = scalar_server()
     server.restore(record, ONE, arrays)
@@ -102,7 +126,7 @@ def hostile(open_slots=1):
     coordinator = Coordinator(
         server, link, Registry(NODES), jax.eval_shape(lambda: scalar_upload(0.0)),
         prepared("{}", "digest"), concurrency=K, open_slots=open_slots, choose=drawn(0),
-        times=Times(job=10, prepare=20, rest=1),
+        times=Times(job=10, prepare=20, rest=1), **kwargs,
     )  # fmt: skip
     return server, link, coordinator
 

@@ -1,5 +1,6 @@
 """Flower as a link: with its own messages, without its processes."""
 
+import sys
 import threading
 import time
 
@@ -13,12 +14,15 @@ from flwr.app import Message as FlowerMessage  # noqa: E402
 from flwr.serverapp import Grid  # noqa: E402
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
+from fedrevive_jax.errors import UserError  # noqa: E402
 from fedrevive_jax.live import wire  # noqa: E402
+from fedrevive_jax.live.children import Child, stopped_together  # noqa: E402
 from fedrevive_jax.live.federation import Federation  # noqa: E402
-from fedrevive_jax.live.flower import client_app, records  # noqa: E402
+from fedrevive_jax.live.flower import client_app, hosting, records  # noqa: E402
 from fedrevive_jax.live.flower.link import GridLink  # noqa: E402
 from fedrevive_jax.live.link import PREPARE, TRAIN, Message  # noqa: E402
 from fedrevive_jax.live.trainer import Options, Trainer, listen  # noqa: E402
+from fedrevive_jax.record import files  # noqa: E402
 from tests.toys import small  # noqa: E402
 
 pytestmark = pytest.mark.slow  # run where the extra `live` is installed
@@ -198,3 +202,50 @@ def test_a_federation_trains_through_flowers_messages_and_a_trainers_socket(tmp_
     assert [r.version for r in receipts] == list(range(6))
     assert {r.client for r in receipts} == {0, 1}
     assert all(np.isfinite(float(r.loss)) and bool(r.accepted) for r in receipts)
+
+
+class FakeControl:
+    """Starts servers that get so far and end, one after the other."""
+
+    def __init__(self, state, arrivals):
+        self._state, self._arrivals = state, iter(arrivals)
+        self.runs = 0
+
+    def run(self, folder):
+        self.runs += 1
+        arrivals = next(self._arrivals, None)
+        status = {"state": "finished"} if arrivals is None else {
+            "state": "running", "arrivals": arrivals,
+        }  # fmt: skip
+        files.write_json(folder / "status.json", status)
+        return str(self.runs)
+
+    def stop(self, run):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "runs"),
+    [([3] * 20, 1 + hosting.MOST_ENDS), ([*range(20)], 21)],
+)
+def test_a_server_that_ends_again_and_again_without_an_arrival_is_given_up(
+    tmp_path, monkeypatch, arrivals, runs
+):
+    monkeypatch.setattr(hosting, "LOOK", 0.0)
+    control = FakeControl(tmp_path, arrivals)
+    log = tmp_path / "log"
+    log.write_text("error: the disk is full\n")
+
+    def supervise():
+        child = Child("SuperLink", [sys.executable, "-c", "import time; time.sleep(60)"], log)
+        with stopped_together([child]):
+            return hosting._supervise(
+                tmp_path, control, [child], lambda: False, lambda line: None
+            )
+
+    if runs > 20:
+        assert supervise() == {"state": "finished"}
+    else:
+        with pytest.raises(UserError, match="does not stay alive: error: the disk is full"):
+            supervise()
+    assert control.runs == runs

@@ -79,19 +79,26 @@ def test_what_is_no_message_is_refused(raw):
             wire.receive(theirs)
 
 
-def test_a_node_keeps_its_number_and_a_full_federation_takes_no_more(caplog):
+def test_a_client_keeps_its_seat_and_a_full_federation_takes_no_more(caplog):
     registry = Registry(2)
-    registry.meet([2**64 - 1, 7])
-    registry.meet([9, 7])
-    assert {node: own.number for node, own in registry.clients.items()} == {7: 0, 2**64 - 1: 1}
-    assert caplog.text.count("node 9 is turned away") == 1
-    registry.clients[7].visits = 5
+    registry.meet([7, 8, 9])
+    assert registry.sit(8, "b") == []
+    assert registry.sit(7, "a") == []
+    assert registry.sit(9, "c") is None
+    assert "node 9 is turned away: num_clients=2" in caplog.text
+    assert {node: own.seat and own.seat.number for node, own in registry.clients.items()} == {
+        7: 1, 8: 0, 9: None,
+    }  # fmt: skip
+    registry.seats["a"].visits = 5
+    assert registry.sit(9, "a") == [7]  # the same client, by another node
+    assert set(registry.clients) == {8, 9}
     later = Registry(2)
     later.restore(json.loads(json.dumps(registry.snapshot())))
-    later.meet([9, 2**64 - 1])
-    assert {node: (own.number, own.visits) for node, own in later.clients.items()} == {
-        7: (0, 5), 2**64 - 1: (1, 0),
-    }  # fmt: skip
+    later.meet([2**64 - 1])
+    assert later.sit(2**64 - 1, "a") == []
+    seat = later.clients[2**64 - 1].seat
+    assert (seat.number, seat.visits) == (1, 5)
+    assert later.sit(2**64 - 1, "x" * 1000) is None
 
 
 def test_a_client_that_fails_again_rests_twice_as_long():
@@ -172,7 +179,9 @@ def test_a_trainer_does_what_a_simulated_client_does_bit_for_bit(simulation):
     sent = prepared(told(CONFIG, simulation.dataset).to_json(), "one")
     with pytest.raises(UserError, match="not prepared"):
         trainer.answer(Message("train", {"settings": "one"}))
-    assert trainer.answer(sent).header == {"samples": CONFIG.samples_per_client}
+    assert trainer.answer(sent).header == {
+        "samples": CONFIG.samples_per_client, "name": f"part {client}",
+    }  # fmt: skip
     order = {"job": job, "visit": 0, "version": 0, "settings": "one"}
     answer = trainer.answer(Message("train", order, packing.pack(simulation.server.params)))
     expected = simulation.train_jobs(np.asarray([job]))[job]

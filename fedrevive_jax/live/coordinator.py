@@ -17,7 +17,7 @@ import jax
 from fedrevive_jax.compute.streams import Stream, numpy_generator
 from fedrevive_jax.live import packing
 from fedrevive_jax.live.link import PREPARE, TRAIN, Link, Message, Reply
-from fedrevive_jax.live.registry import Client, Registry
+from fedrevive_jax.live.registry import LONGEST_REST, Client, Registry
 from fedrevive_jax.messages import Upload
 from fedrevive_jax.server.admission import Rejection
 from fedrevive_jax.server.core import Receipt, Server, Ticket
@@ -86,6 +86,7 @@ class Coordinator:
         open_slots: int,
         choose: Callable[[int, Sequence[int]], int],
         times: Times = Times(),  # noqa: B008
+        believes_names: bool = False,
     ):
         """With all slots open.
 
@@ -98,7 +99,9 @@ class Coordinator:
           concurrency, open_slots: see `Config`.
           choose: (job, numbers of free clients in ascending order) -> one of them.
           times: how long is waited.
+          believes_names: a client is who it says it is, see `live.registry`.
         """
+        self._believes_names = believes_names
         self._server, self._link, self._registry = server, link, registry
         self._upload, self._preparation = upload, preparation
         self._concurrency, self._open_slots = concurrency, open_slots
@@ -175,7 +178,7 @@ class Coordinator:
         client = self._registry.clients[flight.node]
         if flight.ticket is None:
             self._land(reply.flight)
-            client.ready, client.failures = True, 0
+            self._welcome(flight.node, reply.message.header, now)
             return None
         # Over before anything is made of the upload, whatever it is.
         del self._flights[reply.flight]
@@ -193,6 +196,19 @@ class Coordinator:
         took = now - flight.sent
         return Arrived(result, took, min(_seconds(header.get("seconds")), took))
 
+    def _welcome(self, node: int, header: dict[str, Any], now: float) -> None:
+        """A client is ready. If another node was the same client's before, that is over."""
+        name = str(header.get("name", node)) if self._believes_names else str(node)
+        before = self._registry.sit(node, name)
+        client = self._registry.clients[node]
+        if before is None:
+            client.failures = LONGEST_REST  # nothing will change soon
+            client.rest(now, self._times.rest)
+            return
+        for flight in [key for key, own in self._flights.items() if own.node in before]:
+            self._land(flight)
+        client.ready, client.failures = True, 0
+
     def _unpacked(self, body: Any) -> Upload | None:
         """An upload on the device; None for what is none, which the server rejects."""
         try:
@@ -203,10 +219,9 @@ class Coordinator:
     def _blame(self, node: int, now: float, why: str) -> None:
         client = self._registry.clients[node]
         client.rest(now, self._times.rest)
-        _LOG.warning(
-            "client %d, node %d: %s; left alone for %.0f s",
-            client.number, node, why, client.rests_until - now,
-        )  # fmt: skip
+        who = "a new client" if client.seat is None else f"client {client.seat.number}"
+        rest = client.rests_until - now
+        _LOG.warning("%s, node %d: %s; left alone for %.0f s", who, node, why, rest)
 
     def _idle(self, nodes: set[int], now: float) -> dict[int, Client]:
         """Clients that can be spoken to and have nothing to do."""
@@ -225,25 +240,25 @@ class Coordinator:
     def _hand_out(self, nodes: set[int], now: float) -> None:
         while self._open:
             ready = {
-                client.number: node
+                client.seat.number: (node, client.seat)
                 for node, client in self._idle(nodes, now).items()
-                if client.ready and self._is_sound(node, now)
+                if client.ready and client.seat is not None and self._is_sound(node, now)
             }
             if not ready:
                 return
             number = self._choose(self._server.next_job, sorted(ready))
             ticket = self._server.dispatch(number)
-            client = self._registry.clients[ready[number]]
+            node, seat = ready[number]
             header = {
                 "job": ticket.job,
                 "version": ticket.version,
-                "visit": client.visits,
+                "visit": seat.visits,
                 "settings": self._preparation.header["digest"],
             }
             message = Message(TRAIN, header, self._parameters(ticket.version))
-            client.visits += 1
+            seat.visits += 1
             self._open -= 1
-            if not self._send(ready[number], message, now, self._times.job, ticket):
+            if not self._send(node, message, now, self._times.job, ticket):
                 self._server.give_up(ticket.job)
                 self._open += 1
 

@@ -60,6 +60,7 @@ class Federation:
         link: Link,
         choose: Callable[[int, Sequence[int]], int] | None = None,
         times: Times = Times(),  # noqa: B008
+        believes_names: bool = False,
         clock: Callable[[], float] = time.monotonic,
         wait: Callable[[float], None] = time.sleep,
         on_arrival: Callable[[Arrived], None] = lambda arrived: None,
@@ -73,7 +74,7 @@ class Federation:
             evaluate on.
           link: where the clients are.
           choose: see `Coordinator`; None is a uniform draw.
-          times: how long is waited.
+          times, believes_names: see `Coordinator`.
           clock: seconds, never going back.
           wait: lets so many seconds pass.
           on_arrival: told of every upload that is taken in.
@@ -124,6 +125,7 @@ class Federation:
             open_slots=config.open_slots,
             choose=choose or drawn(config.seed),
             times=times,
+            believes_names=believes_names,
         )
 
     @property
@@ -176,7 +178,7 @@ class Federation:
         """What the summary says of a live run."""
         return {
             "live": True,
-            "clients_joined": len(self.registry.clients),
+            "clients_joined": len(self.registry.seats),
             "replies_ignored": self._coordinator.ignored,
             "simulated_time": self._arrived_at,
         }

@@ -1,7 +1,10 @@
-"""Who has joined: which client number a node has, how often it has worked, and whom to leave alone.
+"""Who has joined: which client number is whose, how often it has worked, and whom to leave alone.
 
-A federation has N places. A node gets the lowest number that is free when it is first heard of, and
-keeps it for good: what a method remembers of a client goes by that number.
+A federation has N seats, numbered 0..N-1. A client gets the lowest that is free when it has first
+made itself ready, and keeps it for good: what a method remembers of a client goes by that number.
+Whose seat it is goes by a name. Where nodes have registered keys, a node is the same whenever it
+comes back, and its number there is the name. Where they have none, on one machine, a node that is
+started again is another one, so that its client's own name is believed.
 """
 
 import logging
@@ -12,22 +15,29 @@ from typing import Any
 _LOG = logging.getLogger(__name__)
 # A client that fails again and again is left alone for up to so many times the first rest.
 LONGEST_REST = 32
+LONGEST_NAME = 100
+
+
+@dataclass
+class Seat:
+    """A client's place: its number, and the jobs that were handed to it."""
+
+    number: int
+    visits: int = 0
 
 
 @dataclass
 class Client:
-    """A client that has joined.
+    """A node, and the client behind it.
 
     Attributes:
-      number: 0..N-1.
-      visits: jobs that were handed to it.
-      ready: whether it has prepared itself since it last failed.
+      seat: once it has been ready.
+      ready: whether it has made itself ready since it last failed.
       failures: one after the other.
       rests_until: when it may be spoken to again.
     """
 
-    number: int
-    visits: int = 0
+    seat: Seat | None = None
     ready: bool = False
     failures: int = 0
     rests_until: float = 0.0
@@ -41,34 +51,46 @@ class Client:
 
 @dataclass
 class Registry:
-    """The clients by node.
+    """Seats by name, clients by node.
 
     Attributes:
       capacity: N.
+      seats: by name.
       clients: by node.
     """
 
     capacity: int
+    seats: dict[str, Seat] = field(default_factory=dict)
     clients: dict[int, Client] = field(default_factory=dict)
-    _turned_away: set[int] = field(default_factory=set)
 
     def meet(self, nodes: Iterable[int]) -> None:
-        """Gives a number to nodes that have none, while there are any."""
-        for node in sorted(nodes):
-            if node in self.clients:
-                continue
-            if len(self.clients) < self.capacity:
-                self.clients[node] = Client(len(self.clients))
-                _LOG.info("node %d has joined as client %d", node, len(self.clients) - 1)
-            elif node not in self._turned_away:
-                self._turned_away.add(node)
-                _LOG.warning(
-                    "node %d is turned away: num_clients=%d have joined", node, self.capacity
-                )
+        """Takes note of nodes that are new."""
+        for node in nodes:
+            self.clients.setdefault(node, Client())
 
-    def snapshot(self) -> list[list[Any]]:
-        """What a continuation needs, plain: node as text, since JSON's numbers end below 2^64."""
-        return [[str(node), own.number, own.visits] for node, own in self.clients.items()]
+    def sit(self, node: int, name: str) -> list[int] | None:
+        """Gives a node the seat of a name, a new one if there are any.
 
-    def restore(self, kept: list[list[Any]]) -> None:
-        self.clients = {int(node): Client(number, visits) for node, number, visits in kept}
+        Returns:
+          Nodes that had that seat before, and have none now; None: all seats are taken.
+        """
+        seat = self.seats.get(name)
+        if seat is None:
+            if len(self.seats) == self.capacity or len(name) > LONGEST_NAME:
+                _LOG.warning("node %d is turned away: num_clients=%d have joined", node, self.capacity)
+                return None
+            seat = self.seats[name] = Seat(len(self.seats))
+            _LOG.info("node %d has joined as client %d", node, seat.number)
+        before = [other for other, own in self.clients.items() if own.seat is seat and other != node]
+        for other in before:
+            del self.clients[other]
+        self.clients[node].seat = seat
+        return before
+
+    def snapshot(self) -> dict[str, list[int]]:
+        """What a continuation needs, plain: name -> number, jobs."""
+        return {name: [seat.number, seat.visits] for name, seat in self.seats.items()}
+
+    def restore(self, kept: dict[str, Any]) -> None:
+        self.seats = {name: Seat(number, visits) for name, (number, visits) in kept.items()}
+        self.clients = {}

@@ -42,12 +42,14 @@ class Order(NamedTuple):
       times: how long clients are waited for.
       save_seconds: seconds between two checkpoints.
       overwrite: start afresh.
+      believes_names: see `Coordinator`.
     """
 
     config: Config
     times: Times
     save_seconds: float
     overwrite: bool = False
+    believes_names: bool = False
 
     def write(self, folder: Path) -> None:
         files.write_json(
@@ -110,7 +112,11 @@ class _Told:
 
     def now(self, state: str, **facts: Any) -> None:
         self._last = time.monotonic()
-        files.write_json(self._folder / STATUS, {"state": state, "pid": os.getpid(), **facts})
+        status = {"state": state, "pid": os.getpid(), **facts}
+        try:
+            files.write_json(self._folder / STATUS, status)
+        except OSError as error:  # a full disk: the run itself tells what that means for it
+            _LOG.error("%s: cannot be written (%s)", self._folder / STATUS, error.strerror)
 
     def soon(self, state: str, **facts: Any) -> None:
         if time.monotonic() - self._last >= TELL_EVERY:
@@ -130,6 +136,7 @@ def serve(folder: Path, link: Link) -> None:
         except InterruptedRunError as error:
             told.now(STOPPED, line=str(error))
         except UserError as error:
+            _LOG.error("error: %s", error)
             field = (error.field, str(error.value), error.reason) if _is_config(error) else None
             told.now(FAILED, line=str(error), field=field)
 
@@ -154,15 +161,16 @@ def _run(
         told.soon(
             RUNNING,
             line=f"{federation.position} arrivals, version {federation.server.version}, "
-            f"{len(federation.registry.clients)} clients, {at_work} at work",
+            f"{len(federation.registry.seats)} clients, {at_work} at work",
             version=federation.server.version,
             arrivals=federation.position,
         )
 
     def make(config, dataset, model, derived) -> Federation:
         federation = Federation(
-            config, dataset, model, derived, link=link, times=order.times, on_arrival=note
-        )
+            config, dataset, model, derived,
+            link=link, times=order.times, believes_names=order.believes_names, on_arrival=note,
+        )  # fmt: skip
         made.append(federation)
         stack.callback(federation.close)
         told.now(RUNNING, line="waiting for clients")

@@ -110,7 +110,8 @@ class Trainer:
             self._trained(ready, jax.tree.map(jnp.zeros_like, ready.template), 0, 0)
             self._ready = ready
         samples = len(self._ready.shards.client(self._options.part or 0))
-        return Message(PREPARE, {"samples": samples})
+        name = {} if self._options.part is None else {"name": f"part {self._options.part}"}
+        return Message(PREPARE, {"samples": samples, **name})
 
     def _made(self, message: Message, digest: str) -> _Ready:
         """Reads the data and builds the model, by the server's settings over the client's own."""

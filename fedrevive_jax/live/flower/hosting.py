@@ -36,6 +36,8 @@ _LOG = logging.getLogger(__name__)
 LOOK = 0.3
 # A run that was started tells where it stands after so many seconds at the latest.
 FIRST_WORD = 180.0
+# Ends of the server's process one after the other, without an arrival between them.
+MOST_ENDS = 5
 
 
 class Door(NamedTuple):
@@ -84,7 +86,8 @@ def host(
     _make_private(state)
     for name in (serving.STATUS, serving.STOP, f"{serving.ORDER}.begun"):
         (state / name).unlink(missing_ok=True)
-    order.write(state)
+    # A node without a key is another one after each start, but all of them are on this machine.
+    order._replace(believes_names=door is None).write(state)
     port = commands.free_port()
     certificates = door.certificates if door else None
     link = commands.superlink(state, port, certificates)
@@ -141,11 +144,13 @@ def _supervise(
 ) -> dict[str, Any]:
     """Keeps all alive until the run is over."""
     told, run, since = "", control.run(state), time.monotonic()
+    ends, arrivals = 0, -1
     while True:
         status = _status(state)
+        if status.get("arrivals", -1) > arrivals:
+            ends, arrivals = 0, status["arrivals"]
         if status.get("state") in (serving.FINISHED, serving.STOPPED, serving.FAILED):
-            control.stop(run)
-            return status
+            return status  # the SuperLink is stopped next, and with it the run
         if (line := status.get("line", "")) and line != told:
             tell(line)
             told = line
@@ -158,6 +163,9 @@ def _supervise(
                 continue
             if stop():
                 return {"state": serving.STOPPED, "line": "the server's process was gone"}
+            ends += 1
+            if ends > MOST_ENDS:
+                raise UserError(f"the server does not stay alive: {complaint(kept[0].log)}")
             _LOG.warning("the server's process has ended; it continues from the newest checkpoint")
             (state / serving.STATUS).unlink()
             control.stop(run)
