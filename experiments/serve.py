@@ -5,6 +5,7 @@ machines: --listen=HOST:PORT --certificates=DIR --clients=DIR, and `experiments.
 client. The record is that of a simulation, with seconds in the place of simulated time.
 """
 
+import resource
 import sys
 import time
 from pathlib import Path
@@ -94,6 +95,8 @@ def main() -> int:
         print(status["line"], file=sys.stderr)
         return interruption.status
     summary = status["summary"]
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    print(f"{sum(own.ru_utime + own.ru_stime for own in used):.0f} s of CPU", file=sys.stderr)
     print(
         f"{config.method} on {config.dataset}, live with {summary['clients_joined']} clients: "
         f"accuracy {summary['final_accuracy']:.4f} (best {summary['best_accuracy']:.4f}) "

@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import ssl
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,55 +18,25 @@ pytest.importorskip("flwr", reason="needs the extra live")
 from fedrevive_jax.live import keys  # noqa: E402
 from fedrevive_jax.live.flower import commands  # noqa: E402
 from fedrevive_jax.record import files  # noqa: E402
+from tests.live_run import (  # noqa: E402
+    SMALL,
+    arrivals,
+    kill,
+    newest_checkpoint,
+    processes,
+    start,
+    wait_for,
+)
 
 pytestmark = pytest.mark.slow
+PROTOBUF = "application/protobuf"
+# What an outsider tries: control and runtime, and ways round the gate.
+PATHS = (
+    "/v1/control/start-run", "/v1/runtime/get-nodes", "/health", "/",
+    "/v1/fleet/../control/start-run", "/v1/fleet/%2e%2e/control/start-run",
+    "/v1/fleet//", "//v1/control/start-run", "/v1/fleet/x?y=/v1/control",
+)  # fmt: skip
 PACE = 0.3  # seconds that a job takes longer
-# Enough of a run for every kill: it ends when the last has been survived.
-SMALL = ["--samples_per_client=40", "--local_iterations=2", "--batch_size=8", "--model_width=4"]
-
-
-def start(module, *arguments, cwd):
-    return subprocess.Popen(
-        [sys.executable, "-m", f"experiments.{module}", *map(str, arguments)],
-        cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-    )  # fmt: skip
-
-
-def wait_for(condition, process, seconds=240):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < end, "it did not come to that"
-        time.sleep(0.1)
-
-
-def arrivals(state):
-    try:
-        return json.loads((state / "status.json").read_text()).get("arrivals", 0)
-    except FileNotFoundError:
-        return 0
-
-
-def processes(*words):
-    """Process ids of those whose command holds all words."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                command = (entry / "cmdline").read_bytes().decode(errors="replace")
-            except OSError:
-                continue
-            if command and all(word in command for word in words):
-                found.append(int(entry.name))
-    return found
-
-
-def kill(*words):
-    found = processes(*words)
-    assert found, words
-    for pid in found:
-        os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
@@ -83,7 +52,7 @@ def test_a_federation_survives_every_kill_and_counts_every_upload_once(tmp_path)
         wait_for(lambda: arrivals(state) >= 6, process)
         status = json.loads((state / "status.json").read_text())
         for victim in (
-            ("live.trainer", str(state / "client_0.sock")),
+            ("live.trainer", str(state / "client_0.json")),
             ("flower-supernode", "--superlink"),  # all three
             ("flower-superlink", str(state)),
         ):
@@ -127,15 +96,11 @@ def test_a_federation_survives_every_kill_and_counts_every_upload_once(tmp_path)
     assert all(np.isfinite(row["loss"]) for row in rows)
 
 
-def newest_checkpoint(run):
-    return max((int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit()), default=0)
-
-
 def answer(port, authority, method, path, body=b""):
     """The status that a server tells somebody with no more than the authority's certificate."""
     context = ssl.create_default_context(cafile=authority)
     connection = http.client.HTTPSConnection("127.0.0.1", port, context=context, timeout=20)
-    connection.request(method, path, body)
+    connection.request(method, path, body, {"Content-Type": PROTOBUF})
     status = connection.getresponse().status
     connection.close()
     return status
@@ -149,7 +114,7 @@ def test_nobody_comes_in_but_registered_nodes_and_they_to_the_door_alone(tmp_pat
     authority = tmp_path / "certificates" / "ca.crt"
     server = start(
         "serve", f"--listen=127.0.0.1:{port}", "--clients=keys", "--method=fedbuff",
-        "--buffer_size=1", "--max_versions=4", *SMALL, cwd=tmp_path,
+        "--buffer_size=1", *SMALL, cwd=tmp_path,
     )  # fmt: skip
     state = tmp_path / "runs" / "live_digits_fedbuff.live"
     children = []
@@ -164,15 +129,16 @@ def test_nobody_comes_in_but_registered_nodes_and_they_to_the_door_alone(tmp_pat
     try:
         wait_for(lambda: (state / "status.json").exists(), server)
         # Control and runtime are not there from outside, however the path is written.
-        for path in (
-            "/v1/control/list-runs", "/v1/control/start-run", "/v1/runtime/get-nodes", "/health", "/",
-            "/v1/fleet/../control/list-runs", "/v1/fleet/%2e%2e/control/list-runs",
-            "/v1/fleet//", "//v1/control/list-runs", "/v1/fleet/x?y=/v1/control",
-        ):  # fmt: skip
+        for path in PATHS:
             assert answer(port, authority, "POST", path) == 404, path
         assert answer(port, authority, "GET", "/v1/fleet/pull-messages") == 404
         # The door for nodes is there, and asks who it is.
-        assert answer(port, authority, "POST", "/v1/fleet/activate-node") in (400, 401, 403, 422)
+        assert answer(port, authority, "POST", "/v1/fleet/activate-node") == 401
+        # All of it is there behind the gate: the paths are those that matter.
+        (link,) = processes("flower-superlink", str(state))
+        inside = int(Path(f"/proc/{link}/cmdline").read_text().split("--port\0")[1].split("\0")[0])
+        for path in PATHS[:2]:
+            assert answer(inside, authority, "POST", path) != 404, path
         # Nor is the SuperLink itself anywhere but on loopback.
         assert listening_on_all() == []
         with socket.create_connection(("127.0.0.1", port), timeout=20) as plain:
@@ -180,17 +146,18 @@ def test_nobody_comes_in_but_registered_nodes_and_they_to_the_door_alone(tmp_pat
             assert not plain.recv(100).startswith(b"HTTP/1.1 2")
         stranger = join(tmp_path / "stranger", "s")
         member = join(tmp_path / "keys" / "one", "m")
-        output, _ = server.communicate(timeout=240)  # the member trains all versions
-        assert server.returncode == 0, output
-        assert "live with 1 clients" in output
-        assert "after 4 versions" in output
-        told, _ = stranger.communicate(timeout=120)
+        wait_for(lambda: arrivals(state) >= 4, server)
+        told, _ = stranger.communicate(timeout=240)
         assert stranger.returncode == 1
         assert "Traceback" not in told
         assert "stranger.pub among its keys?" in told
         member.send_signal(signal.SIGTERM)
         told, _ = member.communicate(timeout=60)
         assert member.returncode == 143, told
+        server.send_signal(signal.SIGINT)
+        output, _ = server.communicate(timeout=90)
+        assert server.returncode == 130, output
+        assert " 1 clients, 1 at work" in output  # the member alone
     finally:
         for child in (server, *children):
             child.kill()

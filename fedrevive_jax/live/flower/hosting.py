@@ -18,6 +18,7 @@ import dataclasses
 import json
 import logging
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -121,8 +122,14 @@ def join(
       UserError: a process does not stay alive.
     """
     _make_private(state)
-    trainer, path = _trainer(state, "client", options)
-    node = commands.supernode(state, "node", address, path, authority, key)
+    with _sockets() as sockets:
+        trainer, path = _trainer(state, sockets, "client", options)
+        node = commands.supernode(state, "node", address, path, authority, key)
+        _work(trainer, node, address, key, stop)
+
+
+def _work(trainer: Child, node: Child, address: str, key: Path, stop: Callable[[], bool]) -> None:
+    """Keeps a client's processes alive until it is told to stop."""
     with stopped_together([trainer, node]):
         while not stop():
             _keep([trainer])
@@ -193,23 +200,28 @@ def _status(state: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def _local_clients(state: Path, clients: Sequence[Options], port: int) -> Iterator[list[Child]]:
     """A trainer and a node for each client on this machine, where the link speaks plain text."""
-    children = []
-    for number, options in enumerate(clients):
-        name = f"client_{number}"
-        trainer, path = _trainer(state, name, options)
-        node = commands.supernode(state, f"node_{number}", f"{LOOPBACK}:{port}", path)
-        children += [trainer, node]
-    with stopped_together(children):
-        yield children
+    with _sockets() as sockets:
+        children = []
+        for number, options in enumerate(clients):
+            trainer, path = _trainer(state, sockets, f"client_{number}", options)
+            node = commands.supernode(state, f"node_{number}", f"{LOOPBACK}:{port}", path)
+            children += [trainer, node]
+        with stopped_together(children):
+            yield children
 
 
-def _trainer(state: Path, name: str, options: Options) -> tuple[Child, Path]:
+@contextlib.contextmanager
+def _sockets() -> Iterator[Path]:
+    """A folder for sockets, whose names may not be long. Nobody else can enter it."""
+    with tempfile.TemporaryDirectory(prefix="fedrevive-") as folder:
+        yield Path(folder)
+
+
+def _trainer(state: Path, sockets: Path, name: str, options: Options) -> tuple[Child, Path]:
     """The process that trains for a client, and its socket."""
     told = state / f"{name}.json"
     told.write_text(options.to_json())
-    path = state / f"{name}.sock"
-    if len(str(path)) > 100:  # what a socket's name may hold
-        raise UserError(f"{state}: the folder's name is too long for a socket in it; give another")
+    path = sockets / name
     command = [sys.executable, "-m", "fedrevive_jax.live.trainer", str(path), str(told)]
     return Child(f"the trainer of {name}", command, state / f"{name}.log"), path
 
