@@ -44,6 +44,8 @@ autodoc_typehints_format = "short"
 autodoc_default_options = {"members": True, "show-inheritance": False}
 # Names of the signature as they are written, not the value that they stand for.
 autodoc_preserve_defaults = True
+# Of the extra `live`, which pages about the rest do without.
+autodoc_mock_imports = ["cryptography", "flwr", "httpx", "uvicorn"]
 python_maximum_signature_line_length = 100
 python_use_unqualified_type_names = True
 

@@ -98,7 +98,9 @@ def in_flags(text: str) -> str:
 def define_grace(seconds: float = 6.0) -> flags.FlagHolder[float]:
     """Defines the time that programs have which save at a signal."""
     return flags.DEFINE_float(
-        "grace", seconds, "seconds after SIGTERM or SIGINT in which a run saves; then it ends anyway"
+        "grace",
+        seconds,
+        "seconds after SIGTERM or SIGINT in which a run saves; then it ends anyway",
     )
 
 

@@ -73,9 +73,7 @@ def main() -> int:
         print(f"{config.run_dir} holds this run, finished; nothing to do")
         return 0
     state = Path(STATE.value or f"{config.run_dir}.live").absolute()
-    order = serving.Order(
-        config, Times(job=JOB_SECONDS.value), SAVE_SECONDS.value, OVERWRITE.value
-    )
+    order = serving.Order(config, Times(job=JOB_SECONDS.value), SAVE_SECONDS.value, OVERWRITE.value)
     clients = [] if door else hosting.shared_between(config, pauses)
     began = time.monotonic()
     with Interruption(GRACE.value) as interruption:
@@ -114,10 +112,14 @@ def _door() -> tuple[tuple[tuple[str, int], tuple[Path, ...], list[Path]] | None
     """
     if LISTEN.value is None:
         if not 1 <= LOCAL.value <= 64:
-            raise ConfigError("local_clients", LOCAL.value, "must be 1 to 64, or give listen=HOST:PORT")
+            raise ConfigError(
+                "local_clients", LOCAL.value, "must be 1 to 64, or give listen=HOST:PORT"
+            )
         return None, LOCAL.value
     if LOCAL.value:
-        raise ConfigError("local_clients", LOCAL.value, "goes without `listen`; use experiments.join")
+        raise ConfigError(
+            "local_clients", LOCAL.value, "goes without `listen`; use experiments.join"
+        )
     address = config_flags.address("listen", LISTEN.value)
     files = tuple(
         Path(CERTIFICATES.value, name).absolute() for name in ("ca.crt", "server.crt", "server.key")
@@ -127,7 +129,9 @@ def _door() -> tuple[tuple[tuple[str, int], tuple[Path, ...], list[Path]] | None
             raise ConfigError("certificates", CERTIFICATES.value, f"holds no {path.name}")
     keys = sorted(Path(CLIENTS.value or "").absolute().glob("*.pub")) if CLIENTS.value else []
     if not keys:
-        raise ConfigError("clients", CLIENTS.value or "", "must be a folder with public keys, *.pub")
+        raise ConfigError(
+            "clients", CLIENTS.value or "", "must be a folder with public keys, *.pub"
+        )
     return (address, files, keys), len(keys)
 
 

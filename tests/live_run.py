@@ -57,4 +57,6 @@ def kill(*words):
 
 
 def newest_checkpoint(run):
-    return max((int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit()), default=0)
+    return max(
+        (int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit()), default=0
+    )

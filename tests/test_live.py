@@ -62,7 +62,9 @@ def test_the_same_uploads_make_the_same_model_simulated_and_live(method, kwargs)
     simulation, expected, packed = simulated(config)
     order = simulation.schedule.job.tolist()
     link = Planned(config.num_clients, order, packed)
-    federation, receipts = live(config, link, lambda job, free: int(simulation.schedule.client[job]))
+    federation, receipts = live(
+        config, link, lambda job, free: int(simulation.schedule.client[job])
+    )
     assert rows(receipts) == rows(expected)
     assert federation.server.version == simulation.server.version > 1
     for live_state, state in zip(
@@ -180,9 +182,22 @@ def check(server, coordinator, open_slots):
 
 
 @pytest.mark.parametrize("open_slots", [1, K])
-@settings(max_examples=250, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(acts=st.lists(ACTS, max_size=60))
 def test_nothing_that_nodes_or_network_do_loses_a_slot_or_a_job(open_slots, acts):
+    survive(open_slots, acts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("open_slots", [1, K])
+@settings(max_examples=500, deadline=None)
+@given(acts=st.lists(ACTS, max_size=100))
+def test_nor_does_it_in_a_thousand_random_sequences(open_slots, acts):
+    survive(open_slots, acts)
+
+
+def survive(open_slots, acts):
+    """Does what is told, then lets all be well again, and holds the coordinator to its promises."""
     server, link, coordinator = hostile(open_slots=open_slots)
     now, taken = 0.0, 0
     for kind, *what in acts:
@@ -190,7 +205,9 @@ def test_nothing_that_nodes_or_network_do_loses_a_slot_or_a_job(open_slots, acts
         before = server.rejected.copy()
         arrived = coordinator.advance(now)
         taken += arrived is not None
-        assert arrived is None or server.rejected == before or arrived.training <= arrived.round_trip
+        assert (
+            arrived is None or server.rejected == before or arrived.training <= arrived.round_trip
+        )
         check(server, coordinator, open_slots)
     # Once all is well again, the work goes on.
     link.up, link.refuses = set(range(NODES)), False

@@ -168,7 +168,9 @@ def test_a_client_takes_the_servers_numbers_of_the_classes(simulation):
     with pytest.raises(FileError, match="has a class 'cat'; the server knows 0, 1"):
         settings.as_served(sent, dataclasses.replace(own, class_names=("7", "cat", "0")))
     smaller = dataclasses.replace(own, samples=own.samples[:, :4])
-    with pytest.raises(FileError, match=r"its samples are \[4, 8, 1\]; the server's are \[8, 8, 1\]"):
+    with pytest.raises(
+        FileError, match=r"its samples are \[4, 8, 1\]; the server's are \[8, 8, 1\]"
+    ):
         settings.as_served(sent, smaller)
 
 
@@ -260,7 +262,10 @@ def test_a_process_that_is_killed_is_started_again(tmp_path):
 def test_a_process_that_ends_at_once_is_given_up_with_its_own_words(tmp_path, monkeypatch):
     monkeypatch.setattr("fedrevive_jax.live.children.FIRST_REST", 0.0)
     own = child(tmp_path, "raise SystemExit('an error: no such key')")
-    with stopped_together([own]), pytest.raises(ChildError, match="a child does not stay alive: an"):
+    with (
+        stopped_together([own]),
+        pytest.raises(ChildError, match="a child does not stay alive: an"),
+    ):
         until(lambda: own.keep() and False)
 
 
@@ -270,7 +275,8 @@ def test_no_process_outlives_the_one_that_started_it(tmp_path):
 import sys, time
 from pathlib import Path
 from fedrevive_jax.live.children import Child, stopped_together
-own = Child("a child", [sys.executable, "-c", "import time; time.sleep(60)"], Path({str(tmp_path)!r}) / "log")
+sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
+own = Child("a child", sleeps, Path({str(tmp_path)!r}) / "log")
 with stopped_together([own]):
     print(own.pid, flush=True)
     time.sleep(60)

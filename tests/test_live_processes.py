@@ -15,10 +15,10 @@ import pytest
 
 pytest.importorskip("flwr", reason="needs the extra live")
 
-from fedrevive_jax.live import keys  # noqa: E402
-from fedrevive_jax.live.flower import commands  # noqa: E402
-from fedrevive_jax.record import files  # noqa: E402
-from tests.live_run import (  # noqa: E402
+from fedrevive_jax.live import keys
+from fedrevive_jax.live.flower import commands
+from fedrevive_jax.record import files
+from tests.live_run import (
     SMALL,
     arrivals,
     kill,

@@ -54,7 +54,7 @@ class Arrived(NamedTuple):
 
 
 class _Flight(NamedTuple):
-    """A message that is under way: to whom, since when, until when; a job's ticket, if it is one."""
+    """A message under way: to whom, since when, until when; the ticket, if it is of a job."""
 
     node: int
     sent: float

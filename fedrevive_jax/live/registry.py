@@ -77,11 +77,15 @@ class Registry:
         seat = self.seats.get(name)
         if seat is None:
             if len(self.seats) == self.capacity or len(name) > LONGEST_NAME:
-                _LOG.warning("node %d is turned away: num_clients=%d have joined", node, self.capacity)
+                _LOG.warning(
+                    "node %d is turned away: num_clients=%d have joined", node, self.capacity
+                )
                 return None
             seat = self.seats[name] = Seat(len(self.seats))
             _LOG.info("node %d has joined as client %d", node, seat.number)
-        before = [other for other, own in self.clients.items() if own.seat is seat and other != node]
+        before = [
+            other for other, own in self.clients.items() if own.seat is seat and other != node
+        ]
         for other in before:
             del self.clients[other]
         self.clients[node].seat = seat

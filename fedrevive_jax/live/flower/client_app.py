@@ -22,7 +22,9 @@ def pass_on(message: Message, context: Context) -> Message:
     """Asks the trainer; what it cannot do becomes an error of the message."""
     del context
     order = records.from_record(message.content)
-    header, body = wire.ask(os.environ[wire.SOCKET], {**order.header, "kind": order.kind}, order.body)
+    header, body = wire.ask(
+        os.environ[wire.SOCKET], {**order.header, "kind": order.kind}, order.body
+    )
     if "error" in header:
         raise RuntimeError(header["error"])
     answer = Order(str(header.pop("kind")), header, body)

@@ -4,6 +4,7 @@ SuperLink, SuperNodes and runs are the open-source ones, 1.42. Nothing is sent h
 installed when a run starts.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -155,10 +156,8 @@ class Control:
 
     def stop(self, run: str) -> None:
         """Ends a run; one that is over is left alone."""
-        try:
+        with contextlib.suppress(FlowerError):
             self._ask("stop", run, _CONNECTION)
-        except FlowerError:
-            pass
 
     def register(self, public_key: Path) -> None:
         """Lets the owner of a key in; a key that is registered is left as it is.

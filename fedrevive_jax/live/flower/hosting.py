@@ -106,7 +106,12 @@ def host(
 
 
 def join(
-    state: Path, options: Options, address: str, authority: Path, key: Path, stop: Callable[[], bool]
+    state: Path,
+    options: Options,
+    address: str,
+    authority: Path,
+    key: Path,
+    stop: Callable[[], bool],
 ) -> None:
     """Works for a server until it is told to stop.
 
@@ -178,9 +183,7 @@ def _supervise(
             control.stop(run)
             run, since, told = control.run(state), time.monotonic(), ""
         elif not status and time.monotonic() - since > FIRST_WORD:
-            raise UserError(
-                f"the server's process says nothing: {complaint(kept[0].log)}"
-            )
+            raise UserError(f"the server's process says nothing: {complaint(kept[0].log)}")
         time.sleep(LOOK)
 
 

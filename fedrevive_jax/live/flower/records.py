@@ -1,7 +1,7 @@
 """Messages as Flower carries them: a header in JSON, and one array of bytes.
 
-One array, because each of Flower's objects is a request of its own. No pickle, and no `.npy` either:
-the array is taken as the bytes that it is.
+One array, because each of Flower's objects is a request of its own. No pickle, and no `.npy`
+either: the array is taken as the bytes that it is.
 """
 
 import json
