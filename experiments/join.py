@@ -27,10 +27,7 @@ flags.adopt_module_key_flags(config_flags)
 
 def main() -> int:
     address = config_flags.address("server", SERVER.value)
-    files = {"certificate": CERTIFICATE.value, "key": KEY.value}
-    for name, value in files.items():
-        if not value or not Path(value).is_file():
-            raise ConfigError(name, value or "", "is no file")
+    certificate, key = (_file(flag) for flag in (CERTIFICATE, KEY))
     config = resolve(method="fedbuff", **config_flags.given_values())
     config_flags.need_flower()
     from fedrevive_jax import data
@@ -46,12 +43,18 @@ def main() -> int:
             Path(STATE.value).absolute(),
             Options(config),
             f"{address[0]}:{address[1]}",
-            Path(CERTIFICATE.value).absolute(),
-            Path(KEY.value).absolute(),
+            certificate,
+            key,
             lambda: interruption.requested,
         )
     print("left", file=sys.stderr)
     return interruption.status
+
+
+def _file(flag: flags.FlagHolder) -> Path:
+    if not flag.value or not Path(flag.value).is_file():
+        raise ConfigError(flag.name, flag.value or "", "is no file")
+    return Path(flag.value).absolute()
 
 
 if __name__ == "__main__":

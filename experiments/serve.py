@@ -5,6 +5,7 @@ machines: --listen=HOST:PORT --certificates=DIR --clients=DIR, and `experiments.
 client. The record is that of a simulation, with seconds in the place of simulated time.
 """
 
+import dataclasses
 import resource
 import sys
 import time
@@ -58,6 +59,11 @@ def main() -> int:
     }.items():
         given[name] = given[name] or value
     config = resolve(**given)
+    if not given["beta_s_max"]:
+        # It goes with how many work at the same time, and the preset's is for a crowd.
+        preset = resolve(**{**given, "concurrency": None, "num_clients": None})
+        scaled = preset.beta_s_max * config.concurrency / preset.concurrency
+        config = dataclasses.replace(config, beta_s_max=scaled)
     if config.num_clients < count:
         raise ConfigError("num_clients", config.num_clients, f"must be at least {count}")
     if is_bucket(str(config.run_dir)):

@@ -1,4 +1,4 @@
-"""A live run of kills: python -m tests.soak_live [--minutes=60] [--every=40] [--seed=0] [--out=DIR].
+"""A live run of kills: python -m tests.soak_live [--minutes=60] [--every=40] [--seed=0] [--out=D].
 
 Three clients on this machine, of different speed. About every so many seconds something random is
 killed: a trainer, a SuperNode, Flower's process of a message, rarely the SuperLink or the server's

@@ -140,6 +140,8 @@ def test_settings_come_back_and_hold_no_path(simulation):
         lambda given: given.update(classes=[1, 2]),
         lambda given: given.update(more=1),
         lambda given: given["preprocessing"].update(shell="rm"),
+        lambda given: given["preprocessing"].update(flip="yes"),
+        lambda given: given["preprocessing"].update(mean="wide"),
         lambda given: given.update(input_shape="wide"),
     ],
 )

@@ -135,6 +135,7 @@ class Coordinator:
         """
         nodes = set(self._link.nodes())
         self._registry.meet(nodes)
+        self._registry.forget(nodes | {flight.node for flight in self._flights.values()})
         self._replies.extend(self._link.receive())
         self._give_up_what_is_late(now)
         arrived = None
@@ -207,6 +208,8 @@ class Coordinator:
             return
         for flight in [key for key, own in self._flights.items() if own.node in before]:
             self._land(flight)
+        for other in before:
+            self._last.pop(other, None)
         client.ready, client.failures = True, 0
 
     def _unpacked(self, body: Any) -> Upload | None:

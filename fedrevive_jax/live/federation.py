@@ -4,7 +4,6 @@ It is recorded as a simulation is, see `running.recorder.Run`: what is a planned
 second on the wall here. Seconds in which no server ran do not count.
 """
 
-import functools
 import hashlib
 import json
 import time
@@ -105,6 +104,7 @@ class Federation:
         self._evaluate = make_evaluator(self.model, feed.evaluation, config.eval_batch)
 
         self.position, self.step_seconds, self.jobs_restarted = 0, [], 0
+        self._warm = False
         self._staleness: list[int] = []
         self._link, self._clock, self._wait = link, clock, wait
         self._on_arrival = on_arrival
@@ -134,7 +134,7 @@ class Federation:
         tokenizer = self.dataset.tokenizer
         return Derived(tokenizer.serialised if tokenizer else "", None, self.origin)
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
         """A digest of the data that the server evaluates on."""
         return self.dataset.digest
@@ -193,14 +193,11 @@ class Federation:
         """See `Coordinator.jobs`."""
         return self._coordinator.jobs
 
-    def warm_up(self) -> None:
-        """Compiles what an arrival runs, so that no client waits for it; once, before the first."""
-        self.server.compile()
-
     def advance(self) -> Receipt | None:
         """The next arrival; None where none has come for a second."""
-        if self.position == 0 and not self.slots[0]:
-            self.warm_up()
+        if not self._warm:
+            self.server.compile()  # once, so that no client waits for it
+            self._warm = True
         until = self._clock() + PATIENCE
         while not self.finished:
             arrived = self._coordinator.advance(self._clock())

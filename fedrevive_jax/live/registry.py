@@ -68,6 +68,11 @@ class Registry:
         for node in nodes:
             self.clients.setdefault(node, Client())
 
+    def forget(self, known: set[int]) -> None:
+        """Drops nodes without a seat that are not among those that are known of."""
+        for node in [n for n, own in self.clients.items() if own.seat is None and n not in known]:
+            del self.clients[node]
+
     def sit(self, node: int, name: str) -> list[int] | None:
         """Gives a node the seat of a name, a new one if there are any.
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedrevive_jax.config import Config
-from fedrevive_jax.errors import ConfigError, UserError
+from fedrevive_jax.errors import ConfigError, FileError, UserError
 from fedrevive_jax.live.coordinator import Arrived, Times
 from fedrevive_jax.live.federation import Federation
 from fedrevive_jax.live.link import Link
@@ -137,12 +137,10 @@ def serve(folder: Path, link: Link) -> None:
             told.now(STOPPED, line=str(error))
         except UserError as error:
             _LOG.error("error: %s", error)
-            field = (error.field, str(error.value), error.reason) if _is_config(error) else None
+            field = None
+            if isinstance(error, ConfigError) and not isinstance(error, FileError):
+                field = (error.field, str(error.value), error.reason)
             told.now(FAILED, line=str(error), field=field)
-
-
-def _is_config(error: UserError) -> bool:
-    return type(error) is ConfigError
 
 
 def _run(

@@ -72,24 +72,31 @@ def from_json(text: str) -> Settings:
     try:
         given = json.loads(text)
         fields, classes = given["fields"], tuple(given["classes"])
-        how = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in given["preprocessing"].items()
-        }
         settings = Settings(
             {name: fields[name] for name in FIELDS},
             classes,
             tuple(map(int, given["input_shape"])),
-            Preprocessing(**how),
+            _preprocessing(**given["preprocessing"]),
             str(given["weights_sha256"]),
         )
         well_named = all(isinstance(name, str) and len(name) < LONGEST_NAME for name in classes)
         well_formed = set(given) == set(dataclasses.asdict(settings)) and set(fields) == set(FIELDS)
+        if well_named and well_formed:
+            return settings
     except (ValueError, RecursionError, AttributeError, LookupError, TypeError):
-        well_named = well_formed = False
-    if not (well_named and well_formed):
-        raise ConfigError("settings", None, "what the server sent are no settings of this version")
-    return settings
+        pass
+    raise ConfigError("settings", None, "what the server sent are no settings of this version")
+
+
+def _preprocessing(
+    crop_padding: Any, flip: Any, rotation: Any, mean: Any, std: Any
+) -> Preprocessing:
+    """What came, as the numbers that they have to be."""
+    if not isinstance(flip, bool):
+        raise TypeError("flip must be true or false")
+    return Preprocessing(
+        int(crop_padding), flip, float(rotation), tuple(map(float, mean)), tuple(map(float, std))
+    )
 
 
 def configured(settings: Settings, own: Config) -> Config:

@@ -250,7 +250,7 @@ class Server:
         return self._end(self._jobs[job])
 
     def submit(
-        self, job: int, upload: Upload, base_version: int | None = None
+        self, job: int, upload: Upload | Any, base_version: int | None = None
     ) -> Receipt | Rejection:
         """Takes in the upload of a job and makes the next version when the buffer is full.
 

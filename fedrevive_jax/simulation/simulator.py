@@ -263,9 +263,13 @@ class Simulation:
         positions = self.dataset.positions(split or self.config.eval_split)
         return self._evaluate(params, self._store, self._labels, positions)
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
         """A digest of the plan, of who holds what, of the data, and of the files that are read."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256()
         plan = self._planned
         for array in (

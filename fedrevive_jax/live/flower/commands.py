@@ -19,13 +19,19 @@ from fedrevive_jax.errors import UserError
 from fedrevive_jax.live.children import Child, complaint
 from fedrevive_jax.live.wire import SOCKET
 
+LOOPBACK = "127.0.0.1"
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     # How often a SuperExec looks for work; by default every second.
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
+    "FLWR_LOG_LEVEL": "WARNING",  # else a line for every request
+    # What goes to this machine goes through no proxy.
+    **{
+        name: ",".join(filter(None, (os.environ.get(name), LOOPBACK, "localhost")))
+        for name in ("NO_PROXY", "no_proxy")
+    },
 }
-LOOPBACK = "127.0.0.1"
 _CONNECTION = "federation"
 _APP = {
     "pyproject.toml": """[project]
