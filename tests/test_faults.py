@@ -165,10 +165,10 @@ FAULTY = {"fault_rate": 0.5, "max_time": 12.0}
 
 @pytest.mark.parametrize("method", ["fedrevive", "fedbuff"])
 def test_windows_and_one_by_one_agree_with_failures(method):
-    """Bit for bit: one job a call in both, so that nothing is summed in another order. Uploads that
-    are not finite are rejected, and nothing else is."""
-    windowed, receipts, live = play(small(method, client_batch=1, **FAULTY))
-    single, expected, _ = play(small(method, client_batch=1, window_limit=1, **FAULTY))
+    """Bit for bit: calls of one size in both, so that nothing is summed in another order. Uploads
+    that are not finite are rejected, and nothing else is."""
+    windowed, receipts, live = play(small(method, client_batch=4, **FAULTY))
+    single, expected, _ = play(small(method, client_batch=4, window_limit=1, **FAULTY))
     assert len(windowed.windows) < len(single.windows) == len(expected) > 15
     assert rows(receipts) == rows(expected)
     assert_same_params(windowed, single, atol=0)

@@ -9,6 +9,8 @@ import pytest
 
 from fedrevive_jax import models
 from fedrevive_jax.clients.local_training import train
+from fedrevive_jax.clock import schedule
+from fedrevive_jax.clock.windows import plan_windows
 from fedrevive_jax.compute import trees
 from fedrevive_jax.dfkd import loss_guard, reviver, synthesis
 from fedrevive_jax.models.model import Vocabulary, initial_taps
@@ -17,7 +19,7 @@ from fedrevive_jax.server import shelf as shelves
 from fedrevive_jax.server.version_store import VersionStore
 from fedrevive_jax.simulation import sizing
 from fedrevive_jax.simulation.simulator import Simulation
-from tests.toys import assert_same_params, play, rows, scalar_model, small
+from tests.toys import Fixed, assert_same_params, clock, play, rows, scalar_model, small
 
 
 def kinds(tree):
@@ -109,22 +111,58 @@ def test_jobs_in_a_call_on_a_cpu():
 
 
 @pytest.mark.parametrize(
-    ("windows", "limit", "devices", "size"),
+    ("limit", "devices", "size"),
     [
-        # Of CALL_COST = 2: seven calls of four take 7 * 6, four of five 4 * 7.
-        ([4, 4, 4, 5], 8, 1, 5),
-        # Eleven calls of four take 11 * 6, ten of five 10 * 7.
-        ([4] * 9 + [5], 8, 1, 4),
-        ([4] * 9 + [5], 2, 1, 2),
-        # Of two devices eleven calls take 11 * 4, ten 10 * 5.
-        ([4] * 9 + [5], 8, 2, 4),
-        ([1], 8, 4, 4),
-        ([], 8, 2, 2),
+        # Of CALL_COST = 2: of ten jobs two calls of five take 2 * 7, three of four 3 * 6, two of
+        # eight 2 * 10.
+        (8, 1, 5),
+        # Three of four take 3 * 6, four of three 4 * 5.
+        (4, 1, 4),
+        # Of two devices one call of five each takes 7, two of four 2 * 6.
+        (8, 2, 10),
+        # Two of three take 2 * 5, three of two 3 * 4.
+        (3, 2, 6),
     ],
 )
-def test_calls_of_the_size_that_suits_the_windows(windows, limit, devices, size):
+def test_calls_of_the_size_that_suits_cohorts(limit, devices, size):
+    """Ten clients, who all start anew when the last of them has arrived."""
     assert sizing.CALL_COST == 2
-    assert sizing.jobs_in_a_call(np.asarray(windows, np.int64), limit, devices) == size
+    plan = clock(Fixed([1.0] * 10), 10, 10, 10, 10)
+    assert sizing.jobs_in_a_call(plan, limit, devices) == size
+
+
+def test_calls_as_large_as_can_be_kept_full():
+    """Without cohorts a call waits until it is full; the more are in flight, the larger it is. Of a
+    long plan its beginning decides."""
+    config = resolve("cifar10", "fedrevive", max_time=20.0)
+    plan = schedule.create(config)
+    assert sizing.jobs_in_a_call(plan, 9) == 9
+    assert sizing.jobs_in_a_call(plan, 4, devices=2) == 8
+    few = schedule.create(dataclasses.replace(config, concurrency=4))
+    assert 1 < sizing.jobs_in_a_call(few, 9) <= 4
+    longer = schedule.create(dataclasses.replace(config, max_time=100.0))
+    longest = schedule.create(dataclasses.replace(config, max_time=120.0))
+    assert longer.num_arrivals > sizing.SIZED_BY
+    assert sizing.jobs_in_a_call(longer, 32) == sizing.jobs_in_a_call(longest, 32)
+    none = clock(Fixed([5.0]), 1, 1, max_time=1.0)
+    assert sizing.jobs_in_a_call(none, 8, devices=2) == 2
+
+
+@pytest.mark.parametrize("method", ["fedrevive", "fedbuff"])
+def test_few_calls_of_the_published_plans_are_padded(method):
+    """Of what is trained less than one in a hundred, and few uploads wait; windows of all that can
+    be trained, each in calls of its own, are the control."""
+    config = resolve("cifar10", method, max_time=60.0)
+    plan = schedule.create(config)
+    for jobs in (2, 9, 16):
+        calls = sizing.plan_calls(config, plan, jobs)
+        assert len(calls) * jobs <= 1.01 * plan.num_arrivals
+        trained = np.cumsum([len(call.jobs) for call in calls])
+        assert (trained - [call.first_arrival for call in calls]).max() <= 2 * jobs
+        apart = sum(-(-len(window.jobs) // jobs) for window in plan_windows(plan))
+        assert apart * jobs > 1.01 * plan.num_arrivals
+    alone = dataclasses.replace(config, window_limit=1)
+    assert len(sizing.plan_calls(alone, plan, 9)) == plan.num_arrivals
 
 
 def tiny_convnet():

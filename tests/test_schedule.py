@@ -158,6 +158,34 @@ def test_windows_train_every_job_once_and_in_time(limit):
         assert [w.first_arrival for w in windows] == list(range(plan.num_arrivals))
 
 
+@pytest.mark.parametrize("position", [1, 150, 400])
+def test_windows_go_on_from_what_is_trained(position):
+    """The same limit gives what is left of the same windows; with another limit, too, every job is
+    trained once, and in time."""
+    plan = published("default", 10.0)
+    windows = plan_windows(plan, 7)
+    begun = [window for window in windows if window.first_arrival < position]
+    jobs = np.concatenate([window.jobs for window in begun])
+    trained = jobs[plan.arrival_of_job[jobs] >= position]
+    assert len(trained)
+    again = plan_windows(plan, 7, position, trained=trained)
+    left = windows[len(begun) :]
+    assert [w.first_arrival for w in again] == [w.first_arrival for w in left]
+    assert [w.jobs.tolist() for w in again] == [w.jobs.tolist() for w in left]
+    other = plan_windows(plan, 3, position, trained=trained)
+    assert sorted([*jobs, *np.concatenate([w.jobs for w in other])]) == sorted(plan.job)
+    assert all((plan.arrival_of_job[w.jobs] >= w.first_arrival).all() for w in other)
+
+
+def test_windows_up_to_an_arrival():
+    plan = published("default", 10.0)
+    windows = plan_windows(plan, 7)
+    some = plan_windows(plan, 7, end=100)
+    assert 0 < len(some) < len(windows)
+    assert [w.jobs.tolist() for w in some] == [w.jobs.tolist() for w in windows[: len(some)]]
+    assert some[-1].first_arrival < 100 <= windows[len(some)].first_arrival
+
+
 def test_draws_do_not_depend_on_the_order_of_events():
     """The n-th job of a client takes the same time whatever K is and whoever else works."""
     config = Config(num_clients=50, concurrency=10)

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import pytest
 
 from fedrevive_jax.clock import schedule
-from fedrevive_jax.clock.windows import plan_windows
 from fedrevive_jax.compute import hlo
 from fedrevive_jax.compute import target as targets
 from fedrevive_jax.errors import ConfigError
@@ -64,8 +63,7 @@ class Compiled:
         self.config = compiling.settled(given, self.target)
         self.dataset = compiling.blank(self.config)
         clock = schedule.create(self.config)
-        windows = plan_windows(clock, self.config.window_limit)
-        self.programs = compiling.build(self.config, self.target, self.dataset, clock, windows)
+        self.programs = compiling.build(self.config, self.target, self.dataset, clock)
         self.function, self.arguments = getattr(self.programs, name)
         compiled = self.function.lower(*self.arguments).compile()
         self.program = hlo.Program(compiled.as_text())

@@ -15,7 +15,6 @@ from experiments.benchmarking import measuring
 from experiments.benchmarking.measuring import Timing
 from fedrevive_jax import data, models
 from fedrevive_jax.clock import schedule
-from fedrevive_jax.clock.windows import plan_windows
 from fedrevive_jax.compute import devices
 from fedrevive_jax.config import Config
 from fedrevive_jax.data.dataset import official_splits
@@ -25,7 +24,7 @@ from fedrevive_jax.models import Model
 from fedrevive_jax.models.model import initial_taps
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.running.runner import settle
-from fedrevive_jax.simulation import planning
+from fedrevive_jax.simulation import planning, sizing
 from fedrevive_jax.simulation.simulator import Simulation
 
 # What is measured under each name: the data set whose preset it takes.
@@ -74,7 +73,7 @@ class Measured:
       stages: by name.
       arrival: seconds of a whole arrival, synthesis by its share and client training with its
         padding.
-      padding: jobs that the calls of the preset's windows train for each job that is needed.
+      padding: jobs that the calls of the preset's plan train for each job that is needed.
       window_ratio: how many times as fast clients are trained in such calls as one in a call.
       host: seconds of the main thread's own work at an arrival, the planning of its window by its
         share.
@@ -194,15 +193,14 @@ def measure(
     if size > 1:
         say("one job in a call")
         single = Simulation(dataclasses.replace(config, client_batch=1), dataset)
-        first, under_way = single.windows[0].jobs[:size], _jobs(simulation)
+        first = np.arange(min(size, single.schedule.initial_jobs))  # all from version 0
+        under_way = _jobs(simulation)
         alone, together = measuring.time_in_turn(
             [lambda: single.train_jobs(first), lambda: simulation.train_jobs(under_way)], repeats
         )
         window_ratio = (alone.median / len(first)) / (together.median / len(under_way))
     told = planning.plan(config, dataset, simulation.model)
-    windows = plan_windows(plan, config.window_limit)
-    windows = np.asarray([len(window.jobs) for window in windows])
-    padding = float((-(-windows // size)).sum() * size / windows.sum())
+    padding = len(sizing.plan_calls(config, plan, size)) * size / plan.num_arrivals
     shares = {
         "client training": padding,
         "server step": 1.0,

@@ -428,7 +428,9 @@ class Device(Part):
         choices=("auto", "device", "host"),
     )
     window_limit: int = setting(
-        0, "most jobs trained ahead together; 0: all that can be, 1: one at a time", at_least=0
+        0,
+        "most jobs trained ahead together; 0: as many as a call takes, 1: one at a time",
+        at_least=0,
     )
 
     def _check(self) -> None:

@@ -17,7 +17,6 @@ from fedrevive_jax.clients import feed as feeds
 from fedrevive_jax.clients.evaluation import make_batch_judge
 from fedrevive_jax.clients.local_training import make_window_trainer
 from fedrevive_jax.clock import schedule
-from fedrevive_jax.clock.windows import Window, plan_windows
 from fedrevive_jax.compute import chips, trees
 from fedrevive_jax.compute.hlo import Cost, Program
 from fedrevive_jax.compute.streams import Stream, jax_key, root_key
@@ -86,8 +85,7 @@ def plan(
     config = settled(config, target)
     dataset = dataset or blank(config)
     clock = schedule.create(config)
-    windows = plan_windows(clock, config.window_limit)
-    programs = build(config, target, dataset, clock, windows, model)
+    programs = build(config, target, dataset, clock, model)
     rows, cycles = {}, {}
     for name in ("training", "server_step", "evaluation"):
         rows[name], own = _compiled(name, programs, target)
@@ -101,7 +99,7 @@ def plan(
         "distillation": counted.get("flops_distillation", 0),
         "evaluation": counted["flops_forward_per_sample"] * config.eval_batch,
     }
-    calls = _calls(config, dataset, clock, windows, programs.jobs)
+    calls = _calls(config, dataset, clock, programs.jobs)
     parts = {
         name: _part(count, cycles[name] / target.chip.hertz, flops.get(name, 0), peak)
         for name, count in calls.items()
@@ -130,11 +128,7 @@ def plan(
 
 
 def _calls(
-    config: Config,
-    dataset: data.Dataset,
-    clock: schedule.Schedule,
-    windows: list[Window],
-    jobs: int,
+    config: Config, dataset: data.Dataset, clock: schedule.Schedule, jobs: int
 ) -> dict[str, int]:
     """How often each part of a run is called."""
     # An evaluation of the start and one of the end are among them.
@@ -145,7 +139,7 @@ def _calls(
     evaluated = len(dataset.splits[config.eval_split]) or round(TESTED * len(dataset.labels))
     revivals = planning.revivals(config, clock)
     return {
-        "training": sum(-(-len(window.jobs) // jobs) for window in windows),
+        "training": len(sizing.plan_calls(config, clock, jobs)),
         "server_step": clock.num_arrivals,
         "synthesis": revivals.get("syntheses", 0),
         "distillation": revivals.get("distillations", 0),
@@ -180,7 +174,6 @@ def build(
     target: Target,
     dataset: data.Dataset,
     clock: schedule.Schedule,
-    windows: list[Window],
     model: Model | None = None,
 ) -> Programs:
     """The programs of a settled configuration, for a target.
@@ -189,7 +182,7 @@ def build(
       config: see `settled`.
       target: for which devices.
       dataset: tells shapes and preprocessing; its samples are not looked at.
-      clock, windows: the plan of the run.
+      clock: the plan of the run.
       model: stands in for the one that the configuration names.
     """
     model = judging.fitting(config, dataset, model, target.platform)
@@ -213,8 +206,7 @@ def build(
         waiting=clock.live_versions_max() + config.concurrency,
         memory=int(USABLE * target.chip.memory) if target.chip.memory else None,
     )
-    sizes = np.asarray([len(window.jobs) for window in windows], np.int64)
-    jobs = sizing.jobs_in_a_call(sizes, room.client_batch, len(target.devices))
+    jobs = sizing.jobs_in_a_call(clock, room.client_batch, len(target.devices))
     state, entry = methods.shapes(config, holdings, params)
     taps = jax.eval_shape(lambda: initial_taps(model))
     store, labels = feed.store, dataset.labels.astype(np.int32)

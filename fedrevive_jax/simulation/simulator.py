@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import time
-from collections.abc import Iterator, Set
+from collections.abc import Collection, Iterator, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -17,7 +17,6 @@ from fedrevive_jax.clients import feed as feeds
 from fedrevive_jax.clients.evaluation import Evaluation, make_evaluator
 from fedrevive_jax.clients.local_training import make_window_trainer
 from fedrevive_jax.clock import schedule
-from fedrevive_jax.clock.windows import plan_windows
 from fedrevive_jax.compute import devices, environment, trees
 from fedrevive_jax.compute.streams import Stream, jax_key
 from fedrevive_jax.config import Config
@@ -39,6 +38,8 @@ NOTHING = Derived()
 # One server step in so many is timed. Timing waits for the device; the number shares no factor
 # with the intervals at which synthesis usually runs, so that it is timed as often as it is due.
 TIMED_EVERY = 37
+# Results are fetched from the device, and written, once in about so many arrivals.
+SETTLED_EVERY = 32
 
 
 class Simulation:
@@ -50,7 +51,8 @@ class Simulation:
       feed: the data set on the device and the way from it to the model.
       frozen: arrays of the model that nobody trains.
       client_batch: jobs that are trained in one call of a device at most.
-      schedule, windows: the plan.
+      schedule, windows: the plan; each window is a call.
+      jobs_in_a_call: jobs that all devices together train in one call.
       mesh: the devices that compute together, or None.
       server: the server core.
       position: arrivals processed so far.
@@ -87,8 +89,7 @@ class Simulation:
         self.step_seconds: list[float] = []
         self._compiled: Future[None] | None = None
         self._uploads: dict[int, Upload] = {}
-        self._planned = schedule.create(config)
-        self._follow(self._planned, [])
+        self._planned = self.schedule = schedule.create(config)
 
         start = builder.start(config, self.model, self.dataset, self.mesh, derived.origin)
         self.origin, self.frozen = start.origin, start.frozen
@@ -116,7 +117,12 @@ class Simulation:
             memory=device_bytes(),
         )
         self._shelf, self.client_batch = shelf(room.place, self.mesh), room.client_batch
-        self._size_calls()
+        # By the plan alone: a job's rounding may depend on the size of its call, in bfloat16 by 1%
+        # of the update, so that neither `window_limit` nor an interruption may change it.
+        self.jobs_in_a_call = sizing.jobs_in_a_call(
+            self._planned, self.client_batch, 1 if self.mesh is None else self.mesh.size
+        )
+        self._follow([])
 
         config = dataclasses.replace(config, teacher_batch=room.teacher_batch)
         self.server = builder.create(
@@ -186,8 +192,8 @@ class Simulation:
     @property
     def is_settled(self) -> bool:
         """Whether the last arrival was the first of a window, which is on the device by now and
-        keeps it busy."""
-        return self.position - 1 in self._first_of_window
+        keeps it busy; and enough of them since the last such one."""
+        return self.position - 1 in self._settling
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -345,8 +351,7 @@ class Simulation:
           params: the parameters of its newest version, arrays of JAX or NumPy.
           arrays: all its other arrays.
         """
-        self._follow(self._planned, record["restarts"])
-        self._size_calls()
+        self._follow(record["restarts"], record["position"], record["uploads"])
         self.server.restore(record, params, arrays)
         # One by one: on their way to the host they need not all fit on the device.
         self._uploads = {
@@ -355,16 +360,28 @@ class Simulation:
         }
         self.position = record["position"]
 
-    def _follow(self, plan: schedule.Schedule, restarts: list[list[int]]) -> None:
-        """Takes over a plan, with what (position, version) the jobs in flight were restarted at."""
+    def _follow(
+        self, restarts: list[list[int]], position: int = 0, trained: Collection[int] = ()
+    ) -> None:
+        """Takes over the plan, with what (position, version) the jobs in flight were restarted at.
+
+        Windows from `position` on are planned from what is trained by then: that depends on the
+        size of a call, which may have been another on the devices of an earlier part of the run.
+        """
         self._restarts, self.jobs_restarted = restarts, 0
-        for position, version in restarts:
-            self.jobs_restarted += int(schedule.in_flight(plan, position).sum())
-            plan = schedule.restart_in_flight(plan, position, version)
+        plan = self._planned
+        for restarted, version in restarts:
+            self.jobs_restarted += int(schedule.in_flight(plan, restarted).sum())
+            plan = schedule.restart_in_flight(plan, restarted, version)
         self.schedule = plan
         start = restarts[-1][0] if restarts else 0
-        self.windows = plan_windows(plan, self.config.window_limit, start)
+        plan_calls = functools.partial(sizing.plan_calls, self.config, plan, self.jobs_in_a_call)
+        gone = [window for window in plan_calls(start) if window.first_arrival < position]
+        self.windows = gone + plan_calls(position, trained)
         self._first_of_window = {window.first_arrival: window for window in self.windows}
+        # The first window of every so many arrivals.
+        first = {index // SETTLED_EVERY: index for index in sorted(self._first_of_window)[::-1]}
+        self._settling = set(first.values())
 
     def _hand_out(self, up_to: int) -> None:
         """Dispatches planned jobs until `up_to` are handed out.
@@ -377,30 +394,11 @@ class Simulation:
             if plan.fault[job] == schedule.Fault.LOST:
                 self.server.give_up(job)
 
-    @property
-    def jobs_in_a_call(self) -> int:
-        """Jobs that all devices together train in one call."""
-        return self._jobs_in_a_call
-
-    def _size_calls(self) -> None:
-        """Chooses how many jobs are trained in a call, for the windows that are left.
-
-        A job's rounding may depend on the size of its call, in bfloat16 by 1% of the update, so
-        that the size must not depend on `window_limit`: these are the windows without a limit.
-        """
-        windows = self.windows
-        if self.config.window_limit:
-            start = self._restarts[-1][0] if self._restarts else 0
-            windows = plan_windows(self.schedule, start=start)
-        sizes = np.asarray([len(window.jobs) for window in windows], np.int64)
-        devices_used = 1 if self.mesh is None else self.mesh.size
-        self._jobs_in_a_call = sizing.jobs_in_a_call(sizes, self.client_batch, devices_used)
-
     def train_jobs(self, jobs: np.ndarray) -> dict[int, Upload]:
         """Trains jobs in calls of a fixed size; the last call is padded by repetition.
 
-        Every call is the same compiled program whatever the window, and each job's result depends
-        on its own inputs alone.
+        Every call is the same compiled program whatever its jobs, and each job's result depends on
+        its own inputs alone.
 
         Args:
           jobs: int [n], numbers of jobs whose starting versions are live.
@@ -408,7 +406,7 @@ class Simulation:
         Returns:
           Their uploads, by job.
         """
-        trained, size = {}, self._jobs_in_a_call
+        trained, size = {}, self.jobs_in_a_call
         for start in range(0, len(jobs), size):
             together = jobs[start : start + size]
             padded = np.resize(together, size)

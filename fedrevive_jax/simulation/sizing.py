@@ -7,15 +7,16 @@ its own convolutions 15% (ConvNet), 29% (ResNet-18) and 48% (T5) for a server st
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fedrevive_jax import methods
+from fedrevive_jax.clock.schedule import Schedule
+from fedrevive_jax.clock.windows import Window, plan_windows
 from fedrevive_jax.compute import trees
 from fedrevive_jax.compute.streams import root_key
 from fedrevive_jax.config import Config
@@ -32,6 +33,8 @@ JOBS_IN_A_CALL = 32
 # What a call takes beside its jobs, in jobs: an accelerator starts the same kernels for any number
 # of them. An estimate, not a measurement.
 CALL_COST = 2
+# Arrivals by which the size of a call is chosen: of longer plans the rest is like them.
+SIZED_BY = 4096
 
 
 def job_bytes(model: Model, params: Any, batch_size: int) -> int:
@@ -141,22 +144,43 @@ def default_client_batch(
     return min(max(free // max(job, 1), 1), JOBS_IN_A_CALL)
 
 
-def jobs_in_a_call(windows: np.ndarray, limit: int, devices: int = 1) -> int:
-    """Jobs that all devices together train in one call of a fixed size, such that all windows, the
-    last call of each padded, take the least time.
+def jobs_in_a_call(plan: Schedule, limit: int, devices: int = 1) -> int:
+    """Jobs that all devices together train in one call, such that the calls of a plan, those that
+    are not full padded, take the least time.
 
     Args:
-      windows: numbers of jobs.
+      plan: the virtual clock's plan.
       limit: the most jobs of one device.
       devices: how many share a call.
     """
-    sizes, counts = np.unique(windows, return_counts=True)
 
-    def cost(each: int) -> int:
-        return (counts * -(-sizes // (each * devices))).sum() * (each + CALL_COST)
+    def windows(size: int) -> list[int]:
+        return [len(window.jobs) for window in plan_windows(plan, size, end=SIZED_BY)]
 
-    most = -(-int(sizes.max(initial=1)) // devices)
+    def cost(each: int) -> float:
+        calls = windows(each * devices)
+        return len(calls) * (each + CALL_COST) / max(sum(calls), 1)
+
+    most = -(-max(windows(0), default=1) // devices)
     return devices * min(range(1, min(limit, most) + 1), key=cost)
+
+
+def plan_calls(
+    config: Config, plan: Schedule, jobs: int, start: int = 0, trained: Collection[int] = ()
+) -> list[Window]:
+    """Windows of one call each.
+
+    Of the jobs that can be trained a call takes those that arrive first. The others wait for the
+    next call, and fill it: a call is padded only where fewer jobs are in flight than it takes. And
+    few uploads wait for their arrival.
+
+    Args:
+      config: may limit the jobs of a window.
+      plan: the virtual clock's plan.
+      jobs: see `jobs_in_a_call`.
+      start, trained: see `plan_windows`.
+    """
+    return plan_windows(plan, min(config.window_limit or jobs, jobs), start, trained=trained)
 
 
 class Room(NamedTuple):
