@@ -1,6 +1,8 @@
 """The coordinator of a live federation, without a network."""
 
 import functools
+import re
+import resource
 
 import chex
 import jax
@@ -11,14 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedrevive_jax.errors import ConfigError
-from fedrevive_jax.live import packing
+from fedrevive_jax.live import packing, serving
 from fedrevive_jax.live.coordinator import Coordinator, Times, drawn, prepared
 from fedrevive_jax.live.federation import Federation
 from fedrevive_jax.live.link import Message
 from fedrevive_jax.live.registry import Registry
+from fedrevive_jax.live.trainer import Options, Trainer
+from fedrevive_jax.presets import resolve
+from fedrevive_jax.record import files, lock
+from fedrevive_jax.record.reading import read_params
+from fedrevive_jax.running import runner
 from fedrevive_jax.server.core import Server
 from fedrevive_jax.simulation.simulator import Simulation
-from tests.links import Hostile, Planned
+from tests.links import Direct, Hostile, Planned
 from tests.toys import ONE, make, rows, scalar_upload, small
 
 # A client is free when its upload arrives, in a simulation as it is live.
@@ -222,3 +229,88 @@ def survive(open_slots, acts):
             taken += coordinator.advance(now) is not None
             check(server, coordinator, open_slots)
     assert taken >= 4 * K
+
+
+def texts(folder, classes, count, seed):
+    """Texts whose class is told by half of their words, in folders named after the classes."""
+    generator = np.random.default_rng(seed)
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            words = [f"{name}{k}" for k in range(5)] + [f"common{k}" for k in range(5)]
+            (folder / name / f"{number}.txt").write_text(" ".join(generator.choice(words, 8)))
+    return folder
+
+
+@pytest.mark.slow
+def test_clients_train_on_texts_of_their_own_with_the_servers_tokenizer_and_classes(tmp_path):
+    common = {"preset_scale": "small", "text_length": 16, "vocabulary_size": 128}
+    config = resolve(
+        "text_folder", "fedrevive", **common, data_dir=str(texts(tmp_path / "s", "abc", 20, 0)),
+        num_clients=2, concurrency=2, max_versions=24, max_time=1e9, local_iterations=8,
+        client_lr=0.01, server_lr=0.5, buffer_size=1, generation_interval=1, freeze_versions=2,
+        warmup_versions=4, beta_s_max=2,
+    )  # fmt: skip
+    # Neither holds all classes; on their own both would number them 0 and 1.
+    own = [
+        resolve(
+            "text_folder", "fedbuff", **common, data_dir=str(texts(tmp_path / name, held, 40, n))
+        )
+        for n, (name, held) in enumerate({"one": "ab", "two": "bc"}.items(), start=1)
+    ]
+    link = Direct([Trainer(Options(config)) for config in own])
+    federation = Federation(runner.settle(config), link=link)
+    start = federation.evaluate()
+    distilled = []
+    while not federation.finished:
+        if (receipt := federation.advance()) is not None:
+            distilled.append(float(receipt.metrics["distillation"]))
+    assert np.isfinite(distilled).any()
+    found = federation.evaluate()
+    assert found.accuracy > max(0.8, start.accuracy)
+    assert min(found.per_class) > 0.5  # class c too, which only the second client holds
+
+
+def test_a_full_disk_is_told_and_the_newest_checkpoint_stays(tmp_path, caplog):
+    config = runner.settle(
+        small("fedbuff", max_versions=1000, max_time=1e9, num_clients=2, concurrency=1,
+              buffer_size=1, workdir=str(tmp_path / "run"), checkpoint_every=2)
+    )  # fmt: skip
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_up(message):
+        if message.header.get("job") == 7:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+
+    state = tmp_path / "state"
+    state.mkdir()
+    serving.Order(config, Times(), 0.0).write(state)
+    try:
+        serving.serve(state, Direct([Trainer(Options(config))] * 2, fill_up))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert f"error: workdir={config.run_dir}: " in caplog.text
+    kept = int(re.search(r"the newest on disk is of version (\d+)", caplog.text)[1])
+    assert not lock.is_held(state)
+    version, _ = read_params(config.run_dir, Federation(config, link=Direct([])).model)
+    assert version == kept >= 2
+    # There is room again, and the run goes on from there.
+    stop = state / serving.STOP
+
+    def enough(message):
+        if message.header.get("version") == 9:
+            stop.touch()
+
+    serving.serve(state, Direct([Trainer(Options(config))] * 2, enough))
+    status = files.read_json(state / serving.STATUS)
+    assert status["state"] == serving.STOPPED
+    rows = files.read_rows(config.run_dir / files.ARRIVALS)
+    assert [row["version"] for row in rows] == list(range(len(rows)))
+    assert len(rows) >= 9
+
+
+def test_one_run_at_a_time_is_told_by_its_lock(tmp_path):
+    assert not lock.is_held(tmp_path)
+    with lock.exclusive(tmp_path):
+        assert lock.is_held(tmp_path)
+    assert not lock.is_held(tmp_path)

@@ -224,14 +224,19 @@ def test_the_delays_of_a_live_run_are_replayed(tmp_path):
     for client, trip, training in ((10, 3.0, 1.0), (2, 5.0, 4.5), (2, 2.0, 9.0), (2, 1.0, 0.0)):
         trace.add(Arrived(receipt(client), trip, min(training, trip)))
     trace.close()
+    with path.open("a") as stream:
+        stream.write("2,1.0,")  # a process has died here
+    trace = serving.Trace(path)
+    trace.add(Arrived(receipt(2), 1.0, 1.0))
+    trace.close()
     config = resolve("digits", "fedbuff", delays="trace", delay_trace=str(path), num_clients=2,
                      concurrency=1)  # fmt: skip
     model = delays.create(config)
     # Recorded client 2 is the first, client 10 the second.
-    visits = [model.durations(visit) for visit in range(3)]
+    visits = [model.durations(visit) for visit in range(4)]
     assert [(d.download[1], d.train[1], d.upload[1]) for d in visits[:1]] == [(1, 1, 1)]
-    assert [float(d.train[0]) for d in visits] == [4.5, 2.0, 0.001]
-    assert [float(d.upload[0]) for d in visits] == [0.25, 0.0, 0.4995]
+    assert [float(d.train[0]) for d in visits] == [4.5, 2.0, 0.001, 1.0]
+    assert [float(d.upload[0]) for d in visits] == [0.25, 0.0, 0.4995, 0.0]
 
 
 def child(tmp_path, code, **kwargs):

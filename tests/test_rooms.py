@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "server": "compute data models messages dfkd methods record",
     "simulation": "compute data clock models messages clients dfkd methods record server",
     "running": "compute data clock models clients dfkd record server simulation",
-    "live": "compute data models messages clients record server running",
+    "live": "compute data clock models messages clients record server running",
     "comparison": "compute data presets record server simulation running",
 }
 COMMON = {"errors", "config"}

@@ -9,14 +9,14 @@ name of a folder.
 """
 
 import contextlib
-import csv
 import json
 import logging
 import os
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+from fedrevive_jax.clock import delays
 from fedrevive_jax.config import Config
 from fedrevive_jax.errors import ConfigError, FileError, UserError
 from fedrevive_jax.live.coordinator import Arrived, Times
@@ -87,21 +87,38 @@ class Trace:
     """
 
     def __init__(self, path: Path):
-        new = not path.exists()
-        self._stream = path.open("a", newline="", encoding="utf-8")
-        self._rows = csv.writer(self._stream)
-        if new:
-            self._rows.writerow(["client", "download", "train", "upload"])
+        """Goes on after the last whole row."""
+        self._path = path
+        self._stream: BinaryIO | None = path.open("a+b", buffering=0)
+        self._stream.seek(0)
+        whole = self._stream.read().rpartition(b"\n")[0]
+        self._stream.truncate(len(whole) + 1 if whole else 0)
+        if not whole:
+            self._write(",".join((delays.CLIENT, *delays.COLUMNS)))
 
     def add(self, arrived: Arrived) -> None:
         training = max(arrived.training, 1e-3)
         half = max(arrived.round_trip - training, 0.0) / 2
-        numbers = (f"{value:.4f}" for value in (half, training, half))
-        self._rows.writerow([arrived.receipt.client, *numbers])
-        self._stream.flush()
+        self._write(f"{arrived.receipt.client},{half:.4f},{training:.4f},{half:.4f}")
+
+    def _write(self, row: str) -> None:
+        """A row, whole or at the end: nothing is missing in the midst."""
+        if self._stream is None:
+            return
+        text = f"{row}\n".encode()
+        try:
+            if self._stream.write(text) == len(text):
+                return
+            reason = "no room"
+        except OSError as error:
+            reason = error.strerror or str(error)
+        _LOG.warning("%s: cannot be written any more (%s)", self._path, reason)
+        self.close()
 
     def close(self) -> None:
-        self._stream.close()
+        if self._stream is not None:
+            self._stream.close()
+        self._stream = None
 
 
 class _Told:
