@@ -1,11 +1,24 @@
 """What passes between a client, the server core and a method."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from fedrevive_jax.models.model import Params, Taps
+
+
+class Download(NamedTuple):
+    """What a client starts from: a version, as it is handed out.
+
+    Attributes:
+      params: its parameters (theta_b), a pytree.
+      extra: what the method sends with it, a pytree; () for most.
+    """
+
+    params: Params
+    extra: Any = ()
 
 
 class Upload(NamedTuple):
@@ -15,11 +28,31 @@ class Upload(NamedTuple):
       params: its parameters after local training (theta'), a pytree.
       taps: running feature statistics ((mean, variance), ...) of its own data.
       loss: mean training loss over its local steps, float32 [].
+      extra: what the method asks of it, a pytree of float arrays; () for most.
     """
 
     params: Params
     taps: Taps
     loss: jax.Array
+    extra: Any = ()
+
+
+class ClientPart(NamedTuple):
+    """What a method has its clients do beside their training. By default nothing.
+
+    Attributes:
+      term: (params, logits [b, classes], labels int [b], extra, step, key) -> float32 [], what is
+        added to the loss of a local step, pure. `params` are those under training, `logits` theirs
+        of the step's samples, `extra` is that of the job's `Download`, `step` int32 [] counts from
+        0. The loss that is uploaded is that of the samples alone.
+      report: (labels int [steps, b] of all samples of a job) -> `Upload.extra`, pure; its shapes
+        depend neither on the steps nor on b.
+    """
+
+    term: Callable[[Params, jax.Array, jax.Array, Any, jax.Array, jax.Array], jax.Array] | None = (
+        None
+    )
+    report: Callable[[jax.Array], Any] = lambda labels: ()
 
 
 class Arrival(NamedTuple):

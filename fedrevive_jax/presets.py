@@ -210,6 +210,9 @@ BY_METHOD: dict[str, dict[str, Any]] = {
     "ace": {"buffer_size": 1, "server_lr": 0.025},
     # arXiv 2404.11015: the model is the mean of the queue. Its length was not found.
     "fedfa": {"buffer_size": 1, "server_lr": 1.0},
+    # arXiv 2105.10056 and its code: plain averages; all else is the defaults of its fields, those
+    # for MNIST.
+    "fedgen": {"server_lr": 1.0, "eval_every": 1},
     # No guard and true histograms as in the authors' code.
     "dd_fedrevive": {
         "samples": "real",
@@ -303,9 +306,10 @@ SMALL_WIDTH = {"t5": 32}
 SMALL_IMAGE_WIDTH = 8
 
 
-# What `revive_on` takes from the preset of the method whose step it takes.
+# What a method takes from the preset of another whose step it takes.
 BASE_FIELDS = (
     "buffer_size", "server_lr", "staleness_weight", "staleness_exponent", "fadas_delay_rule",
+    "eval_every",
 )  # fmt: skip
 
 
@@ -365,17 +369,19 @@ def resolve(
     dataset = Config.dataset if dataset is None else dataset
     method = Config.method if method is None else method
     preset = _preset(dataset, method, revival)
-    revives = method in METHODS and METHODS[method].distils
-    if revives and given.get("revive_on") not in (None, "fedbuff"):
+    step_field = METHODS[method].step_field if method in METHODS else ""
+    step_method = given.get(step_field, known[step_field].default) if step_field else method
+    if step_field and step_method != known[step_field].default:
         # The step is another method's, and so are its buffer, its rate and its staleness weight.
-        base = _preset(dataset, given["revive_on"], revival)
+        base = _preset(dataset, step_method, revival)
+        preset = {field: value for field, value in preset.items() if field not in BASE_FIELDS}
         preset.update({field: base[field] for field in BASE_FIELDS if field in base})
     if dataset in PAPER and given.get("delays") == "shifted":
         preset.update(SHIFTED)
     if scale == "small":
         preset = _shrink(preset, known)
     values = {**preset, **given, "dataset": dataset, "method": method}
-    if method in METHODS and METHODS[method].cohort:
+    if step_method in METHODS and METHODS[step_method].cohort:
         # A synchronous cohort: everybody who works is waited for.
         cohort = values.get("concurrency", known["concurrency"].default)
         values = {"buffer_size": cohort, "open_slots": cohort, **values}

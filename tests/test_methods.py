@@ -186,12 +186,16 @@ def test_a_rejected_upload_leaves_no_trace(name, optimizer):
     method = make(name, buffer_size=1, open_slots=1, concurrency=1, server_optimizer=optimizer)
     step = jax.jit(method.step)
     params, state, entry, _ = step(
-        method.init(ONE), method.entry(ONE), submission(scalar_upload(2.0), arrival(), ONE)
+        method.init(ONE),
+        method.entry(ONE),
+        submission(scalar_upload(2.0, method=method), arrival(), ONE),
     )
     assert float(params["w"]) > 1.0
     kept = jax.tree.map(np.asarray, (state, entry))
     after, state, entry, _ = step(
-        state, entry, submission(scalar_upload(math.nan), arrival(1), params, ONE, accepted=False)
+        state,
+        entry,
+        submission(scalar_upload(math.nan, method=method), arrival(1), params, ONE, accepted=False),
     )
     assert float(after["w"]) == float(params["w"])
     for a, b in zip(*map(jax.tree.leaves, (kept, (state, entry))), strict=True):
@@ -205,7 +209,7 @@ def test_state_is_stable(name):
     state = method.init(ONE)
     before = method.entry(ONE)
     params, after, entry, metrics = jax.eval_shape(
-        method.step, state, before, submission(scalar_upload(2.0), arrival(), ONE)
+        method.step, state, before, submission(scalar_upload(2.0, method=method), arrival(), ONE)
     )
 
     def described(tree):

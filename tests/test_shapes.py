@@ -8,10 +8,12 @@ from fedrevive_jax.clients.evaluation import make_evaluator
 from fedrevive_jax.clients.local_training import make_window_trainer, train
 from fedrevive_jax.config import Dfkd
 from fedrevive_jax.dfkd import distillation, loss_guard, pool
+from fedrevive_jax.messages import Download
 from tests.toys import KEY, scalar_model
 
 MODEL = scalar_model()
 ONE = {"w": jnp.asarray(1.0)}
+BASE = Download(ONE)
 IMAGES = jnp.ones((6, 4, 4, 1))
 LABELS = jnp.zeros(6, jnp.int32)
 
@@ -26,7 +28,7 @@ def trained(labels):
     return shapes(lambda b: train(MODEL, ONE, b, lambda one: (*one, None), 0.1), batches)
 
 
-def trained_together(indices, jobs, bases=(ONE, ONE)):
+def trained_together(indices, jobs, bases=(BASE, BASE)):
     trainer = make_window_trainer(
         MODEL, lambda store, positions, key: store[positions], 0.1, lambda job, step: KEY
     )
@@ -81,8 +83,10 @@ def test_right_shapes_pass():
         lambda: trained(LABELS[:, None]),
         lambda: trained_together(indices(2, 6), indices(2)),
         lambda: trained_together(indices(3, 1, 6), indices(2)),
-        lambda: trained_together(indices(2, 1, 6), indices(2), (ONE,)),
-        lambda: trained_together(indices(2, 1, 6), indices(2), (ONE, {"w": jnp.ones(3)})),
+        lambda: trained_together(indices(2, 1, 6), indices(2), (BASE,)),
+        lambda: trained_together(
+            indices(2, 1, 6), indices(2), (BASE, Download({"w": jnp.ones(3)}))
+        ),
         lambda: distilled(samples=(3, 1, 5)),
         lambda: distilled(targets=(3, 2, 5, 4)),
         lambda: distilled(present=3),

@@ -9,13 +9,18 @@ from fedrevive_jax.clock.delays import Durations
 from fedrevive_jax.clock.schedule import simulate
 from fedrevive_jax.messages import Arrival, Submission, Upload
 from fedrevive_jax.models import Model
+from fedrevive_jax.models.model import Head
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.server import client_cache
 from fedrevive_jax.simulation.simulator import Simulation
 
 
 def scalar_model():
-    """One parameter w; logits of an input x are (w * mean(x), 0); its tap is the input's mean."""
+    """One parameter w; logits of an input x are (w * mean(x), 0); the input's mean is its tap, and
+    the feature that its head reads."""
+
+    def head(params, features):
+        return jnp.stack([params["w"] * features[:, 0], jnp.zeros(len(features))], axis=1)
 
     def apply(params, inputs, key=None):
         del key
@@ -23,12 +28,21 @@ def scalar_model():
         logits = jnp.stack([params["w"] * activation, jnp.zeros_like(activation)], axis=1)
         return logits, (activation[:, None],)
 
-    return Model("scalar", (4, 4, 1), 2, lambda key: {"w": jnp.zeros(())}, apply)
+    return Model(
+        "scalar",
+        (4, 4, 1),
+        2,
+        lambda key: {"w": jnp.zeros(())},
+        apply,
+        head=Head(lambda params: params, lambda params: 1, head),
+    )
 
 
-def scalar_upload(w, mean=0.0, variance=1.0):
+def scalar_upload(w, mean=0.0, variance=1.0, method=None):
+    """An upload of the scalar model; of a client that saw each class once, where a method asks."""
     tap = (jnp.full(1, mean), jnp.full(1, variance))
-    return Upload({"w": jnp.asarray(float(w))}, (tap,), jnp.asarray(0.0))
+    extra = () if method is None else method.client.report(jnp.asarray([[0, 1]]))
+    return Upload({"w": jnp.asarray(float(w))}, (tap,), jnp.asarray(0.0), extra)
 
 
 def arrival(job=0, client=0, version=0, staleness=0, completes=True):
@@ -132,7 +146,11 @@ def drive(method, params, uploads, accepted=True):
             state,
             cache.fetch(int(facts.client)),
             submission(
-                scalar_upload(w), facts, params, {"w": jnp.asarray(base)}, accepted=accepted
+                scalar_upload(w, method=method),
+                facts,
+                params,
+                {"w": jnp.asarray(base)},
+                accepted=accepted,
             ),
         )
         cache.store(int(facts.client), entry)

@@ -11,13 +11,14 @@ import optax
 from jax.sharding import Mesh
 
 from fedrevive_jax.compute import devices
-from fedrevive_jax.messages import Upload
+from fedrevive_jax.messages import ClientPart, Download, Upload
 from fedrevive_jax.models import Model
 from fedrevive_jax.models.model import Params, Taps, initial_taps, tap_statistics
 
 TAP_MOMENTUM = 0.9
 # Folded into a step's key; apart from the tags of `data.augment`.
-DROPOUT = 3
+DROPOUT, TERM = 3, 4
+NOTHING = ClientPart()
 
 
 class Trained(NamedTuple):
@@ -34,6 +35,7 @@ def train(
     batches,
     batch_of: Callable,
     learning_rate: float,
+    term: Callable | None = None,
 ) -> Trained:
     """Local training of one job.
 
@@ -47,18 +49,22 @@ def train(
       batch_of: one step's slice of `batches` -> (inputs [b, ...], labels int [b], key or None),
         the key for dropout.
       learning_rate: rate of Adam.
+      term: (params, logits [b, classes], labels, batch) -> float32 [], added to the loss that is
+        descended; the losses that are told are without it.
     """
     optimizer = optax.adam(learning_rate)
 
-    def loss_fn(params, inputs, labels, key):
+    def loss_fn(params, batch):
+        inputs, labels, key = batch_of(batch)
         logits, activations = model.apply(params, inputs, key)
         chex.assert_shape(logits, (*labels.shape, model.num_classes))
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        return loss, tap_statistics(activations)
+        whole = loss if term is None else loss + term(params, logits, labels, batch)
+        return whole, (loss, tap_statistics(activations))
 
     def step(carry, batch):
         params, opt_state, running = carry
-        (loss, taps), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, *batch_of(batch))
+        grads, (loss, taps) = jax.grad(loss_fn, has_aux=True)(params, batch)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
         running = jax.tree.map(
@@ -77,6 +83,7 @@ def make_window_trainer(
     learning_rate: float,
     seed_key: Callable[[jax.Array, jax.Array], jax.Array],
     mesh: Mesh | None = None,
+    part: ClientPart = NOTHING,
 ) -> jax.stages.Wrapped:
     """Compiles the training of a fixed number of jobs at once, each from its own version.
 
@@ -86,15 +93,16 @@ def make_window_trainer(
       learning_rate: rate of Adam.
       seed_key: (job, step) -> key of that step's augmentation and dropout; both traced integers.
       mesh: the devices that share the jobs.
+      part: what the method has the clients do beside.
 
     Returns:
       A jitted function (bases, store, labels, indices, jobs) -> tuple of `Upload`s, where `bases`
-      is a tuple of parameter pytrees, one for each job, `store` and `labels` are the whole data
+      is a tuple of `Download`s, one for each job, `store` and `labels` are the whole data
       set, `indices` int32 [jobs, steps, batch] are positions in it, and `jobs` int32 [jobs]. It is
       traced once for each number of jobs.
     """
 
-    def one_job(base, store, labels, indices, job):
+    def one_job(base: Download, store, labels, indices, job):
         def batch_of(step):
             number, positions = step
             key = seed_key(job, number)
@@ -104,9 +112,17 @@ def make_window_trainer(
                 jax.random.fold_in(key, DROPOUT),
             )
 
+        def term(params, logits, own, step):
+            assert part.term is not None
+            number, _ = step
+            key = jax.random.fold_in(seed_key(job, number), TERM)
+            return part.term(params, logits, own, base.extra, number, key)
+
         steps = (jnp.arange(len(indices)), indices)
-        trained = train(model, base, steps, batch_of, learning_rate)
-        return Upload(trained.params, trained.taps, trained.losses.mean())
+        added = None if part.term is None else term
+        trained = train(model, base.params, steps, batch_of, learning_rate, added)
+        extra = part.report(labels[indices])
+        return Upload(trained.params, trained.taps, trained.losses.mean(), extra)
 
     def several_jobs(data, jobs):
         return jax.vmap(lambda base, *job: one_job(base, *data, *job))(*jobs)

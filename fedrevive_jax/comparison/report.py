@@ -199,7 +199,7 @@ def staleness_lines(study: Study, rows) -> dict[str, list[tuple[float, Spread]]]
 
     def settings(config):
         free = {"seed", *WITH_CONCURRENCY, *LOCATION_FIELDS, *DEVICE_FIELDS}
-        free |= set(OF_A_ROUND) if config.traits.cohort else set()
+        free |= set(OF_A_ROUND) if config.cohort else set()
         return {name: value for name, value in config.as_dict().items() if name not in free}
 
     firsts = [own[0] for own in study.groups.values()]

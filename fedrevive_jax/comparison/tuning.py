@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fedrevive_jax.config import LOCATION_FIELDS, Config, Dfkd, Server
+from fedrevive_jax.config import LOCATION_FIELDS, Config, Dfkd, FedGen, Server
 from fedrevive_jax.errors import ConfigError
 
 # A value of every searched field, in their order.
@@ -23,7 +23,7 @@ Point = tuple[Any, ...]
 # The next step along an axis of a single value.
 RATIO = 3.0
 # What a method may choose for itself. A search over anything else would choose an easier world.
-SEARCHED = {field.name for part in (Server, Dfkd) for field in dataclasses.fields(part)} | {
+SEARCHED = {field.name for part in (Server, FedGen, Dfkd) for field in dataclasses.fields(part)} | {
     "buffer_size", "client_lr", "local_iterations", "batch_size",
 }  # fmt: skip
 SEARCHED -= {"method", *LOCATION_FIELDS}

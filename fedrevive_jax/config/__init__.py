@@ -24,6 +24,7 @@ from fedrevive_jax.config.parts import (
     Clients,
     Device,
     Dfkd,
+    FedGen,
     Record,
     Server,
     World,
@@ -34,8 +35,8 @@ from fedrevive_jax.errors import ConfigError
 __all__ = [
     "BETA_SHAPES", "DATASETS", "DELAYS", "DEVICE_FIELDS", "FAULTS", "INPUT_FIELDS",
     "LIMITS", "LOCATION_FIELDS", "METHODS", "MODELS", "PUBLISHED_METHODS",
-    "SERVER_OPTIMIZERS", "STALENESS_WEIGHTS", "Clients", "Config", "Device", "Dfkd", "Record",
-    "Server", "Traits", "World", "is_bucket", "whole_path",
+    "SERVER_OPTIMIZERS", "STALENESS_WEIGHTS", "Clients", "Config", "Device", "Dfkd", "FedGen",
+    "Record", "Server", "Traits", "World", "is_bucket", "whole_path",
     "without_tilde",
 ]  # fmt: skip
 
@@ -48,7 +49,7 @@ INPUT_FIELDS = ("t5_weights", "pretrained", "seed_text", "delay_trace")
 
 
 @dataclass(frozen=True)
-class Config(Device, Record, Dfkd, Server, Clients, World):
+class Config(Device, Record, Dfkd, FedGen, Server, Clients, World):
     """Everything that determines a run, and where it is written: all parts in one.
 
     A function that reads one part takes that part, and a `Config` is one.
@@ -58,19 +59,25 @@ class Config(Device, Record, Dfkd, Server, Clients, World):
     """
 
     def _check(self) -> None:
-        for name in ("buffer_size", "open_slots") if self.traits.cohort else ():
+        asked = self.traits.step_field or "method"
+        for name in ("buffer_size", "open_slots") if self.cohort else ():
             if getattr(self, name) != self.concurrency:
                 raise ConfigError(
                     name,
                     getattr(self, name),
-                    f"must be concurrency={self.concurrency} with method={self.method}, whose "
-                    "round waits for all; method=fedbuff takes others",
+                    f"must be concurrency={self.concurrency} with {asked}={self.step_method}, "
+                    f"whose round waits for all; {asked}=fedbuff takes others",
                 )
 
     @property
     def synthesises(self) -> bool:
         """Whether the server makes the samples that it distils on."""
         return self.traits.distils and self.samples == "generator"
+
+    @property
+    def generator_interval(self) -> int:
+        """Versions between two trainings of fedgen's generator."""
+        return self.fedgen_interval or max(1, self.concurrency // self.buffer_size)
 
     @property
     def run_dir(self) -> Path:

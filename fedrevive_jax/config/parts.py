@@ -224,8 +224,13 @@ class Server(Part):
 
     @property
     def step_method(self) -> str:
-        """The method whose server step is taken; one that distils revives another's updates."""
-        return self.revive_on if self.traits.distils else self.method
+        """The method whose server step is taken; some change what goes into another's."""
+        return getattr(self, self.traits.step_field) if self.traits.step_field else self.method
+
+    @property
+    def cohort(self) -> bool:
+        """Whether it takes synchronous rounds."""
+        return METHODS[self.step_method].cohort
 
     def _check(self) -> None:
         for name in dict.fromkeys((self.method, self.step_method)):
@@ -234,6 +239,58 @@ class Server(Part):
                     raise ConfigError(
                         field, getattr(self, field), f"must be {value} with {name}: {why}"
                     )
+
+
+@dataclass(frozen=True)
+class FedGen(Part):
+    """FedGen: a generator of features, and how clients are regularised by it."""
+
+    fedgen_on: str = setting(
+        "fedavg",
+        "the method whose step fedgen takes, in its rounds or asynchronously; the preset's buffer, "
+        "rate and staleness weight are that method's",
+        choices=("fedavg", "fedbuff", "fedasync", "fadas"),
+    )
+    fedgen_alpha: float = setting(
+        10.0, "alpha of fedgen, weight of the clients' loss on made features", at_least=0
+    )
+    fedgen_beta: float = setting(
+        10.0, "beta of fedgen, weight of the divergence from answers to made features", at_least=0
+    )
+    fedgen_decay: float = setting(
+        0.98,
+        "factor of these weights and of `fedgen_lr` at each training of fedgen's generator",
+        above=0,
+        at_most=1,
+    )
+    fedgen_local_steps: int = setting(
+        20, "first steps of a job that fedgen regularises", at_least=0
+    )
+    fedgen_batch: int = setting(
+        32, "features that fedgen makes in a step of clients and server", at_least=2
+    )
+    fedgen_interval: int = setting(
+        0,
+        "versions between two trainings of fedgen's generator; 0: as many as K arrivals make, that "
+        "is one with fedavg",
+        at_least=0,
+    )
+    fedgen_steps: int = setting(
+        50,
+        "steps of one training of fedgen's generator; 0 is the control, which makes features that "
+        "mean nothing",
+        at_least=0,
+    )
+    fedgen_lr: float = setting(3e-4, "rate of fedgen's generator", above=0)
+    fedgen_weight_decay: float = setting(
+        1e-2, "L2 weight decay added to the gradient of fedgen's generator", at_least=0
+    )
+    fedgen_noise: int = setting(32, "size of the noise of fedgen's generator", at_least=1)
+    fedgen_hidden: int = setting(256, "hidden units of fedgen's generator", at_least=1)
+    fedgen_student: float = setting(
+        0.0, "weight of fedgen's adversarial loss, by which the global head disagrees", at_least=0
+    )
+    fedgen_diversity: float = setting(1.0, "eta of fedgen, weight of diversity", at_least=0)
 
 
 @dataclass(frozen=True)

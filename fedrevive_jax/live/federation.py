@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fedrevive_jax import data
@@ -24,9 +22,8 @@ from fedrevive_jax.live import settings
 from fedrevive_jax.live.coordinator import Arrived, Coordinator, Times, drawn, prepared
 from fedrevive_jax.live.link import Link
 from fedrevive_jax.live.registry import Registry
-from fedrevive_jax.messages import Upload
 from fedrevive_jax.models import Model, judging
-from fedrevive_jax.models.model import Params, initial_taps
+from fedrevive_jax.models.model import Params
 from fedrevive_jax.record.derived import Derived
 from fedrevive_jax.server import builder
 from fedrevive_jax.server.core import Receipt
@@ -101,6 +98,12 @@ class Federation:
             config, self.model, self.dataset, feed.augment, feed.augment_real, start.frozen
         )
         self.server = builder.create(config, start.params, holdings)
+        if self.server.client_part.term is not None:
+            raise ConfigError(
+                "method",
+                config.method,
+                "changes what clients train, which only a simulation does; must be another",
+            )
         self._evaluate = make_evaluator(self.model, feed.evaluation, config.eval_batch)
 
         self.position, self.step_seconds, self.jobs_restarted = 0, [], 0
@@ -119,7 +122,7 @@ class Federation:
             self.server,
             link,
             self.registry,
-            self._upload_shapes(),
+            self.server.upload_like(),
             prepared(told, digest, text),
             concurrency=config.concurrency,
             open_slots=config.open_slots,
@@ -170,7 +173,7 @@ class Federation:
     @property
     def bytes_sent(self) -> int:
         """See `Simulation.bytes_sent`; of the models alone, without what the network adds."""
-        up = trees.nbytes(self._upload_shapes())
+        up = trees.nbytes(self.server.upload_like())
         return self.server.next_job * trees.nbytes(self.server.params) + self.position * up
 
     @property
@@ -282,7 +285,3 @@ class Federation:
 
     def _seconds(self) -> float:
         return self._before + self._clock() - self._began
-
-    def _upload_shapes(self) -> Upload:
-        taps = initial_taps(self.model)
-        return jax.eval_shape(lambda: Upload(self.server.params, taps, jnp.zeros(())))

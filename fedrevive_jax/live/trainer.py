@@ -31,6 +31,7 @@ from fedrevive_jax.data.partition import Shards
 from fedrevive_jax.errors import ConfigError, FileError, UserError
 from fedrevive_jax.live import packing, settings, wire
 from fedrevive_jax.live.link import PREPARE, Message
+from fedrevive_jax.messages import Download
 from fedrevive_jax.models import judging, t5_weights
 from fedrevive_jax.running.runner import settle
 from fedrevive_jax.server import builder
@@ -150,7 +151,7 @@ class Trainer:
             seed=ready.config.seed,
         )
         (upload,) = ready.train(
-            (base,),
+            (Download(base),),
             ready.store,
             ready.labels,
             indices[None].astype(np.int32),

@@ -1,7 +1,7 @@
 """Federated methods: one file each, all composed over the interface of `methods.method`."""
 
 import importlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -9,7 +9,7 @@ from fedrevive_jax.config import Config
 from fedrevive_jax.methods.method import Ingredients, Method, UpdateRule, compose
 from fedrevive_jax.models.model import Params
 
-__all__ = ["Ingredients", "Method", "UpdateRule", "compose", "create", "shapes"]
+__all__ = ["Ingredients", "Method", "Shapes", "UpdateRule", "compose", "create", "shapes"]
 
 
 def create(config: Config, ingredients: Ingredients) -> Method:
@@ -18,8 +18,17 @@ def create(config: Config, ingredients: Ingredients) -> Method:
     return module.create(config, ingredients)
 
 
-def shapes(config: Config, ingredients: Ingredients, params: Params) -> tuple[Any, Any]:
-    """Shapes of the method's state and of what it keeps of one client; nothing is allocated.
+class Shapes(NamedTuple):
+    """Shapes of the method's state, of what it keeps of one client, and of what it sends with a
+    version."""
+
+    state: Any
+    entry: Any
+    extra: Any
+
+
+def shapes(config: Config, ingredients: Ingredients, params: Params) -> Shapes:
+    """Shapes of a method's arrays; nothing is allocated.
 
     Args:
       config: names the method.
@@ -29,6 +38,7 @@ def shapes(config: Config, ingredients: Ingredients, params: Params) -> tuple[An
 
     def arrays(params, frozen):
         method = create(config, ingredients._replace(frozen=frozen))
-        return method.init(params), method.entry(params)
+        state = method.init(params)
+        return Shapes(state, method.entry(params), method.extra(state))
 
     return jax.eval_shape(arrays, params, ingredients.frozen)

@@ -5,9 +5,13 @@ client.
 """
 
 from fedrevive_jax.config import Config
-from fedrevive_jax.methods.method import Ingredients, Method, compose, plain, server_optimizer
+from fedrevive_jax.methods.method import Base, Ingredients, Method, plain, server_optimizer
+
+
+def base(config: Config) -> Base:
+    return Base(plain(config), server_optimizer(config))
 
 
 def create(config: Config, ingredients: Ingredients) -> Method:
     del ingredients
-    return compose(plain(config), config.buffer_size, server_optimizer(config))
+    return base(config).over(config.buffer_size)

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from fedrevive_jax.compute import trees
 from fedrevive_jax.config import Config
-from fedrevive_jax.messages import Submission
+from fedrevive_jax.messages import ClientPart, Submission
 from fedrevive_jax.methods import staleness
 from fedrevive_jax.models import Model
 from fedrevive_jax.models.model import Params
@@ -65,12 +65,17 @@ class Method(NamedTuple):
       entry: global params -> what is kept of each client before its first upload, all zeros; ()
         for methods without a cache. The entries of all clients live outside the state, in a
         `client_cache.ClientCache`, because N of them may not fit on the device.
+      extra: state -> what goes out to clients with the newest version, see `messages.Download`. It
+        changes only where `arrival.completes`.
+      client: what clients do beside their training.
     """
 
     buffer_size: int
     init: Callable[[Params], Any]
     step: Callable[[Any, Any, Submission], tuple[Params, Any, Any, Metrics]]
     entry: Callable[[Params], Any] = lambda params: ()
+    extra: Callable[[Any], Any] = lambda state: ()
+    client: ClientPart = ClientPart()
 
 
 class UpdateRule(NamedTuple):

@@ -30,7 +30,8 @@ __all__ = [
     "with_precision",
 ]
 
-# name -> module with `build(num_classes, width, convolution, platform) -> flax Module`, for images.
+# name -> module with `build(num_classes, width, convolution, platform) -> flax Module`, for images,
+# and `HEAD`, the name of its last dense layer.
 NETWORKS = {
     "digitsnet": "fedrevive_jax.models.digitsnet",
     "convnet": "fedrevive_jax.models.convnet",
@@ -125,4 +126,4 @@ def make_network(
     platform = platform or jax.default_backend()
     way = convolutions.settled(convolution, platform)
     network = module.build(num_classes, width, way, platform)
-    return from_flax(name, network, input_shape, num_classes, platform)
+    return from_flax(name, network, input_shape, num_classes, platform, module.HEAD)

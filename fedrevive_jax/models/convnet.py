@@ -5,6 +5,8 @@ import flax.linen as nn
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.models import layers
 
+HEAD = "fc3"
+
 
 class ConvNet(nn.Module):
     """conv-ReLU, (conv-ReLU-pool) twice, dense 200, dense 100, dense classes; three taps.

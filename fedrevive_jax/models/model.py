@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from fedrevive_jax.compute.streams import root_key
 from fedrevive_jax.errors import ConfigError
-from fedrevive_jax.models.layers import batch_statistics
+from fedrevive_jax.models.layers import add, batch_statistics
 
 Params = Any  # a pytree of float arrays
 # Statistics at each tap: ((mean, variance), ...), each of shape [channels of that tap].
@@ -46,6 +46,20 @@ class Vocabulary(NamedTuple):
     width: int
 
 
+class Head(NamedTuple):
+    """The last layer of a model, from features to logits.
+
+    Attributes:
+      params: the model's parameters -> those of the layer.
+      width: the layer's parameters, or their shapes -> d, how many features it reads.
+      apply: (the layer's parameters, features [b, d]) -> logits [b, classes].
+    """
+
+    params: Callable[[Params], Params]
+    width: Callable[[Params], int]
+    apply: Callable[[Params, jax.Array], jax.Array]
+
+
 class Model(NamedTuple):
     """A model as pure functions.
 
@@ -63,6 +77,7 @@ class Model(NamedTuple):
         are shared, never sent and not part of a version.
       vocabulary: for a text model; None for a model of images.
       platform: what its programs are compiled for, `cpu`, `gpu` or `tpu`; what is fastest differs.
+      head: its last layer, for methods that make features; None where it is not known.
     """
 
     name: str
@@ -73,6 +88,17 @@ class Model(NamedTuple):
     frozen: Callable[[jax.Array], Any] = lambda key: ()
     vocabulary: Vocabulary | None = None
     platform: str = "cpu"
+    head: Head | None = None
+
+
+def dense_head(name: str) -> Head:
+    """The head that is a dense layer of this name: its kernel [d, classes], and a bias or none."""
+
+    def apply(layer, features):
+        logits = features @ layer["kernel"]
+        return add(logits, layer["bias"]) if "bias" in layer else logits
+
+    return Head(lambda params: params[name], lambda layer: layer["kernel"].shape[0], apply)
 
 
 def with_precision(model: Model, precision: str) -> Model:
@@ -87,8 +113,10 @@ def with_precision(model: Model, precision: str) -> Model:
     """
     if precision == "auto":
         precision = default_precision(model.platform)
+    head = model.head
     if precision == "float32":
-        return model._replace(apply=exactly(model.apply, model.platform))
+        exact = head and head._replace(apply=exactly(head.apply, model.platform))
+        return model._replace(apply=exactly(model.apply, model.platform), head=exact)
 
     def apply(params, inputs, key=None):
         # The token table of a text stays as it is: only what is looked up in it is rounded.
@@ -98,7 +126,13 @@ def with_precision(model: Model, precision: str) -> Model:
         logits, activations = model.apply(halved(params), inputs, key)
         return logits.astype(jnp.float32), activations
 
-    return model._replace(apply=apply)
+    def rounded(head: Head) -> Head:
+        def apply(layer, features):
+            return head.apply(halved(layer), halved(features)).astype(jnp.float32)
+
+        return head._replace(apply=apply)
+
+    return model._replace(apply=apply, head=head and rounded(head))
 
 
 def halved(tree: Any) -> Any:
@@ -137,6 +171,7 @@ def from_flax(
     input_shape: tuple[int, ...],
     num_classes: int,
     platform: str | None = None,
+    head: str | None = None,
 ) -> Model:
     """Wraps a Flax module for images that returns (logits, activations), see `Model`.
 
@@ -150,6 +185,8 @@ def from_flax(
       input_shape: (height, width, channels) of one image.
       num_classes: size of the logits.
       platform: see `Model`; None is that of the default backend.
+      head: name of the dense layer that makes the logits, see `dense_head`; None where there is
+        none, or no method asks for it.
 
     Raises:
       ConfigError: it is no such module. What it computes is judged when it is used.
@@ -185,6 +222,7 @@ def from_flax(
         jax.jit(init),
         apply,
         platform=platform or jax.default_backend(),
+        head=None if head is None else dense_head(head),
     )
 
 

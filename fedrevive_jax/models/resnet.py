@@ -6,6 +6,8 @@ import flax.linen as nn
 
 from fedrevive_jax.models import layers
 
+HEAD = "head"
+
 
 class ResNet18(nn.Module):
     """3x3 stem, stages [2, 2, 2, 2] of width 1/2/4/8 with strides 1/2/2/2, mean pool, dense.

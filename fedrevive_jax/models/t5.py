@@ -15,7 +15,7 @@ import numpy as np
 
 from fedrevive_jax.data.tokens import PADDING
 from fedrevive_jax.models import layers
-from fedrevive_jax.models.model import Embedded, Model, Params, Text, Vocabulary
+from fedrevive_jax.models.model import Embedded, Model, Params, Text, Vocabulary, dense_head
 
 HEAD_DROPOUT = 0.1
 
@@ -205,4 +205,5 @@ def make_classifier(
         frozen,
         Vocabulary(shape.vocabulary, shape.width),
         platform or jax.default_backend(),
+        dense_head("head2"),
     )

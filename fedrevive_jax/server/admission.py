@@ -97,7 +97,7 @@ def judge(
     delta = jax.tree.map(lambda new, old: (new - old).astype(jnp.float32), upload.params, base)
     square = optax.tree.norm(delta, squared=True)
     norm = jnp.sqrt(square)
-    finite = trees.all_finite((upload.taps, upload.loss, square))
+    finite = trees.all_finite((upload.taps, upload.loss, square, upload.extra))
     small = norm <= max_update_norm if max_update_norm else jnp.asarray(True)
     verdict = jnp.where(~finite, 1, jnp.where(small, 0, 2)).astype(jnp.int32)
     return verdict == 0, verdict, norm

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from fedrevive_jax.compute import devices
 from fedrevive_jax.compute.streams import Stream, jax_key
-from fedrevive_jax.messages import Arrival, Submission, Upload
+from fedrevive_jax.messages import Arrival, ClientPart, Download, Submission, Upload
 from fedrevive_jax.methods import Method
 from fedrevive_jax.models.model import Params, Taps
 from fedrevive_jax.server.admission import (
@@ -96,9 +96,9 @@ def make_step(
       mesh, platform: see `devices.jit`.
 
     Returns:
-      A jitted function (params, base, state, entry, upload, facts) -> (params, state, entry,
-      (accepted, verdict, norm), metrics) that donates the state. `base` is the version that the
-      upload started from, `facts` are scalars in the order of `Arrival`.
+      A jitted function (params, base, state, entry, upload, facts) -> (download, state, entry,
+      (accepted, verdict, norm), metrics) that donates the state. `base` are the parameters of the
+      version that the upload started from, `facts` are scalars in the order of `Arrival`.
     """
 
     def step(params, base, state, entry, upload, facts):
@@ -109,7 +109,8 @@ def make_step(
         accepted, verdict, norm = judge(upload, base, max_update_norm)
         submission = Submission(upload, arrival, base, params, accepted, key)
         params, state, entry, metrics = method.step(state, entry, submission)
-        return params, state, entry, (accepted, verdict, norm), metrics
+        download = Download(params, method.extra(state))
+        return download, state, entry, (accepted, verdict, norm), metrics
 
     # Parameters are never donated: the version store holds them.
     return devices.jit(mesh, step, platform, donate_argnums=2)
@@ -161,10 +162,12 @@ class Server:
         self._num_clients = num_clients
         self._max_update_norm = max_update_norm
         self._taps = taps
-        self._upload_shapes = described(Upload(params, taps, jnp.zeros(())))
+        self._report = method.client.report(jnp.zeros((1, 1), jnp.int32))
+        self._extra_of = devices.jit(mesh, method.extra)
         self._state = shelf.fetch(devices.jit(mesh, method.init)(params))
         self._cache = NoCache() if cache is None else cache
-        self._versions = VersionStore(0, params, shelf)
+        self._versions = VersionStore(0, self._sent(params), shelf)
+        self._upload_shapes = described(self.upload_like())
         self._jobs: dict[int, Ticket] = {}
         self._next_job = 0
         self._buffered = 0
@@ -181,7 +184,7 @@ class Server:
     @property
     def params(self) -> Params:
         """Parameters of the newest version."""
-        return self._versions.get(self.version)
+        return self.params_of(self.version)
 
     @property
     def live_versions(self) -> tuple[int, ...]:
@@ -209,15 +212,35 @@ class Server:
         Raises:
           VersionNotFoundError: the version is gone.
         """
+        return self.download_of(version).params
+
+    def download_of(self, version: int) -> Download:
+        """What a job that starts from a live version is handed.
+
+        Raises:
+          VersionNotFoundError: the version is gone.
+        """
         return self._versions.get(version)
+
+    @property
+    def client_part(self) -> ClientPart:
+        """What the method has its clients do beside their training."""
+        return self._method.client
+
+    def upload_like(self) -> Upload:
+        """An upload of the right structure, shapes and dtypes."""
+        return Upload(self.params, self._taps, jnp.zeros(()), self._report)
+
+    def _sent(self, params: Params) -> Download:
+        """The newest version as it is handed out, from the state that belongs to it."""
+        return Download(params, self._shelf.fetch(self._extra_of(self._state)))
 
     def compile(self) -> None:
         """Compiles the step for the uploads that will come; `submit` finds it compiled.
 
         It only reads, so that another thread may call it while jobs are dispatched and trained.
         """
-        like = Upload(self.params, self._taps, jnp.zeros(()))
-        upload = self._shelf.fetch(devices.replicate(self._mesh, like))
+        upload = self._shelf.fetch(devices.replicate(self._mesh, self.upload_like()))
         entry = self._shelf.fetch(self._cache.fetch(0))
         facts = (*(np.zeros((), np.int32) for _ in range(4)), np.zeros((), bool))
         self._step.lower(self.params, self.params, self._state, entry, upload, facts).compile()
@@ -276,20 +299,20 @@ class Server:
         ticket = self._check_envelope(job, upload, base_version)
         if isinstance(ticket, Rejection):
             return self._rejections.add(ticket)
-        base = self._versions.get(ticket.version)
+        base = self.params_of(ticket.version)
         version = self.version
         completes = self._buffered + 1 == self._method.buffer_size
         # As arrays of NumPy, in the order of `Arrival`: the step traces them.
         numbers = (ticket.job, ticket.client, version, version - ticket.version)
         facts = (*(np.asarray(number, np.int32) for number in numbers), np.asarray(completes))
         entry = self._shelf.fetch(self._cache.fetch(ticket.client))
-        params, self._state, entry, (accepted, verdict, norm), metrics = self._step(
+        download, self._state, entry, (accepted, verdict, norm), metrics = self._step(
             self.params, base, self._state, entry, upload, facts
         )
         self._cache.store(ticket.client, entry)
         self._buffered = 0 if completes else self._buffered + 1
         if completes:
-            self._versions.put(version + 1, params)
+            self._versions.put(version + 1, download)
         self._end(ticket)
         if len(self._unreviewed) == REVIEW_AFTER:
             self._judge_waiting()
@@ -374,7 +397,8 @@ class Server:
         if not exact:
             record, arrays = self.snapshot()
             jobs = [[job, client, self.version] for job, client, _ in record["jobs"]]
-            return {**record, "jobs": jobs, "stale_versions": []}, {**arrays, "stale": {}}
+            nothing = {"stale": {}, "extra": {}}
+            return {**record, "jobs": jobs, "stale_versions": []}, {**arrays, **nothing}
         self._judge_waiting()
         record = {
             "version": self.version,
@@ -384,16 +408,26 @@ class Server:
             "stale_versions": [v for v in self.live_versions if v != self.version],
             "rejected": self.rejected,
         }
+        stored = {str(v): self._versions.stored(v) for v in record["stale_versions"]}
         return record, {
             "method": self._state,
             "cache": self._cache.snapshot(),
-            "stale": {str(v): self._versions.stored(v) for v in record["stale_versions"]},
+            "stale": {v: download.params for v, download in stored.items()},
+            # That of the newest is told by the state.
+            "extra": {v: download.extra for v, download in stored.items()},
         }
 
     def shapes(self, record: dict[str, Any]) -> dict[str, Any]:
         """The structure and shapes of a snapshot's arrays, told from its record."""
-        stale = {str(v): self.params for v in record["stale_versions"]}
-        shapes = jax.eval_shape(lambda: {"method": self._state, "stale": stale})
+        params, extra = self.download_of(self.version)
+        stale = [str(v) for v in record["stale_versions"]]
+        shapes = jax.eval_shape(
+            lambda: {
+                "method": self._state,
+                "stale": dict.fromkeys(stale, params),
+                "extra": dict.fromkeys(stale, extra),
+            }
+        )
         return {**shapes, "cache": self._cache.shapes()}
 
     def restore(self, record: dict[str, Any], params: Params, arrays: dict[str, Any]) -> None:
@@ -408,10 +442,12 @@ class Server:
         self._found = deque(maxlen=REVIEW_AFTER)
         # One by one: on their way to the host they need not all fit on the device.
         stored = {
-            int(v): self._shelf.store(devices.replicate(self._mesh, tree))
+            int(v): self._shelf.store(
+                devices.replicate(self._mesh, Download(tree, arrays["extra"][v]))
+            )
             for v, tree in arrays["stale"].items()
         }
-        stored[record["version"]] = params
+        stored[record["version"]] = self._sent(params)
         first, *later = sorted(stored)
         self._versions = VersionStore(first, stored[first], self._shelf)
         # References first: storing a newer version drops an older one that nobody refers to.

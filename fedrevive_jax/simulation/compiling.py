@@ -23,7 +23,7 @@ from fedrevive_jax.compute.streams import Stream, jax_key, root_key
 from fedrevive_jax.compute.target import Target
 from fedrevive_jax.config import Config
 from fedrevive_jax.data.dataset import split_training
-from fedrevive_jax.messages import Upload
+from fedrevive_jax.messages import Download, Upload
 from fedrevive_jax.models import Model, convolutions, default_precision, judging
 from fedrevive_jax.models.model import initial_taps
 from fedrevive_jax.server import builder, core
@@ -207,47 +207,50 @@ def build(
         memory=int(USABLE * target.chip.memory) if target.chip.memory else None,
     )
     jobs = sizing.jobs_in_a_call(clock, room.client_batch, len(target.devices))
-    state, entry = methods.shapes(config, holdings, params)
+    state, entry, extra = methods.shapes(config, holdings, params)
     taps = jax.eval_shape(lambda: initial_taps(model))
     store, labels = feed.store, dataset.labels.astype(np.int32)
     number, flag = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
     steps = (jobs, config.local_iterations, config.batch_size)
     shapes = target.shapes
 
+    config = dataclasses.replace(config, teacher_batch=room.teacher_batch)
+    method = methods.create(config, holdings)
     trainer = make_window_trainer(
         model,
         feed.training,
         config.client_lr,
         lambda job, step: jax_key(config.seed, Stream.AUGMENTATION, job, step),
         target.mesh,
+        method.client,
     )
-    config = dataclasses.replace(config, teacher_batch=room.teacher_batch)
     step = core.make_step(
-        methods.create(config, holdings),
+        method,
         config.seed,
         config.max_update_norm,
         target.mesh,
         target.platform,
     )
     judge = make_batch_judge(model, feed.evaluation, config.eval_batch, target.mesh)
-    upload = jax.eval_shape(Upload, params, taps, jax.ShapeDtypeStruct((), jnp.float32))
+    report = jax.eval_shape(method.client.report, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    upload = jax.eval_shape(Upload, params, taps, jax.ShapeDtypeStruct((), jnp.float32), report)
     positions = jax.ShapeDtypeStruct((config.eval_batch,), jnp.int32)
     valid = jax.ShapeDtypeStruct((config.eval_batch,), bool)
-    params, state, entry, upload, store, labels = (
-        shapes(tree) for tree in (params, state, entry, upload, store, labels)
+    params, extra, state, entry, upload, store, labels = (
+        shapes(tree) for tree in (params, extra, state, entry, upload, store, labels)
     )
     indices = shapes(jax.ShapeDtypeStruct(steps, jnp.int32))
     numbers = shapes(jax.ShapeDtypeStruct((jobs,), jnp.int32))
     facts = shapes((number,) * 4 + (flag,))
     waiting = 0
     if room.place == "device":
-        waiting = (clock.live_versions_max() + config.concurrency) * trees.nbytes(params)
+        waiting = (clock.live_versions_max() + config.concurrency) * trees.nbytes((params, extra))
     if config.cache_memory == "device":
         waiting += config.num_clients * trees.nbytes(entry)
     of_a_job = sizing.job_bytes(model, params, config.batch_size)
     each = -(-jobs // len(target.devices))
     return Programs(
-        (trainer, ((params,) * jobs, store, labels, indices, numbers)),
+        (trainer, ((Download(params, extra),) * jobs, store, labels, indices, numbers)),
         (step, (params, params, state, entry, upload, facts)),
         (judge, (params, store, labels, shapes(positions), shapes(valid))),
         jobs,

@@ -53,7 +53,8 @@ def plan(
     # What waits, stale versions and uploads; with `auto` on the device, as long as it has room.
     waiting = {"device": 0, "host": 0}
     place = "host" if config.version_memory == "host" else "device"
-    waiting[place] = (live + config.concurrency) * model_bytes
+    version_bytes = trees.nbytes((params, sizes.extra))
+    waiting[place] = live * version_bytes + config.concurrency * model_bytes
     device_bytes = (
         data_bytes + trees.nbytes(shared) + state_bytes + cached["device"] + waiting["device"]
     )
@@ -69,7 +70,7 @@ def plan(
         "flops_forward_per_sample": forward,
         **_flops(config, clock, forward, making_flops(config, sizes.model)),
         "bytes_model": model_bytes,
-        "bytes_live_versions": live * model_bytes,
+        "bytes_live_versions": live * version_bytes,
         "bytes_uploads_max": config.concurrency * model_bytes,
         "bytes_method_state": state_bytes,
         "bytes_client_cache": cache_bytes,
@@ -87,7 +88,8 @@ def cache_bytes(config: Config) -> int:
 
 
 class _Sizes(NamedTuple):
-    """The model, how many samples are stored, and the shapes of what lives beside them."""
+    """The model, how many samples are stored, and the shapes of what lives beside them; of `extra`
+    one for each version."""
 
     model: Model
     stored: int
@@ -95,6 +97,7 @@ class _Sizes(NamedTuple):
     frozen: Any
     method_state: Any
     entry: Any
+    extra: Any
 
 
 def _sizes(

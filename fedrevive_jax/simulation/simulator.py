@@ -26,7 +26,7 @@ from fedrevive_jax.data.partition import Shards
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.messages import Upload
 from fedrevive_jax.models import Model, judging
-from fedrevive_jax.models.model import Params, initial_taps
+from fedrevive_jax.models.model import Params
 from fedrevive_jax.record.derived import Derived
 from fedrevive_jax.server import builder
 from fedrevive_jax.server.admission import Rejection
@@ -134,6 +134,7 @@ class Simulation:
             config.client_lr,
             lambda job, step: jax_key(config.seed, Stream.AUGMENTATION, job, step),
             self.mesh,
+            self.server.client_part,
         )
         self._evaluate = make_evaluator(
             self.model, self.feed.evaluation, config.eval_batch, self.mesh
@@ -211,10 +212,13 @@ class Simulation:
     @property
     def bytes_sent(self) -> int:
         """What clients and server have sent so far: a model down for each job that was handed out,
-        a model with its feature statistics up for each arrival."""
-        model = trees.nbytes(self.server.params)
-        statistics = trees.nbytes(initial_taps(self.model))
-        return self.server.next_job * model + self.position * (model + statistics)
+        a model with its feature statistics up for each arrival, and what the method sends beside.
+        """
+        server = self.server
+        down = trees.nbytes(server.download_of(server.version))
+        upload = server.upload_like()
+        up = trees.nbytes((upload.params, upload.taps, upload.extra))
+        return server.next_job * down + self.position * up
 
     def arrivals(self) -> Iterator[Receipt]:
         """Processes arrivals one by one until the plan is done."""
@@ -334,7 +338,7 @@ class Simulation:
         steps = (self.config.local_iterations, self.config.batch_size)
         (upload,) = jax.eval_shape(
             self._train,
-            (self.server.params,),
+            (self.server.download_of(self.server.version),),
             self._store,
             self._labels,
             jax.ShapeDtypeStruct((1, *steps), jnp.int32),
@@ -421,7 +425,7 @@ class Simulation:
                 for job in padded
             ]
             bases = tuple(
-                self.server.params_of(int(self.schedule.base_version[job])) for job in padded
+                self.server.download_of(int(self.schedule.base_version[job])) for job in padded
             )
             uploads = self._train(
                 bases,

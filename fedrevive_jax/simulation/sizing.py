@@ -218,8 +218,8 @@ def room(
       waiting: models that wait at most, stale versions and uploads.
       memory: see `choose_place`.
     """
-    state, entry = methods.shapes(config, holdings, params)
-    waiting_bytes = waiting * trees.nbytes(params)
+    state, entry, extra = methods.shapes(config, holdings, params)
+    waiting_bytes = waiting * trees.nbytes((params, extra))
     used = waiting_bytes + trees.nbytes((state, stored, holdings.frozen))
     if config.cache_memory == "device":
         used += config.num_clients * trees.nbytes(entry)
