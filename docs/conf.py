@@ -100,7 +100,8 @@ def shorten_signature(app, what, name, obj, options, signature, returns):
     """Types without their modules, and no addresses of functions that are defaults."""
     if signature:
         signature = re.sub(r"<function [^<>]*(?:<\w+>)?[^<>]*>", "...", signature)
-        signature = re.sub(r"~(?:\w+\.)+", "", signature)
+        # There are two classes of the name Server: a page has to know which.
+        signature = re.sub(r"~(?:\w+\.)+(?!\w*\.)(?!Server\b)", "", signature)
     return signature, returns
 
 
@@ -112,7 +113,7 @@ def skip_fields(app, what, name, obj, skip, options):
 
 def write_settings(app):
     """A page with every setting of a run, from the fields themselves."""
-    from fedrevive_jax.config import LIMITS, Clients, Device, Dfkd, Record, Server, World
+    from fedrevive_jax.config import LIMITS, Clients, Device, Dfkd, FedGen, Record, Server, World
 
     text = [
         "# Settings",
@@ -120,7 +121,7 @@ def write_settings(app):
         "default stands for what the preset of (data set, method) leaves open; `presets.py` has "
         "the presets.",
     ]
-    for part in (World, Clients, Server, Dfkd, Record, Device):
+    for part in (World, Clients, Server, FedGen, Dfkd, Record, Device):
         text += [
             f"## {part.__name__}",
             (part.__doc__ or "").strip(),

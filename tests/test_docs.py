@@ -171,7 +171,9 @@ def test_the_readme_names_all_rooms():
     assert named == {path.parent.name for path in (ROOT / "fedrevive_jax").glob("*/__init__.py")}
 
 
-PROGRAMS = ("main", "compare", "evaluate", "prepare", "benchmark", "tour")
+PROGRAMS = (
+    "main", "compare", "evaluate", "prepare", "benchmark", "tour", "serve", "join", "keys",
+)  # fmt: skip
 # Flags of other programs, as the pages call them.
 OTHERS = {
     "gcloud": "accelerator-type command recurse version worker zone",
@@ -187,10 +189,12 @@ def program_flags(program):
     """The flags that a command defines itself."""
     source = (ROOT / "experiments" / f"{program}.py").read_text()
     own = set(re.findall(r"flags\.DEFINE_\w+\(\s*\"(\w+)\"", source))
-    if "define_grace()" in source:
+    if "define_grace(" in source:
         own.add("grace")
     if re.search(r"^config_flags\.define\(\)|^    config_flags\.define\(\)", source, re.MULTILINE):
         own |= {"conv", *OF_PRESETS, *(field.name for field in dataclasses.fields(Config))}
+    if some := re.search(r"^config_flags\.define\(\((.*)\)\)", source, re.MULTILINE):
+        own |= set(re.findall(r"\"(\w+)\"", some[1]))
     return own | {"compilation_cache_dir"}
 
 

@@ -100,7 +100,7 @@ def test_features_by_hand():
         "norm": {"scale": jnp.ones(1), "bias": jnp.zeros(1)},
         "output": {"kernel": jnp.full((1, 1), 3.0), "bias": jnp.ones(1)},
     }
-    generator = features.Generator(params, jnp.ones(1), jnp.full(1, 4.0), jnp.asarray(0))
+    generator = features.FeatureGenerator(params, jnp.ones(1), jnp.full(1, 4.0), jnp.asarray(0))
     eps, labels = jnp.asarray([[0.0], [2.0]]), jnp.asarray([0, 1])
     made = features.make(generator, eps, labels)
     np.testing.assert_allclose(made, [[1.0], [1 + 3 * 3.5]], rtol=1e-4)
@@ -150,7 +150,7 @@ def test_a_training_of_the_generator():
     counts = np.asarray([[5.0, 0, 0], [1, 4, 0]])  # nobody has seen the last class
     state = features.start(jax.random.key(1), 3, 2, settings)
     generator = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), state.generator.params)
-    state = features.GeneratorState(
+    state = features.FeatureGeneratorState(
         state.generator._replace(params=generator, trained=jnp.asarray(2)),
         features.make_optimizer(settings).init(generator),
     )

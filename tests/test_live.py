@@ -108,6 +108,11 @@ def test_a_client_that_comes_back_by_another_node_takes_over_its_seat_and_its_sl
     assert server.rejected == {}
 
 
+def test_a_method_that_changes_what_clients_train_is_refused():
+    with pytest.raises(ConfigError, match="method=fedgen: changes what clients train"):
+        Federation(small("fedgen"), link=Planned(1, [], {}))
+
+
 def test_true_histograms_are_refused():
     with pytest.raises(ConfigError, match="proxy=histogram: is for simulations"):
         Federation(small("fedrevive", proxy="histogram"), link=Planned(1, [], {}))

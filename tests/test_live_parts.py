@@ -26,7 +26,7 @@ from fedrevive_jax.live.trainer import Options, Trainer
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.server.core import Receipt
 from fedrevive_jax.simulation.simulator import Simulation
-from tests.toys import scalar_upload, small
+from tests.toys import small
 
 TREE = {
     "a": np.asarray([1.5, -2.0], np.float32),
@@ -215,7 +215,7 @@ def test_an_order_comes_back(tmp_path):
 
 
 def receipt(client):
-    return Receipt(0, client, 0, 0, 0, 1, *scalar_upload(0.0)[2:], *[None] * 4)  # type: ignore[arg-type]
+    return Receipt(0, client, 0, 0, 0, 1, *[None] * 5)  # type: ignore[arg-type]
 
 
 def test_the_delays_of_a_live_run_are_replayed(tmp_path):

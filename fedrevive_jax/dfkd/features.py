@@ -34,7 +34,7 @@ EPSILON = 1e-5
 MOMENTUM = 0.1
 
 
-class Generator(NamedTuple):
+class FeatureGenerator(NamedTuple):
     """G, as it goes out to clients.
 
     Attributes:
@@ -50,10 +50,10 @@ class Generator(NamedTuple):
     trained: jax.Array
 
 
-class GeneratorState(NamedTuple):
+class FeatureGeneratorState(NamedTuple):
     """The generator and the state of its optimiser."""
 
-    generator: Generator
+    generator: FeatureGenerator
     optimizer: Any
 
 
@@ -71,7 +71,7 @@ class Heads(NamedTuple):
     present: jax.Array
 
 
-def init(key: jax.Array, classes: int, width: int, settings: FedGen) -> Generator:
+def init(key: jax.Array, classes: int, width: int, settings: FedGen) -> FeatureGenerator:
     """A random start, PyTorch's default: uniform within 1 / sqrt(inputs of the layer).
 
     Args:
@@ -94,7 +94,7 @@ def init(key: jax.Array, classes: int, width: int, settings: FedGen) -> Generato
         "norm": {"scale": jnp.ones(hidden), "bias": jnp.zeros(hidden)},
         "output": dense(keys[2], keys[3], hidden, width),
     }
-    return Generator(params, jnp.zeros(hidden), jnp.ones(hidden), jnp.zeros((), jnp.int32))
+    return FeatureGenerator(params, jnp.zeros(hidden), jnp.ones(hidden), jnp.zeros((), jnp.int32))
 
 
 def noise(key: jax.Array, count: int, settings: FedGen) -> jax.Array:
@@ -102,14 +102,14 @@ def noise(key: jax.Array, count: int, settings: FedGen) -> jax.Array:
     return jax.random.uniform(key, (count, settings.fedgen_noise))
 
 
-def make(generator: Generator, eps: jax.Array, labels: jax.Array) -> jax.Array:
+def make(generator: FeatureGenerator, eps: jax.Array, labels: jax.Array) -> jax.Array:
     """Features [b, d] of classes int [b], normalised by the running statistics."""
     hidden = _hidden(generator.params, eps, labels)
     return _output(generator.params, hidden, generator.mean, generator.variance)
 
 
 def make_in_training(
-    generator: Generator, eps: jax.Array, labels: jax.Array
+    generator: FeatureGenerator, eps: jax.Array, labels: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Features normalised by the batch's own statistics, and the running statistics then.
 
@@ -178,15 +178,15 @@ def make_optimizer(settings: FedGen) -> optax.GradientTransformation:
     )
 
 
-def start(key: jax.Array, classes: int, width: int, settings: FedGen) -> GeneratorState:
+def start(key: jax.Array, classes: int, width: int, settings: FedGen) -> FeatureGeneratorState:
     """An untrained generator, see `init`."""
     generator = init(key, classes, width, settings)
-    return GeneratorState(generator, make_optimizer(settings).init(generator.params))
+    return FeatureGeneratorState(generator, make_optimizer(settings).init(generator.params))
 
 
 def make_trainer(
     model: Model, settings: FedGen
-) -> Callable[..., tuple[GeneratorState, dict[str, jax.Array]]]:
+) -> Callable[..., tuple[FeatureGeneratorState, dict[str, jax.Array]]]:
     """Training of a generator on the heads of clients.
 
     Args:
@@ -202,7 +202,7 @@ def make_trainer(
     optimizer, apply_head = make_optimizer(settings), model.head.apply
     batch = settings.fedgen_batch
 
-    def loss_fn(params, generator: Generator, heads: Heads, head, key):
+    def loss_fn(params, generator: FeatureGenerator, heads: Heads, head, key):
         weights, seen = class_weights(heads)
         label_key, noise_key = jax.random.split(key)
         labels = jax.random.categorical(label_key, jnp.where(seen, 0.0, -jnp.inf), shape=(batch,))
@@ -221,10 +221,10 @@ def make_trainer(
             loss = loss - settings.fedgen_student * student
         return loss, (jnp.stack(terms), mean, variance)
 
-    def train(state: GeneratorState, heads: Heads, head: Params, key: jax.Array):
+    def train(state: FeatureGeneratorState, heads: Heads, head: Params, key: jax.Array):
         rate = decayed(settings.fedgen_lr, state.generator.trained, settings)
 
-        def step(carry: GeneratorState, number):
+        def step(carry: FeatureGeneratorState, number):
             generator = carry.generator
             grads, (terms, mean, variance) = jax.grad(loss_fn, has_aux=True)(
                 generator.params, generator, heads, head, jax.random.fold_in(key, number)
@@ -232,7 +232,7 @@ def make_trainer(
             direction, own = optimizer.update(grads, carry.optimizer, generator.params)
             params = jax.tree.map(lambda p, d: p - rate * d, generator.params, direction)
             moved = generator._replace(params=params, mean=mean, variance=variance)
-            return GeneratorState(moved, own), terms
+            return FeatureGeneratorState(moved, own), terms
 
         state, terms = jax.lax.scan(step, state, jnp.arange(settings.fedgen_steps))
         generator = state.generator._replace(trained=state.generator.trained + 1)

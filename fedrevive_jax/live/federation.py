@@ -1,7 +1,7 @@
 """One live run: the server with what it holds, the coordinator, and where it stands.
 
-It is recorded as a simulation is, see `running.recorder.Run`: what is a planned moment there is a
-second on the wall here. Seconds in which no server ran do not count.
+It is recorded as a simulation is, see `running.recorder.Runnable`: what is a planned moment there
+is a second on the wall here. Seconds in which no server ran do not count.
 """
 
 import hashlib

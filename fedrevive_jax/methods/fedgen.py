@@ -57,7 +57,7 @@ class FedGenState(NamedTuple):
 
     base: Any
     heads: teachers.Teachers
-    generator: features.GeneratorState
+    generator: features.FeatureGeneratorState
     fresh: jax.Array
 
 
@@ -137,7 +137,7 @@ def client_part(config: Config, model: Model) -> ClientPart:
     make = exactly(features.make, model.platform)
     count = config.fedgen_batch
 
-    def term(params, logits, labels, generator: features.Generator, step, key):
+    def term(params, logits, labels, generator: features.FeatureGenerator, step, key):
         layer = head.params(params)
         like_key, class_key, noise_key = jax.random.split(key, 3)
 

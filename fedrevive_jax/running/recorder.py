@@ -59,7 +59,7 @@ class _Record(NamedTuple):
     checkpoints: Checkpoints
 
 
-class Run(Protocol):
+class Runnable(Protocol):
     """What is run and recorded: a simulation, or a live federation.
 
     Attributes:
@@ -153,7 +153,7 @@ class Recorder:
 
     def __init__(
         self,
-        run: Run,
+        run: Runnable,
         run_dir: Path | None,
         publish: Callable[[], None] = lambda: None,
         save_seconds: float = 0.0,

@@ -31,7 +31,7 @@ from fedrevive_jax.record.checkpoint import (
 from fedrevive_jax.record.health import DivergenceError, RejectLimitError
 from fedrevive_jax.record.interruption import InterruptedRunError
 from fedrevive_jax.record.reading import read_params
-from fedrevive_jax.running.recorder import Recorder, Result, Run, read_evaluations
+from fedrevive_jax.running.recorder import Recorder, Result, Runnable, read_evaluations
 from fedrevive_jax.simulation.profiling import FOLDER as PROFILE
 from fedrevive_jax.simulation.profiling import WindowTrace
 from fedrevive_jax.simulation.simulator import Simulation
@@ -62,7 +62,7 @@ def run(
     overwrite: bool = False,
     interruption: Stopping | None = None,
     profile: bool = False,
-    make: Callable[..., Run] = Simulation,
+    make: Callable[..., Runnable] = Simulation,
     save_seconds: float = 0.0,
 ) -> Result:
     """Runs a configuration to its end.
@@ -102,7 +102,7 @@ def run(
 class _How(NamedTuple):
     """How a run is made, stopped, traced and saved; see `run`."""
 
-    make: Callable[..., Run]
+    make: Callable[..., Runnable]
     interruption: Stopping | None
     profile: bool
     save_seconds: float
@@ -139,7 +139,7 @@ def _run(
 
     finished, kept = processes.first(look)
 
-    def build() -> tuple[Run, derived.Sources]:
+    def build() -> tuple[Runnable, derived.Sources]:
         loaded = dataset if dataset is not None else data.load(config, kept.tokenizer)
         judging.check_kind(loaded)
         sources = derived.sources_of(config, loaded.digest, loaded.classes)
@@ -171,7 +171,7 @@ def _run(
         return _play(made, folder, place.publish, how)
 
 
-def _play(made: Run, folder: Path | None, publish: Callable[[], None], how: _How) -> Result:
+def _play(made: Runnable, folder: Path | None, publish: Callable[[], None], how: _How) -> Result:
     """Processes all arrivals that are left, and records them where there is a folder."""
     recorder = Recorder(made, folder, publish, how.save_seconds)
     with contextlib.ExitStack() as stack:
@@ -430,7 +430,7 @@ def _prepare(config: Config, overwrite: bool, place: _Place) -> None:
         files.write_json(folder / files.CONFIG, {**config.as_dict(), "workdir": place.name})
 
 
-def _progress_bar(made: Run):
+def _progress_bar(made: Runnable):
     from tqdm import tqdm
 
     return tqdm(
@@ -442,7 +442,7 @@ def _progress_bar(made: Run):
     )
 
 
-def _read_finished(made: Run) -> Result:
+def _read_finished(made: Runnable) -> Result:
     """The result of a run that is finished, from its record."""
     folder = made.config.run_dir
     _, params = read_params(folder, made.model)
