@@ -13,11 +13,13 @@ from fedrevive_jax.clock import schedule
 from fedrevive_jax.clock.windows import plan_windows
 from fedrevive_jax.compute import trees
 from fedrevive_jax.dfkd import loss_guard, reviver, synthesis
+from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.models.model import Vocabulary, initial_taps
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.server import shelf as shelves
+from fedrevive_jax.server.shelf import Memory
 from fedrevive_jax.server.version_store import VersionStore
-from fedrevive_jax.simulation import sizing
+from fedrevive_jax.simulation import fitting, simulator, sizing
 from fedrevive_jax.simulation.simulator import Simulation
 from tests.toys import Fixed, assert_same_params, clock, play, rows, scalar_model, small
 
@@ -270,3 +272,50 @@ def test_a_server_step_needs_room_for_what_it_keeps(monkeypatch):
     tiny = Simulation(small("fedrevive"))
     assert told == [sizing.revival_bytes(tiny.config, tiny.model, tiny.server.params)]
     assert told[0] > sizing.job_bytes(tiny.model, tiny.server.params, tiny.config.batch_size)
+
+
+# --- what the compiler says -----------------------------------------------------------------------
+
+
+def on_a_device_of(limit, used, monkeypatch):
+    """Only the device's own report is made up: programs and their sizes are the compiler's."""
+    monkeypatch.setattr(simulator, "device_memory", lambda: Memory(limit, used))
+
+
+@pytest.mark.parametrize(
+    ("method", "field", "remedy"),
+    [("fedbuff", "client_batch", "batch_size"), ("fedrevive", "teacher_batch", "num_teachers")],
+)
+def test_a_program_that_does_not_fit_is_told_before_the_first_arrival(
+    monkeypatch, method, field, remedy
+):
+    config = small(method, client_batch=2)
+    probe = Simulation(config)
+    size = fitting.new_bytes(probe.server.compile())
+    assert size > 0
+    used = 10**9
+    if field == "teacher_batch":  # one byte less than it takes
+        on_a_device_of(used + size - 1 + probe._room.beside, used, monkeypatch)
+        monkeypatch.setattr(Simulation, "_check_training", lambda self, call: None)
+    else:
+        on_a_device_of(used + probe._room.beside, used, monkeypatch)
+    run = Simulation(config)
+    with pytest.raises(ConfigError, match=rf"^{field}=\d+: .* beside 1.00 GB in use .*{remedy}"):
+        run.advance()
+    assert run.server.version == 0
+
+
+def test_a_program_that_fits_is_compiled_once_and_nothing_is_asked_of_a_cpu(monkeypatch):
+    config = small("fedbuff", max_time=2.0)
+    assert Simulation(config)._memory is None
+    on_a_device_of(10**12, 0, monkeypatch)
+    run = Simulation(config)
+    checked = []
+    for name in ("check_training", "check_server_step"):
+        check = getattr(fitting, name)
+        monkeypatch.setattr(
+            fitting, name, lambda *a, name=name, check=check: checked.append(name) or check(*a)
+        )
+    list(run.arrivals())
+    assert sorted(checked) == ["check_server_step", "check_training"]  # once each
+    assert run._train._cache_size() == run.server._step._cache_size() == 1

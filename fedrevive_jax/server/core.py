@@ -235,7 +235,7 @@ class Server:
         """The newest version as it is handed out, from the state that belongs to it."""
         return Download(params, self._shelf.fetch(self._extra_of(self._state)))
 
-    def compile(self) -> None:
+    def compile(self) -> jax.stages.Compiled:
         """Compiles the step for the uploads that will come; `submit` finds it compiled.
 
         It only reads, so that another thread may call it while jobs are dispatched and trained.
@@ -243,7 +243,8 @@ class Server:
         upload = self._shelf.fetch(devices.replicate(self._mesh, self.upload_like()))
         entry = self._shelf.fetch(self._cache.fetch(0))
         facts = (*(np.zeros((), np.int32) for _ in range(4)), np.zeros((), bool))
-        self._step.lower(self.params, self.params, self._state, entry, upload, facts).compile()
+        start = self.params
+        return self._step.lower(start, start, self._state, entry, upload, facts).compile()
 
     def dispatch(self, client: int) -> Ticket:
         """Hands a new job to a client; it starts from the newest version.

@@ -46,7 +46,22 @@ def shelf(place: str, mesh: Mesh | None = None) -> Shelf:
     )
 
 
-def device_bytes() -> int | None:
-    """Memory of the device that may be planned for; None where it does not tell, as on a CPU."""
+class Memory(NamedTuple):
+    """Memory of a device, in bytes: all of it, and what is in use."""
+
+    limit: int
+    used: int
+
+
+def device_memory() -> Memory | None:
+    """The memory of the device; None where it does not tell, as on a CPU."""
     told = jax.local_devices()[0].memory_stats() or {}
-    return int(USABLE * told["bytes_limit"]) if "bytes_limit" in told else None
+    if "bytes_limit" not in told:
+        return None
+    return Memory(int(told["bytes_limit"]), int(told.get("bytes_in_use", 0)))
+
+
+def device_bytes() -> int | None:
+    """Memory of the device that may be planned for; None where it does not tell."""
+    memory = device_memory()
+    return None if memory is None else int(USABLE * memory.limit)

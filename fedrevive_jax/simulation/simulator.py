@@ -31,8 +31,8 @@ from fedrevive_jax.record.derived import Derived
 from fedrevive_jax.server import builder
 from fedrevive_jax.server.admission import Rejection
 from fedrevive_jax.server.core import Receipt
-from fedrevive_jax.server.shelf import device_bytes, shelf
-from fedrevive_jax.simulation import sizing
+from fedrevive_jax.server.shelf import device_bytes, device_memory, shelf
+from fedrevive_jax.simulation import fitting, sizing
 
 NOTHING = Derived()
 # One server step in so many is timed. Timing waits for the device; the number shares no factor
@@ -140,6 +140,9 @@ class Simulation:
             self.model, self.feed.evaluation, config.eval_batch, self.mesh
         )
         self._hand_out(self.schedule.initial_jobs)
+        self._room = room
+        # As it is before anything is trained, with all in place that stays.
+        self._memory = self._memory_unchecked = device_memory()
 
     @property
     def shards(self) -> Shards:
@@ -240,8 +243,28 @@ class Simulation:
         """
         if self._compiled is None and jax.process_count() == 1:
             one = ThreadPoolExecutor(1, "server step")
-            self._compiled = one.submit(self.server.compile)
+            self._compiled = one.submit(self._check_server_step)
             one.shutdown(wait=False)
+
+    def _check_server_step(self) -> None:
+        """Compiles it, and sees whether it fits."""
+        compiled, room = self.server.compile(), self._room
+        if self._memory is not None:
+            fitting.check_server_step(
+                self.config, compiled, self._memory, room.beside, room.teacher_batch
+            )
+
+    def _check_training(self, call: tuple[Any, ...]) -> None:
+        """Compiles a call of training where the device tells its memory, and sees whether it fits.
+
+        The call itself finds it compiled. Of several processes none may stop alone.
+        """
+        memory, self._memory_unchecked = self._memory_unchecked, None
+        if memory is not None and jax.process_count() == 1:
+            compiled = self._train.lower(*call).compile()
+            fitting.check_training(
+                self.config, compiled, memory, self._room.beside, self.client_batch
+            )
 
     def advance(self) -> Receipt:
         """Processes the next arrival, training its window first when it needs one."""
@@ -427,13 +450,15 @@ class Simulation:
             bases = tuple(
                 self.server.download_of(int(self.schedule.base_version[job])) for job in padded
             )
-            uploads = self._train(
+            call = (
                 bases,
                 self._store,
                 self._labels,
                 np.stack(indices).astype(np.int32),
                 padded.astype(np.int32),
             )
+            self._check_training(call)
+            uploads = self._train(*call)
             trained.update(zip(together.tolist(), uploads, strict=False))
         return trained
 
