@@ -6,7 +6,9 @@ client. The record is that of a simulation, with seconds in the place of simulat
 """
 
 import dataclasses
+import math
 import resource
+import socket
 import sys
 import time
 from pathlib import Path
@@ -47,6 +49,9 @@ ENDLESS, VERSIONS = "1e9", "300"
 
 
 def main() -> int:
+    for flag in (JOB_SECONDS, SAVE_SECONDS):
+        if not 0 < flag.value < math.inf:
+            raise ConfigError(flag.name, f"{flag.value:g}", "must be above 0 and finite")
     door, count = _door()
     pauses = _pauses(PAUSES.value, count)
     given = config_flags.given_values()
@@ -110,7 +115,7 @@ def main() -> int:
     return 0
 
 
-def _door() -> tuple[tuple[tuple[str, int], tuple[Path, ...], list[Path]] | None, int]:
+def _door() -> tuple[tuple[tuple[str, int], tuple[Path, ...], Path] | None, int]:
     """Where clients of other machines come in, and how many clients there are.
 
     Raises:
@@ -133,12 +138,18 @@ def _door() -> tuple[tuple[tuple[str, int], tuple[Path, ...], list[Path]] | None
     for path in files:
         if not path.is_file():
             raise ConfigError("certificates", CERTIFICATES.value, f"holds no {path.name}")
-    keys = sorted(Path(CLIENTS.value or "").absolute().glob("*.pub")) if CLIENTS.value else []
-    if not keys:
+    folder = Path(CLIENTS.value or "").absolute()
+    count = len(list(folder.glob("*.pub"))) if CLIENTS.value else 0
+    if not count:
         raise ConfigError(
             "clients", CLIENTS.value or "", "must be a folder with public keys, *.pub"
         )
-    return (address, files, keys), len(keys)
+    try:
+        socket.create_server(address).close()
+    except OSError as error:
+        reason = f"cannot be listened at ({error.strerror or error})"
+        raise ConfigError("listen", LISTEN.value, reason) from None
+    return (address, files, folder), count
 
 
 def _pauses(text: str, count: int) -> list[float]:

@@ -19,6 +19,9 @@ class Planned:
     def nodes(self):
         return self._nodes
 
+    def name(self, node):
+        return str(node)
+
     def send(self, node, message, seconds):
         self._count += 1
         if message.kind == PREPARE:
@@ -53,6 +56,9 @@ class Hostile:
     def nodes(self):
         return set(self.up)
 
+    def name(self, node):
+        return str(node)
+
     def send(self, node, message, seconds):
         if self.refuses or node not in self.up:
             return None
@@ -86,6 +92,9 @@ class Direct:
 
     def nodes(self):
         return self._trainers
+
+    def name(self, node):
+        return str(node)
 
     def send(self, node, message, seconds):
         self._count += 1

@@ -1,24 +1,31 @@
 """Flower as a link: with its own messages, without its processes."""
 
+import asyncio
+import base64
 import sys
 import threading
 import time
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
 
 flwr = pytest.importorskip("flwr.app", reason="needs the extra live")
 
+import httpx  # noqa: E402
+from cryptography.hazmat.primitives import hashes, serialization  # noqa: E402
+from cryptography.hazmat.primitives.asymmetric import ec  # noqa: E402
 from flwr.app import Context, Error, RecordDict  # noqa: E402
 from flwr.app import Message as FlowerMessage  # noqa: E402
+from flwr.proto.node_pb2 import NodeInfo  # noqa: E402
 from flwr.serverapp import Grid  # noqa: E402
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
 from fedrevive_jax.errors import UserError  # noqa: E402
-from fedrevive_jax.live import wire  # noqa: E402
+from fedrevive_jax.live import keys, wire  # noqa: E402
 from fedrevive_jax.live.children import Child, stopped_together  # noqa: E402
 from fedrevive_jax.live.federation import Federation  # noqa: E402
-from fedrevive_jax.live.flower import client_app, hosting, records  # noqa: E402
+from fedrevive_jax.live.flower import client_app, gate, hosting, records  # noqa: E402
 from fedrevive_jax.live.flower.link import GridLink  # noqa: E402
 from fedrevive_jax.live.link import PREPARE, TRAIN, Message  # noqa: E402
 from fedrevive_jax.live.trainer import Options, Trainer, listen  # noqa: E402
@@ -51,7 +58,10 @@ class FakeGrid(Grid):
         raise NotImplementedError
 
     def get_node_ids(self):
-        return self._nodes
+        raise NotImplementedError
+
+    def get_nodes(self):
+        return [NodeInfo(node_id=node) for node in self._nodes]
 
     def push_messages(self, messages):
         ids = []
@@ -140,15 +150,18 @@ def test_one_that_is_slow_to_be_pulled_holds_nobody_up():
 
     class Slow(FakeGrid):
         def pull_messages(self, message_ids):
-            if "message 1" in message_ids:
+            if "message 30" not in message_ids:
                 assert release.wait(20)
             return super().pull_messages(message_ids)
 
     link = GridLink(Slow(echo))
-    slow, quick = (link.send(1, Message(TRAIN, {"n": n}), 60.0) for n in range(2))
+    *slow, quick = (link.send(1, Message(TRAIN, {"n": n}), 60.0) for n in range(30))
     assert [reply.flight for reply in received(link)] == [quick]
     release.set()
-    assert [reply.flight for reply in received(link)] == [slow]
+    late = []
+    while len(late) < len(slow):
+        late += [reply.flight for reply in received(link)]
+    assert sorted(late) == sorted(slow)
     link.close()
 
 
@@ -205,6 +218,35 @@ def test_a_federation_trains_through_flowers_messages_and_a_trainers_socket(tmp_
     assert all(np.isfinite(float(r.loss)) and bool(r.accepted) for r in receipts)
 
 
+def test_a_node_is_named_by_its_key_and_without_one_by_its_number():
+    grid = FakeGrid(echo)
+    grid.get_nodes = lambda: [NodeInfo(node_id=3, public_key=b"k"), NodeInfo(node_id=4)]
+    link = GridLink(grid)
+    assert list(link.nodes()) == [3, 4]
+    grid.get_nodes = lambda: [NodeInfo(node_id=9, public_key=b"k")]
+    other = GridLink(grid)
+    assert list(other.nodes()) == [9]
+    assert link.name(3) == other.name(9)  # the database is gone, the key is not
+    assert link.name(4) == "4"
+    for own in (link, other):
+        own.close()
+
+
+def test_a_reply_that_nobody_can_read_ends_its_flight():
+    grid = FakeGrid(echo)
+    link = GridLink(grid)
+    flight = link.send(1, Message(TRAIN, {}), 60.0)
+
+    def broken(message_ids):
+        raise ValueError("no such object")
+
+    grid.pull_messages = broken
+    ((name, message, why),) = received(link)
+    assert (name, message) == (flight, None)
+    assert "no such object" in why
+    link.close()
+
+
 class FakeControl:
     """Starts servers that get so far and end, one after the other."""
 
@@ -248,3 +290,86 @@ def test_a_server_that_ends_again_and_again_without_an_arrival_is_given_up(
         with pytest.raises(UserError, match="does not stay alive: error: the disk is full"):
             supervise()
     assert control.runs == runs
+
+
+# --- the gate -------------------------------------------------------------------------------------
+
+
+def signed(key, at=None, path="/v1/fleet/pull-messages", **headers):
+    """A request as Flower's node makes it: (path, headers)."""
+    told = (at or datetime.now(UTC)).isoformat()
+    pem = key.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    signature = key.sign(told.encode(), ec.ECDSA(hashes.SHA256()))
+    return path, {
+        "flwr-public-key": base64.b64encode(pem).decode(),
+        "flwr-signature": base64.b64encode(signature).decode(),
+        "flwr-timestamp": told,
+        "content-length": "3",
+        **headers,
+    }
+
+
+def pass_gate(gate, path, headers, body=b"abc"):
+    """The status that the gate gives."""
+    sent = []
+
+    async def receive():
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {
+        "type": "http", "method": "POST", "path": path, "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": [(k.encode(), v.encode()) for k, v in headers.items()],
+    }  # fmt: skip
+    asyncio.run(gate(scope, receive, send))
+    return sent[0]["status"]
+
+
+def test_the_gate_passes_on_what_one_of_its_keys_has_signed_just_now(tmp_path):
+    for name in ("one", "two", "three"):
+        keys.make_client(tmp_path / name)
+    own, other, gone = (
+        serialization.load_ssh_private_key((tmp_path / name).read_bytes(), None)
+        for name in ("one", "two", "three")
+    )
+    (tmp_path / "three.pub").unlink()  # taken away
+    passed = []
+
+    def upstream(request):
+        passed.append((request.url.path, request.content, request.headers["flwr-timestamp"]))
+        return httpx.Response(200, stream=httpx.ByteStream(b"yes"))
+
+    def ask(path, headers):
+        transport = httpx.MockTransport(upstream)  # stands for the network alone
+        client = httpx.AsyncClient(base_url="https://link", transport=transport)
+        return pass_gate(gate.Gate(client, gate.keys_in(tmp_path)), path, headers)
+
+    for key in (own, other):
+        path, headers = signed(key)
+        assert ask(path, headers) == 200
+        assert passed.pop() == (path, b"abc", headers["flwr-timestamp"])
+    old = datetime.now(UTC) - timedelta(seconds=gate.SKEW + 5)
+    path, good = signed(own)
+    _, others = signed(other)
+    without = {name: value for name, value in good.items() if name != "content-length"}
+    for request, status in (
+        (signed(gone), 401),
+        (signed(own, old), 401),
+        ((path, {**good, "flwr-signature": others["flwr-signature"]}), 401),
+        ((path, {**good, "flwr-timestamp": others["flwr-timestamp"] + "0"}), 401),
+        ((path, {**good, "flwr-public-key": "%"}), 401),
+        ((path, {"content-length": "3"}), 401),
+        ((path, without), 411),
+        ((path, {**good, "content-length": str(gate.LARGEST + 1)}), 413),
+        (signed(own, path="/v1/control/start-run"), 404),
+        (signed(own, path="/v1/fleet/../control/start-run"), 404),
+        (signed(own, path="/v1/fleet/%2e%2e/control/start-run"), 404),
+        (signed(own, path="/v1/runtime/get-nodes"), 404),
+    ):
+        assert ask(*request) == status, request
+    assert not passed  # a member that asks for control is not heard either

@@ -72,20 +72,20 @@ def test_a_federation_survives_every_kill_and_counts_every_upload_once(tmp_path)
     assert process.returncode == 130, output
     assert "saved at version" in output
     assert "Traceback" not in output
-    wait = time.monotonic() + 20
-    while processes(str(state)) and time.monotonic() < wait:
-        time.sleep(0.1)
-    assert not processes(str(state))  # nothing is left behind
-    # The same command goes on, and ends by itself.
+    wait_until_nothing_is_left(state)
+    # The same command goes on; when it is killed itself, nothing is left behind either.
     at = newest_checkpoint(run)
-    done = start("serve", *serve[:4], f"--max_versions={at + 5}", *serve[5:], cwd=tmp_path)
+    again = start("serve", *serve, cwd=tmp_path)
     try:
-        output, _ = done.communicate(timeout=240)
+        wait_for(lambda: arrivals(state) >= at + 3, again)
+        twice = start("serve", *serve, cwd=tmp_path)
+        told, _ = twice.communicate(timeout=60)
+        assert twice.returncode == 1
+        assert f"error: --state_dir={state}: is in use by process {again.pid}" in told
     finally:
-        done.kill()
-        done.wait()
-    assert done.returncode == 1, output  # another configuration
-    assert "--max_versions: 100000 in the record" in output
+        again.kill()
+        again.wait()
+    wait_until_nothing_is_left(state)
 
     rows = files.read_rows(run / "arrivals.jsonl")
     assert [row["index"] for row in rows] == list(range(len(rows)))
@@ -94,6 +94,13 @@ def test_a_federation_survives_every_kill_and_counts_every_upload_once(tmp_path)
     assert max(row["staleness"] for row in rows) <= 12
     assert {row["client"] for row in rows} <= {0, 1, 2}
     assert all(np.isfinite(row["loss"]) for row in rows)
+
+
+def wait_until_nothing_is_left(state):
+    end = time.monotonic() + 20
+    while left := processes(str(state)):
+        assert time.monotonic() < end, left
+        time.sleep(0.1)
 
 
 def answer(port, authority, method, path, body=b""):
@@ -146,7 +153,14 @@ def test_nobody_comes_in_but_registered_nodes_and_they_to_the_door_alone(tmp_pat
             assert not plain.recv(100).startswith(b"HTTP/1.1 2")
         stranger = join(tmp_path / "stranger", "s")
         member = join(tmp_path / "keys" / "one", "m")
+        keyless = commands.supernode(tmp_path, "keyless", f"127.0.0.1:{port}", tmp_path, authority)
+        keyless.start()
         wait_for(lambda: arrivals(state) >= 4, server)
+        before = arrivals(state)
+        kill("flower-supernode", str(tmp_path / "keys" / "one"))
+        # Flower lets it in again after a while, in the same seat.
+        wait_for(lambda: arrivals(state) >= before + 2, server)
+        keyless.stop()
         told, _ = stranger.communicate(timeout=240)
         assert stranger.returncode == 1
         assert "Traceback" not in told

@@ -258,7 +258,8 @@ def test_a_folder_that_fails_under_a_run_ends_it_with_one_line(tmp_path, monkeyp
     assert message.startswith(f"workdir={config.run_dir}: ")
     assert len(message.splitlines()) == 1
     if what == "removed":
-        assert message.endswith("there is none on disk")
+        # The checkpoint of version 7 may have been on its way, and made the folder anew.
+        assert message.endswith(("there is none on disk", "the newest on disk is of version 7"))
         return
     # The checkpoint of version 7 may have been on its way; what is told of it is true.
     version = (

@@ -34,6 +34,8 @@ class Child:
       log: the file that both its streams are appended to.
       environment: variables beside this process's own.
       guard: ends it when this process is gone.
+      patience: seconds of ends at once before it is given up, at least.
+      without: variables of this process that it does not get, by the start of their names.
     """
 
     name: str
@@ -41,14 +43,18 @@ class Child:
     log: Path
     environment: dict[str, str] = field(default_factory=dict)
     guard: "Guard | None" = None
+    patience: float = 0.0
+    without: str = "\0"
     _process: subprocess.Popen | None = None
     _started: float = 0.0
     _starts: int = 0
     _due: float = 0.0
+    _failing_since: float = 0.0
 
     def start(self) -> None:
         scripts = sysconfig.get_path("scripts")
         path = os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)])
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(self.without)}
         program, *rest = self.command
         beside = Path(scripts) / program
         with self.log.open("ab") as log:
@@ -57,7 +63,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "PATH": path, **self.environment},
+                env={**inherited, "PATH": path, **self.environment},
                 start_new_session=True,  # Ctrl-C is for this process, which stops the others
             )
         if self.guard is not None:
@@ -85,7 +91,9 @@ class Child:
                 self._starts = 1
             return False
         if not self._due:
-            if self._starts >= MOST_STARTS:
+            if self._starts == 1:
+                self._failing_since = now
+            if self._starts >= MOST_STARTS and now - self._failing_since >= self.patience:
                 raise ChildError(f"{self.name} does not stay alive: {complaint(self.log)}")
             self._end_group()
             self._due = now + min(FIRST_REST * 2 ** (self._starts - 1), LONGEST_REST)
@@ -116,12 +124,17 @@ class Child:
         assert self._process is not None
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, number)
+        if number is signal.SIGKILL and self.guard is not None:
+            self.guard.forget(self._process.pid)
 
 
 # Ends all groups of processes that it was told of when its input does.
 _GUARD = """
 import os, signal, sys, time
-groups = [int(line) for line in sys.stdin]
+groups = set()
+for line in sys.stdin:
+    group = int(line)
+    groups.add(group) if group > 0 else groups.discard(-group)
 for number in (signal.SIGTERM, signal.SIGKILL):
     for group in groups:
         try:
@@ -147,6 +160,13 @@ class Guard:
 
     def watch(self, group: int) -> None:
         """Takes note of one more group."""
+        self._tell(group)
+
+    def forget(self, group: int) -> None:
+        """A group has ended, and its number may become another's."""
+        self._tell(-group)
+
+    def _tell(self, group: int) -> None:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(f"{group}\n".encode())

@@ -145,6 +145,15 @@ class Coordinator:
         self._hand_out(nodes, now)
         return arrived
 
+    @property
+    def cohort(self) -> int:
+        """Slots that wait for their cohort."""
+        return self._cohort
+
+    def restore(self, cohort: int) -> None:
+        """Continues where nothing is under way: with so many slots that wait, all others open."""
+        self._cohort, self._open = cohort, self._concurrency - cohort
+
     def give_up(self) -> None:
         """Ends all jobs; what still comes of them is ignored."""
         for flight in list(self._flights):
@@ -176,7 +185,6 @@ class Coordinator:
             self._land(reply.flight)
             self._blame(flight.node, now, reply.error or "no reason given")
             return None
-        client = self._registry.clients[flight.node]
         if flight.ticket is None:
             self._land(reply.flight)
             self._welcome(flight.node, reply.message.header, now)
@@ -189,7 +197,6 @@ class Coordinator:
             self._open += 1
             self._blame(flight.node, now, result.detail)
             return None
-        client.failures = 0
         self._last[flight.node] = result
         self._cohort += 1
         if self._cohort == self._open_slots:
@@ -199,7 +206,9 @@ class Coordinator:
 
     def _welcome(self, node: int, header: dict[str, Any], now: float) -> None:
         """A client is ready. If another node was the same client's before, that is over."""
-        name = str(header.get("name", node)) if self._believes_names else str(node)
+        name = self._link.name(node)
+        if self._believes_names:
+            name = str(header.get("name", name))
         before = self._registry.sit(node, name)
         client = self._registry.clients[node]
         if before is None:
@@ -210,7 +219,7 @@ class Coordinator:
             self._land(flight)
         for other in before:
             self._last.pop(other, None)
-        client.ready, client.failures = True, 0
+        client.ready = True
 
     def _unpacked(self, body: Any) -> Upload | None:
         """An upload on the device; None for what is none, which the server rejects."""
@@ -268,7 +277,10 @@ class Coordinator:
     def _is_sound(self, node: int, now: float) -> bool:
         """Whether the last upload of a client was taken in, which the device tells late."""
         last = self._last.pop(node, None)
-        if last is None or bool(last.accepted):
+        if last is None:
+            return True
+        if bool(last.accepted):
+            self._registry.clients[node].failures = 0
             return True
         self._blame(node, now, "its upload was rejected by its numbers")
         return False
@@ -306,6 +318,6 @@ def _seconds(value: Any) -> float:
     """Seconds as a client says; 0 for what is no such number."""
     try:
         seconds = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return 0.0
     return seconds if math.isfinite(seconds) and seconds > 0 else 0.0

@@ -7,6 +7,7 @@ is a second on the wall here. Seconds in which no server ran do not count.
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,7 +44,6 @@ class Federation:
       registry: who has joined.
       step_seconds: empty; server steps are not timed, since that would hold up arrivals.
       jobs_restarted: jobs that were given up because the server was started again.
-      trips: of the arrivals since this object was made, see `coordinator.Arrived`.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Federation:
 
         self.position, self.step_seconds, self.jobs_restarted = 0, [], 0
         self._warm = False
-        self._staleness: list[int] = []
+        self._staleness: Counter[int] = Counter()
         self._link, self._clock, self._wait = link, clock, wait
         self._on_arrival = on_arrival
         self._before, self._began = 0.0, clock()
@@ -143,6 +143,10 @@ class Federation:
         return self.dataset.digest
 
     @property
+    def restarts_in_words(self) -> str:
+        return "the jobs under way are given up"
+
+    @property
     def settled(self) -> dict[str, Any]:
         return {}
 
@@ -162,8 +166,9 @@ class Federation:
 
     @property
     def staleness(self) -> np.ndarray:
-        """Of the arrivals so far, int [position]."""
-        return np.asarray(self._staleness, np.int64)
+        """Of the arrivals so far, int [position], ascending."""
+        values = sorted(self._staleness.items())
+        return np.repeat(*np.asarray(values, np.int64).reshape(-1, 2).T)
 
     @property
     def is_settled(self) -> bool:
@@ -191,11 +196,6 @@ class Federation:
         """See `Coordinator.slots`."""
         return self._coordinator.slots
 
-    @property
-    def in_flight(self) -> dict[int, int]:
-        """See `Coordinator.jobs`."""
-        return self._coordinator.jobs
-
     def advance(self) -> Receipt | None:
         """The next arrival; None where none has come for a second."""
         if not self._warm:
@@ -214,7 +214,7 @@ class Federation:
     def _note(self, arrived: Arrived) -> Receipt:
         receipt = arrived.receipt
         self.position += 1
-        self._staleness.append(receipt.staleness)
+        self._staleness[receipt.staleness] += 1
         self._arrived_at = self._seconds()
         if receipt.new_version > receipt.version:
             self._version_before, self._version_at = self._version_at, self._arrived_at
@@ -249,7 +249,9 @@ class Federation:
             "clients": self.registry.snapshot(),
             "seconds": self._seconds(),
             "arrived_at": self._arrived_at,
-            "staleness": list(self._staleness),
+            "version_at": self._version_at,
+            "staleness": sorted(self._staleness.items()),
+            "cohort": self._coordinator.cohort,
             "jobs_restarted": self.jobs_restarted,
         }, {**arrays, "uploads": {}}
 
@@ -278,10 +280,13 @@ class Federation:
         for job in jobs:
             self.server.give_up(job)
         self.registry.restore(record["clients"])
-        self.position, self._staleness = record["position"], list(record["staleness"])
+        self._coordinator.restore(record["cohort"])
+        self.position = record["position"]
+        self._staleness = Counter({value: count for value, count in record["staleness"]})
         self.jobs_restarted = record["jobs_restarted"] + len(jobs)
         self._before, self._began = record["seconds"], self._clock()
-        self._arrived_at = self._version_at = self._version_before = record["arrived_at"]
+        self._arrived_at = record["arrived_at"]
+        self._version_at = self._version_before = record["version_at"]
 
     def _seconds(self) -> float:
         return self._before + self._clock() - self._began

@@ -7,6 +7,7 @@ owner alone, and none is ever written over.
 import datetime
 import ipaddress
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from fedrevive_jax.errors import ConfigError
 AUTHORITY, AUTHORITY_KEY = "ca.crt", "ca.key"
 CERTIFICATE, KEY = "server.crt", "server.key"
 DAYS = 825
+_NAME = re.compile(r"[A-Za-z0-9*][A-Za-z0-9.-]{0,252}")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -118,7 +120,12 @@ def _general_name(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
-        return x509.DNSName(host)
+        pass
+    if not _NAME.fullmatch(host):
+        raise ConfigError(
+            "hosts", host, "must be a name in letters, digits, dots and hyphens, or an address"
+        )
+    return x509.DNSName(host)
 
 
 def _private(key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat) -> bytes:
@@ -137,4 +144,6 @@ def _write(contents: dict[Path, bytes]) -> None:
             with os.fdopen(descriptor, "wb") as stream:
                 stream.write(content)
     except OSError as error:
+        for path in contents:  # all of them or none
+            path.unlink(missing_ok=True)
         raise ConfigError("out", error.filename, f"cannot be written ({error.strerror})") from None

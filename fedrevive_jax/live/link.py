@@ -45,6 +45,10 @@ class Link(Protocol):
         """Nodes that can be reached now. A node has the same number for as long as it lives."""
         ...
 
+    def name(self, node: int) -> str:
+        """Who a node is: the same whenever it comes back, as far as the network knows."""
+        ...
+
     def send(self, node: int, message: Message, seconds: float) -> Hashable | None:
         """Sends a message whose reply is waited for that long.
 

@@ -2,9 +2,9 @@
 
 A federation has N seats, numbered 0..N-1. A client gets the lowest that is free when it has first
 made itself ready, and keeps it for good: what a method remembers of a client goes by that number.
-Whose seat it is goes by a name. Where nodes have registered keys, a node is the same whenever it
-comes back, and its number there is the name. Where they have none, on one machine, a node that is
-started again is another one, so that its client's own name is believed.
+Whose seat it is goes by a name. Where nodes have registered keys, the key is the name. Where they
+have none, on one machine, a node that is started again is another one, so that its client's own
+name is believed.
 """
 
 import logging
@@ -81,7 +81,10 @@ class Registry:
         """
         seat = self.seats.get(name)
         if seat is None:
-            if len(self.seats) == self.capacity or len(name) > LONGEST_NAME:
+            if len(name) > LONGEST_NAME:
+                _LOG.warning("node %d is turned away: its name is too long", node)
+                return None
+            if len(self.seats) == self.capacity:
                 _LOG.warning(
                     "node %d is turned away: num_clients=%d have joined", node, self.capacity
                 )

@@ -26,7 +26,7 @@ from fedrevive_jax.record import files, lock
 from fedrevive_jax.record.interruption import InterruptedRunError
 from fedrevive_jax.running import runner
 
-ORDER, STATUS, STOP = "order.json", "status.json", "stop"
+ORDER, STATUS, STOP, BEGUN = "order.json", "status.json", "stop", "begun"
 DELAYS = "delays.csv"
 RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped", "failed"
 TELL_EVERY = 0.5
@@ -144,8 +144,9 @@ def serve(folder: Path, link: Link) -> None:
     """Runs what a folder says over a link; ends when that is done, stopped or impossible."""
     told = _Told(folder)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(lock.exclusive(folder))  # tells whoever looks that this one lives
         try:
+            # Tells whoever looks that this process lives.
+            stack.enter_context(lock.exclusive(folder))
             order = Order.read(folder)
             told.now(RUNNING, line="getting ready")
             result = _run(order, folder, link, told, stack)
@@ -158,17 +159,24 @@ def serve(folder: Path, link: Link) -> None:
             if isinstance(error, ConfigError) and not isinstance(error, FileError):
                 field = (error.field, str(error.value), error.reason)
             told.now(FAILED, line=str(error), field=field)
+        except OSError as error:
+            line = f"{error.filename or folder}: {error.strerror or error}"
+            _LOG.error("error: %s", line)
+            told.now(FAILED, line=line, field=None)
 
 
 def _run(
     order: Order, folder: Path, link: Link, told: _Told, stack: contextlib.ExitStack
 ) -> runner.Result:
+    # A run that has got anywhere is continued after a crash, not started afresh once more.
+    begun = folder / BEGUN
     made: list[Federation] = []
     traces: list[Trace] = []
 
     def note(arrived: Arrived) -> None:
         federation = made[0]
         if not traces:  # the run's folder is this run's by now
+            begun.touch()
             traces.append(Trace(federation.config.run_dir / DELAYS))
             stack.callback(traces[0].close)
         traces[0].add(arrived)
@@ -191,13 +199,10 @@ def _run(
         told.now(RUNNING, line="waiting for clients")
         return federation
 
-    # A run that was begun here before is continued, not started afresh once more.
-    begun = (folder / f"{ORDER}.begun").exists()
-    (folder / f"{ORDER}.begun").touch()
     return runner.run(
         order.config,
         keep_record=True,
-        overwrite=order.overwrite and not begun,
+        overwrite=order.overwrite and not begun.exists(),
         interruption=StopFile(folder / STOP),
         make=make,
         save_seconds=order.save_seconds,

@@ -28,7 +28,7 @@ from fedrevive_jax.compute.streams import Stream, jax_key
 from fedrevive_jax.config import Config
 from fedrevive_jax.data import partition
 from fedrevive_jax.data.partition import Shards
-from fedrevive_jax.errors import ConfigError, FileError, UserError
+from fedrevive_jax.errors import ConfigError, UserError
 from fedrevive_jax.live import packing, settings, wire
 from fedrevive_jax.live.link import PREPARE, Message
 from fedrevive_jax.messages import Download
@@ -110,9 +110,8 @@ class Trainer:
             ready = self._made(message, digest)
             self._trained(ready, jax.tree.map(jnp.zeros_like, ready.template), 0, 0)
             self._ready = ready
-        samples = len(self._ready.shards.client(self._options.part or 0))
-        name = {} if self._options.part is None else {"name": f"part {self._options.part}"}
-        return Message(PREPARE, {"samples": samples, **name})
+        part = self._options.part
+        return Message(PREPARE, {} if part is None else {"name": f"part {part}"})
 
     def _made(self, message: Message, digest: str) -> _Ready:
         """Reads the data and builds the model, by the server's settings over the client's own."""
@@ -172,7 +171,7 @@ def listen(path: Path, trainer: Trainer) -> None:
             with stream:
                 try:
                     _answer(stream, trainer)
-                except (OSError, ValueError) as error:
+                except (OSError, ValueError, RecursionError) as error:
                     _LOG.warning("a message was lost: %s", error)
 
 
@@ -181,9 +180,11 @@ def _answer(stream: socket.socket, trainer: Trainer) -> None:
     kind = str(header.pop("kind", ""))
     try:
         answer = trainer.answer(Message(kind, header, body))
-    except (UserError, FileError, ValueError, LookupError, TypeError) as error:
-        _LOG.warning("%s: %s", kind, error)
-        wire.send(stream, {"error": str(error).splitlines()[0] if str(error) else repr(error)})
+    except Exception as error:  # of JAX, of the data: the next message may be another
+        _LOG.warning("%s: %r", kind, error)
+        # What goes wrong here names files and classes of this client, which are nobody else's.
+        plain = type(error) is UserError
+        wire.send(stream, {"error": str(error) if plain else "the client's log says what is wrong"})
         return
     wire.send(stream, {**answer.header, "kind": answer.kind}, answer.body)
 

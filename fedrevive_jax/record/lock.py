@@ -57,8 +57,11 @@ def is_held(folder: Path) -> bool:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except FileNotFoundError:
-        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            return False  # there is no such file
+        holder = _holder(folder / NAME)
+        return bool(holder) and _is_alive(holder["pid"])
     return False
 
 

@@ -73,6 +73,7 @@ class Runnable(Protocol):
       is_settled: whether fetching device results of all arrivals but the last does not keep the
         device waiting.
       jobs_restarted, step_seconds, bytes_sent: see `Simulation`.
+      restarts_in_words: what became of jobs in flight where a run is not continued exactly.
       facts: what the summary says of this kind of run, plain.
     """
 
@@ -108,6 +109,8 @@ class Runnable(Protocol):
     def is_settled(self) -> bool: ...
     @property
     def jobs_restarted(self) -> int: ...
+    @property
+    def restarts_in_words(self) -> str: ...
     @property
     def step_seconds(self) -> list[float]: ...
     @property
@@ -202,9 +205,9 @@ class Recorder:
             self._saved_position = run.position
             if run.jobs_restarted and self._folder is not None:
                 _LOG.warning(
-                    "continued from version %d with checkpoint_mode=params: not exact, the jobs "
-                    "in flight start again from it (%d in the whole run)",
+                    "continued from version %d, %s (%d in the whole run)",
                     self._resumed,
+                    run.restarts_in_words,
                     run.jobs_restarted,
                 )
         self._evaluations, self._health = processes.first(lambda: self._open(sizes))

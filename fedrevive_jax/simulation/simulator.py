@@ -166,6 +166,10 @@ class Simulation:
         return dict(self._uploads)
 
     @property
+    def restarts_in_words(self) -> str:
+        return "with checkpoint_mode=params: not exact, the jobs in flight start again from it"
+
+    @property
     def settled(self) -> dict[str, Any]:
         """What was chosen from the memory of the device where it was left open."""
         return {"client_batch": self.client_batch, "version_memory": self.version_memory}

@@ -15,11 +15,13 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from fedrevive_jax.errors import UserError
+from fedrevive_jax.errors import ConfigError, UserError
 from fedrevive_jax.live.children import Child, complaint
 from fedrevive_jax.live.wire import SOCKET
 
 LOOPBACK = "127.0.0.1"
+# Variables that change what Flower's programs do, such as where they listen.
+FLOWERS_OWN = "FLWR_"
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -32,6 +34,7 @@ QUIET = {
         for name in ("NO_PROXY", "no_proxy")
     },
 }
+ANSWERS_IN = 120.0
 _CONNECTION = "federation"
 _APP = {
     "pyproject.toml": """[project]
@@ -96,7 +99,8 @@ def superlink(folder: Path, port: int, certificates: Certificates | None = None)
         "--database", str(folder / "superlink.db"), "--disable-runtime-dependency-installation",
     ]  # fmt: skip
     environment = {**QUIET, "FLWR_HOME": str(folder / "superlink")}
-    return Child("Flower's SuperLink", command, folder / "superlink.log", environment)
+    log = folder / "superlink.log"
+    return Child("Flower's SuperLink", command, log, environment, without=FLOWERS_OWN)
 
 
 def supernode(
@@ -125,7 +129,8 @@ def supernode(
         "--host", LOOPBACK, "--port", str(free_port()),
     ]  # fmt: skip
     environment = {**QUIET, "FLWR_HOME": str(folder / name), SOCKET: str(trainer)}
-    return Child(f"SuperNode {name}", command, folder / f"{name}.log", environment)
+    log = folder / f"{name}.log"
+    return Child(f"SuperNode {name}", command, log, environment, without=FLOWERS_OWN)
 
 
 class Control:
@@ -148,7 +153,8 @@ class Control:
         for path, text in texts.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-        self._environment = {**os.environ, **QUIET, "FLWR_HOME": str(home), "NO_COLOR": "1"}
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(FLOWERS_OWN)}
+        self._environment = {**kept, **QUIET, "FLWR_HOME": str(home), "NO_COLOR": "1"}
 
     def run(self, folder: Path) -> str:
         """Starts a run that is told and watched through a folder, see `live.serving`; its id.
@@ -169,23 +175,28 @@ class Control:
         """Lets the owner of a key in; a key that is registered is left as it is.
 
         Raises:
-          FlowerError: it is no key that Flower takes.
+          ConfigError: it is no key that Flower takes.
         """
         try:
             self._ask("supernode", "register", str(public_key), _CONNECTION)
         except FlowerError as error:
             if "already" not in str(error).lower():
-                raise
+                reason = f"is no key that Flower takes ({error})"
+                raise ConfigError("clients", public_key, reason) from None
 
     def _ask(self, *arguments: str) -> dict:
         program = Path(sysconfig.get_path("scripts")) / "flwr"
-        done = subprocess.run(
-            [sys.executable, str(program), *arguments, "--format", "json"],
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            env=self._environment,
-        )
+        try:
+            done = subprocess.run(
+                [sys.executable, str(program), *arguments, "--format", "json"],
+                capture_output=True,
+                text=True,
+                stdin=subprocess.DEVNULL,
+                env=self._environment,
+                timeout=ANSWERS_IN,
+            )
+        except subprocess.TimeoutExpired:
+            raise FlowerError(f"flwr {arguments[0]}: no answer in {ANSWERS_IN:.0f} s") from None
         answer = _last_json(done.stdout)
         if done.returncode or not answer.get("success", True):
             told = answer.get("error-message") or done.stderr or done.stdout

@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedrevive_jax.config import Config
-from fedrevive_jax.errors import UserError
+from fedrevive_jax.errors import ConfigError, UserError
 from fedrevive_jax.live import serving
 from fedrevive_jax.live.children import Child, ChildError, complaint, stopped_together
 from fedrevive_jax.live.flower import commands
-from fedrevive_jax.live.flower.commands import LOOPBACK, Certificates
+from fedrevive_jax.live.flower.commands import LOOPBACK, Certificates, FlowerError
 from fedrevive_jax.live.trainer import Options
 from fedrevive_jax.record import lock
 
@@ -37,6 +37,8 @@ _LOG = logging.getLogger(__name__)
 LOOK = 0.3
 # A run that was started tells where it stands after so many seconds at the latest.
 FIRST_WORD = 180.0
+# Flower takes a node that was killed for online for up to a minute, and then lets it in again.
+OFFLINE_AFTER = 75.0
 # Ends of the server's process one after the other, without an arrival between them.
 MOST_ENDS = 5
 
@@ -47,12 +49,12 @@ class Door(NamedTuple):
     Attributes:
       address: (host, port) to listen at.
       files: the server's certificates, see `commands.Certificates`.
-      keys: files with the clients' public keys.
+      keys: folder of the clients' public keys, *.pub.
     """
 
     address: tuple[str, int]
     files: Sequence[Path]
-    keys: Sequence[Path]
+    keys: Path
 
     @property
     def certificates(self) -> Certificates:
@@ -84,8 +86,20 @@ def host(
     Raises:
       UserError: something that is needed does not start, or does not stay.
     """
-    _make_private(state)
-    for name in (serving.STATUS, serving.STOP, f"{serving.ORDER}.begun"):
+    with _held(state):
+        return _host(order, state, clients, door, stop, tell)
+
+
+def _host(
+    order: serving.Order,
+    state: Path,
+    clients: Sequence[Options],
+    door: Door | None,
+    stop: Callable[[], bool],
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
+    """See `host`; nobody else uses the folder."""
+    for name in (serving.STATUS, serving.STOP, serving.BEGUN):
         (state / name).unlink(missing_ok=True)
     # A node without a key is another one after each start, but all of them are on this machine.
     order._replace(believes_names=door is None).write(state)
@@ -97,7 +111,7 @@ def host(
         control = commands.Control(state, port, certificates.authority if certificates else None)
         kept = [link]
         if door is not None:
-            for key in door.keys:
+            for key in sorted(door.keys.glob("*.pub")):
                 control.register(key)
             kept.append(_gate(state, door, port))
             stack.enter_context(stopped_together(kept[1:]))
@@ -126,10 +140,10 @@ def join(
     Raises:
       UserError: a process does not stay alive.
     """
-    _make_private(state)
-    with _sockets() as sockets:
+    with _held(state), _sockets() as sockets:
         trainer, path = _trainer(state, sockets, "client", options)
         node = commands.supernode(state, "node", address, path, authority, key)
+        node.patience = OFFLINE_AFTER
         _work(trainer, node, address, key, stop)
 
 
@@ -155,9 +169,15 @@ def _supervise(
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
     """Keeps all alive until the run is over."""
-    told, run, since = "", control.run(state), time.monotonic()
+    told, run, since = "", None, time.monotonic()
     ends, arrivals = 0, -1
     while True:
+        if run is None:
+            try:
+                run = control.run(state)
+            except FlowerError:  # the SuperLink may be on its way up again
+                if time.monotonic() - since > FIRST_WORD:
+                    raise
         status = _status(state)
         if status.get("arrivals", -1) > arrivals:
             ends, arrivals = 0, status["arrivals"]
@@ -180,8 +200,10 @@ def _supervise(
                 raise UserError(f"the server does not stay alive: {complaint(kept[0].log)}")
             _LOG.warning("the server's process has ended; it continues from the newest checkpoint")
             (state / serving.STATUS).unlink()
-            control.stop(run)
-            run, since, told = control.run(state), time.monotonic(), ""
+            if run is not None:
+                control.stop(run)
+            run, since, told = None, time.monotonic(), ""
+            continue
         elif not status and time.monotonic() - since > FIRST_WORD:
             raise UserError(f"the server's process says nothing: {complaint(kept[0].log)}")
         time.sleep(LOOK)
@@ -232,16 +254,31 @@ def _trainer(state: Path, sockets: Path, name: str, options: Options) -> tuple[C
 def _gate(state: Path, door: Door, port: int) -> Child:
     command = [
         sys.executable, "-m", "fedrevive_jax.live.flower.gate",
-        f"{door.address[0]}:{door.address[1]}", str(port),
+        f"{door.address[0]}:{door.address[1]}", str(port), str(door.keys),
         *map(str, door.certificates),
     ]  # fmt: skip
     return Child("the gate", command, state / "gate.log")
 
 
-def _make_private(state: Path) -> None:
-    """Keys and sockets of others' work lie there: nobody else reads it."""
-    state.mkdir(parents=True, exist_ok=True)
-    state.chmod(0o700)
+@contextlib.contextmanager
+def _held(state: Path) -> Iterator[None]:
+    """A folder that nobody else reads, and that no other command uses.
+
+    Raises:
+      ConfigError: one does, or the folder cannot be written.
+    """
+    mine = state / "held"
+    try:
+        mine.mkdir(parents=True, exist_ok=True)
+        state.chmod(0o700)
+    except OSError as error:
+        raise ConfigError("state_dir", state, f"cannot be written ({error.strerror})") from None
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock.exclusive(mine))
+        except ConfigError as error:
+            raise ConfigError("state_dir", state, error.reason) from None
+        yield
 
 
 def shared_between(config: Config, pauses: Sequence[float]) -> list[Options]:

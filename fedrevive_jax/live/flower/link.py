@@ -1,11 +1,14 @@
 """Flower's Grid as a `Link`."""
 
+import hashlib
 import logging
 import time
 from collections.abc import Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import flwr.app
+import httpx
 from flwr.serverapp import Grid
 
 from fedrevive_jax.live.flower.records import from_record, to_record
@@ -14,7 +17,7 @@ from fedrevive_jax.live.link import PREPARE, Message, Reply
 _LOG = logging.getLogger(__name__)
 # How often a flight is asked for, and how many at once. A reply whose sender is slow to upload it
 # holds up the call that asks for it, so that each is asked for alone.
-POLL, PULLERS = 0.3, 8
+POLL, PULLERS = 0.3, 256
 # How long a list of nodes is believed.
 NODES_FOR = 1.0
 
@@ -27,14 +30,17 @@ class GridLink:
         self._pool = ThreadPoolExecutor(PULLERS, "pull")
         self._next: dict[str, float] = {}
         self._pulling: dict[str, Future[list[Reply]]] = {}
-        self._nodes: tuple[float, list[int]] = (-1e9, [])
+        self._listed = -1e9
+        self._nodes: dict[int, str] = {}
 
     def nodes(self) -> Iterable[int]:
-        since, nodes = self._nodes
-        if time.monotonic() - since > NODES_FOR:
-            nodes = list(self._grid.get_node_ids())
-            self._nodes = time.monotonic(), nodes
-        return nodes
+        if time.monotonic() - self._listed > NODES_FOR:
+            self._nodes = {node.node_id: _name(node) for node in self._grid.get_nodes()}
+            self._listed = time.monotonic()
+        return self._nodes
+
+    def name(self, node: int) -> str:
+        return self._nodes.get(node, str(node))
 
     def send(self, node: int, message: Message, seconds: float) -> Hashable | None:
         kind = flwr.app.MessageType.QUERY if message.kind == PREPARE else flwr.app.MessageType.TRAIN
@@ -54,13 +60,15 @@ class GridLink:
         replies = []
         for flight in [name for name, own in self._pulling.items() if own.done()]:
             pulled = self._pulling.pop(flight)
-            if flight not in self._next:
+            if flight not in self._next or pulled.cancelled():
                 continue  # given up meanwhile
             try:
                 found = pulled.result()
-            except Exception as error:  # of the network: whatever the client library raises
+            except (OSError, httpx.HTTPError) as error:
                 _LOG.warning("a reply could not be asked for: %s", error)
                 found = []
+            except Exception as error:  # what came is nothing that Flower can read
+                found = [Reply(flight, None, _one_line(repr(error)))]
             if found:
                 del self._next[flight]
                 replies += found
@@ -70,6 +78,8 @@ class GridLink:
 
     def forget(self, flight: Hashable) -> None:
         self._next.pop(str(flight), None)
+        if str(flight) in self._pulling:
+            self._pulling[str(flight)].cancel()
 
     def close(self) -> None:
         """Ends the threads; a pull under way is not waited for."""
@@ -87,6 +97,12 @@ class GridLink:
             except ValueError as error:
                 return [Reply(flight, None, str(error))]
         return []
+
+
+def _name(node: Any) -> str:
+    """A node's key in short; its number where it has none."""
+    key = bytes(getattr(node, "public_key", b""))
+    return hashlib.sha256(key).hexdigest()[:32] if key else str(node.node_id)
 
 
 def _one_line(reason: str | None, limit: int = 300) -> str:

@@ -14,4 +14,8 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Runs what the folder named in the run's configuration says, to its end."""
-    serving.serve(Path(str(context.run_config["folder"])), GridLink(grid))
+    link = GridLink(grid)
+    try:
+        serving.serve(Path(str(context.run_config["folder"])), link)
+    finally:
+        link.close()
