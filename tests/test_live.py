@@ -265,7 +265,7 @@ def test_nothing_that_nodes_or_network_do_loses_a_slot_or_a_job(open_slots, acts
 @pytest.mark.slow
 @pytest.mark.parametrize("open_slots", [1, K])
 @settings(max_examples=500, deadline=None)
-@given(acts=st.lists(ACTS, max_size=100))
+@given(acts=st.lists(ACTS, max_size=60))
 def test_nor_does_it_in_a_thousand_random_sequences(open_slots, acts):
     survive(open_slots, acts)
 
