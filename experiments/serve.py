@@ -18,7 +18,7 @@ from absl import flags
 from experiments import flags as config_flags
 from fedrevive_jax.config import is_bucket
 from fedrevive_jax.errors import ConfigError, UserError
-from fedrevive_jax.presets import resolve
+from fedrevive_jax.presets import OF_PRESETS, resolve
 from fedrevive_jax.record.interruption import Interruption
 
 LOCAL = flags.DEFINE_integer(
@@ -66,7 +66,7 @@ def main() -> int:
     config = resolve(**given)
     if not given["beta_s_max"]:
         # It goes with how many work at the same time, and the preset's is for a crowd.
-        preset = resolve(**{**given, "concurrency": None, "num_clients": None})
+        preset = resolve(**{name: given[name] for name in ("dataset", "method", *OF_PRESETS)})
         scaled = preset.beta_s_max * config.concurrency / preset.concurrency
         config = dataclasses.replace(config, beta_s_max=scaled)
     if config.num_clients < count:

@@ -6,50 +6,11 @@ from fedrevive_jax.errors import UserError
 from fedrevive_jax.live.link import PREPARE, Message, Reply
 
 
-class Planned:
-    """Trains nobody: the reply to a job is the upload that was kept for it, in a planned order."""
-
-    def __init__(self, nodes, order, packed):
-        """Args: nodes: how many; order: jobs as they arrive; packed: job -> its upload."""
-        self._nodes, self._order, self._packed = range(nodes), deque(order), packed
-        self._under_way = {}
-        self._prepared = []
-        self._count = 0
-
-    def nodes(self):
-        return self._nodes
-
-    def name(self, node):
-        return str(node)
-
-    def send(self, node, message, seconds):
-        self._count += 1
-        if message.kind == PREPARE:
-            self._prepared.append(Reply(self._count, Message(PREPARE, {"name": node})))
-        else:
-            self._under_way[message.header["job"]] = self._count
-        return self._count
-
-    def receive(self):
-        ready, self._prepared = self._prepared, []
-        if self._order and self._order[0] in self._under_way:
-            job = self._order.popleft()
-            body = self._packed[job]
-            ready.append(Reply(self._under_way.pop(job), Message("train", {"seconds": 1}, body)))
-        return ready
-
-    def forget(self, flight):
-        pass
-
-
-class Hostile:
-    """Does to its messages what it is told, in any order; replies come when they are told to."""
+class _Link:
+    """Nodes that are there, and replies that wait to be received."""
 
     def __init__(self, nodes):
-        self.up = set(range(nodes))
-        self.refuses = False
-        self.open = {}  # flight -> (node, message), what could still be answered
-        self.over = {}  # what was answered or is not waited for: it may be answered all the same
+        self.up = set(nodes)
         self._replies = []
         self._count = 0
 
@@ -59,16 +20,55 @@ class Hostile:
     def name(self, node):
         return str(node)
 
+    def receive(self):
+        ready, self._replies = self._replies, []
+        return ready
+
+    def forget(self, flight):
+        pass
+
+
+class Planned(_Link):
+    """Trains nobody: the reply to a job is the upload that was kept for it, in a planned order."""
+
+    def __init__(self, nodes, order, packed):
+        """Args: nodes: how many; order: jobs as they arrive; packed: job -> its upload."""
+        super().__init__(range(nodes))
+        self._order, self._packed = deque(order), packed
+        self._under_way = {}
+
+    def send(self, node, message, seconds):
+        self._count += 1
+        if message.kind == PREPARE:
+            self._replies.append(Reply(self._count, Message(PREPARE, {"name": node})))
+        else:
+            self._under_way[message.header["job"]] = self._count
+        return self._count
+
+    def receive(self):
+        ready = super().receive()
+        if self._order and self._order[0] in self._under_way:
+            job = self._order.popleft()
+            body = self._packed[job]
+            ready.append(Reply(self._under_way.pop(job), Message("train", {"seconds": 1}, body)))
+        return ready
+
+
+class Hostile(_Link):
+    """Does to its messages what it is told, in any order; replies come when they are told to."""
+
+    def __init__(self, nodes):
+        super().__init__(range(nodes))
+        self.refuses = False
+        self.open = {}  # flight -> (node, message), what could still be answered
+        self.over = {}  # what was answered or is not waited for: it may be answered all the same
+
     def send(self, node, message, seconds):
         if self.refuses or node not in self.up:
             return None
         self._count += 1
         self.open[self._count] = node, message
         return self._count
-
-    def receive(self):
-        ready, self._replies = self._replies, []
-        return ready
 
     def forget(self, flight):
         if flight in self.open:
@@ -81,20 +81,13 @@ class Hostile:
         self._replies.append(Reply(flight, message, error))
 
 
-class Direct:
+class Direct(_Link):
     """Hands every message to a trainer of this process, and has the reply at once."""
 
     def __init__(self, trainers, before=lambda message: None):
         """Args: trainers: by node; before: called with every message, may raise."""
-        self._trainers, self._before = dict(enumerate(trainers)), before
-        self._replies = []
-        self._count = 0
-
-    def nodes(self):
-        return self._trainers
-
-    def name(self, node):
-        return str(node)
+        super().__init__(range(len(trainers)))
+        self._trainers, self._before = trainers, before
 
     def send(self, node, message, seconds):
         self._count += 1
@@ -105,10 +98,3 @@ class Direct:
             reply = Reply(self._count, None, str(error))
         self._replies.append(reply)
         return self._count
-
-    def receive(self):
-        ready, self._replies = self._replies, []
-        return ready
-
-    def forget(self, flight):
-        pass

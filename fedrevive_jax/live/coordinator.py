@@ -39,6 +39,9 @@ class Times(NamedTuple):
     rest: float = 5.0
 
 
+PATIENT = Times()
+
+
 class Arrived(NamedTuple):
     """An upload that the server has taken in.
 
@@ -85,7 +88,7 @@ class Coordinator:
         concurrency: int,
         open_slots: int,
         choose: Callable[[int, Sequence[int]], int],
-        times: Times = Times(),  # noqa: B008
+        times: Times = PATIENT,
         believes_names: bool = False,
     ):
         """With all slots open.
@@ -144,11 +147,6 @@ class Coordinator:
         self._prepare(nodes, now)
         self._hand_out(nodes, now)
         return arrived
-
-    @property
-    def cohort(self) -> int:
-        """Slots that wait for their cohort."""
-        return self._cohort
 
     def restore(self, cohort: int) -> None:
         """Continues where nothing is under way: with so many slots that wait, all others open."""

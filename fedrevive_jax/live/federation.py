@@ -1,6 +1,6 @@
 """One live run: the server with what it holds, the coordinator, and where it stands.
 
-It is recorded as a simulation is, see `running.recorder.Runnable`: what is a planned moment there
+It is recorded as a simulation is, see `running.runnable.Runnable`: what is a planned moment there
 is a second on the wall here. Seconds in which no server ran do not count.
 """
 
@@ -20,7 +20,7 @@ from fedrevive_jax.compute import devices, environment, trees
 from fedrevive_jax.config import Config
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.live import settings
-from fedrevive_jax.live.coordinator import Arrived, Coordinator, Times, drawn, prepared
+from fedrevive_jax.live.coordinator import PATIENT, Arrived, Coordinator, Times, drawn, prepared
 from fedrevive_jax.live.link import Link
 from fedrevive_jax.live.registry import Registry
 from fedrevive_jax.models import Model, judging
@@ -31,7 +31,7 @@ from fedrevive_jax.server.core import Receipt
 
 NOTHING = Derived()
 # How long one call of `advance` waits for an upload, and how often it looks.
-PATIENCE, LOOK = 1.0, 0.02
+WAIT, LOOK = 1.0, 0.02
 
 
 class Federation:
@@ -55,7 +55,7 @@ class Federation:
         *,
         link: Link,
         choose: Callable[[int, Sequence[int]], int] | None = None,
-        times: Times = Times(),  # noqa: B008
+        times: Times = PATIENT,
         believes_names: bool = False,
         clock: Callable[[], float] = time.monotonic,
         wait: Callable[[float], None] = time.sleep,
@@ -201,7 +201,7 @@ class Federation:
         if not self._warm:
             self.server.compile()  # once, so that no client waits for it
             self._warm = True
-        until = self._clock() + PATIENCE
+        until = self._clock() + WAIT
         while not self.finished:
             arrived = self._coordinator.advance(self._clock())
             if arrived is not None:
@@ -251,7 +251,7 @@ class Federation:
             "arrived_at": self._arrived_at,
             "version_at": self._version_at,
             "staleness": sorted(self._staleness.items()),
-            "cohort": self._coordinator.cohort,
+            "cohort": self.slots[1],
             "jobs_restarted": self.jobs_restarted,
         }, {**arrays, "uploads": {}}
 

@@ -12,12 +12,14 @@ import numpy as np
 
 def size(template: Any) -> int:
     """Bytes of a packed pytree that is shaped like the template."""
-    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in _leaves(template))
+    return sum(
+        math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(template)
+    )
 
 
 def pack(tree: Any) -> bytes:
     """All leaves of a pytree of arrays one after the other, little-endian, in JAX's order."""
-    arrays = jax.device_get(_leaves(tree))
+    arrays = jax.device_get(jax.tree.leaves(tree))
     return b"".join(
         np.ascontiguousarray(array, np.asarray(array).dtype.newbyteorder("<")).tobytes()
         for array in arrays
@@ -46,7 +48,3 @@ def unpack(template: Any, block: bytes) -> Any:
         arrays.append(values.astype(dtype).reshape(leaf.shape))
         start += count * dtype.itemsize
     return jax.tree.unflatten(structure, arrays)
-
-
-def _leaves(tree: Any) -> list[Any]:
-    return jax.tree.leaves(tree)

@@ -31,7 +31,8 @@ from fedrevive_jax.record.checkpoint import (
 from fedrevive_jax.record.health import DivergenceError, RejectLimitError
 from fedrevive_jax.record.interruption import InterruptedRunError
 from fedrevive_jax.record.reading import read_params
-from fedrevive_jax.running.recorder import Recorder, Result, Runnable, read_evaluations
+from fedrevive_jax.running.recorder import Recorder, Result, read_evaluations
+from fedrevive_jax.running.runnable import Runnable
 from fedrevive_jax.simulation.profiling import FOLDER as PROFILE
 from fedrevive_jax.simulation.profiling import WindowTrace
 from fedrevive_jax.simulation.simulator import Simulation

@@ -28,7 +28,7 @@ from fedrevive_jax.models import Model, convolutions, default_precision, judging
 from fedrevive_jax.models.model import initial_taps
 from fedrevive_jax.server import builder, core
 from fedrevive_jax.server.shelf import USABLE
-from fedrevive_jax.simulation import planning, sizing
+from fedrevive_jax.simulation import fitting, planning, sizing
 
 # How far the package's estimate of a program's memory may be off before this says so.
 AGREEMENT = 0.15
@@ -298,12 +298,7 @@ def _compiled(name: str, programs: Programs, target: Target) -> tuple[dict[str, 
     assert text is not None
     # What is given back in place of an argument takes no room of its own.
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak = (
-        memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + new
-        + memory.generated_code_size_in_bytes
-    )
+    peak = memory.argument_size_in_bytes + fitting.new_bytes(compiled)
     beside = programs.beside[name]
     read = Program(text)
     cost = read.cost(SCOPES)

@@ -86,27 +86,16 @@ def host(
     Raises:
       UserError: something that is needed does not start, or does not stay.
     """
-    with _held(state):
-        return _host(order, state, clients, door, stop, tell)
-
-
-def _host(
-    order: serving.Order,
-    state: Path,
-    clients: Sequence[Options],
-    door: Door | None,
-    stop: Callable[[], bool],
-    tell: Callable[[str], None],
-) -> dict[str, Any]:
-    """See `host`; nobody else uses the folder."""
-    for name in (serving.STATUS, serving.STOP, serving.BEGUN):
-        (state / name).unlink(missing_ok=True)
-    # A node without a key is another one after each start, but all of them are on this machine.
-    order._replace(believes_names=door is None).write(state)
-    port = commands.free_port()
-    certificates = door.certificates if door else None
-    link = commands.superlink(state, port, certificates)
-    with stopped_together([link]), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_held(state))
+        for name in (serving.STATUS, serving.STOP, serving.BEGUN):
+            (state / name).unlink(missing_ok=True)
+        # A node without a key is another one after each start, but all are on this machine.
+        order._replace(believes_names=door is None).write(state)
+        port = commands.free_port()
+        certificates = door.certificates if door else None
+        link = commands.superlink(state, port, certificates)
+        stack.enter_context(stopped_together([link]))
         commands.wait_until_listening(link, port)
         control = commands.Control(state, port, certificates.authority if certificates else None)
         kept = [link]
