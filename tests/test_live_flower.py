@@ -29,6 +29,7 @@ from fedrevive_jax.live.flower import client_app, gate, hosting, records  # noqa
 from fedrevive_jax.live.flower.link import GridLink  # noqa: E402
 from fedrevive_jax.live.link import PREPARE, TRAIN, Message  # noqa: E402
 from fedrevive_jax.live.trainer import Options, Trainer, listen  # noqa: E402
+from fedrevive_jax.presets import resolve  # noqa: E402
 from fedrevive_jax.record import files  # noqa: E402
 from tests.toys import small  # noqa: E402
 
@@ -381,3 +382,12 @@ def test_the_gate_passes_on_what_one_of_its_keys_has_signed_just_now(tmp_path):
     ):
         assert ask(*request) == status, request
     assert not passed  # a member that asks for control is not heard either
+
+
+def test_clients_of_one_machine_do_not_depend_on_the_servers_cohort():
+    """A cohort of six is no concern of what one client holds."""
+    config = resolve("digits", "fedavg", num_clients=6, concurrency=6, buffer_size=6)
+    assert config.open_slots == 6
+    clients = hosting.shared_between(config, [0.0, 1.0, 0.0])
+    assert [(one.part, one.pause) for one in clients] == [(0, 0.0), (1, 1.0), (2, 0.0)]
+    assert {one.config.num_clients for one in clients} == {3}
