@@ -80,7 +80,7 @@ class Recorder:
         self._run = run
         self._config = run.config
         self._evaluations: list[dict[str, Any]] = []
-        self._pending: list[tuple[int, float, Receipt]] = []
+        self._pending: list[tuple[int, float, float, Receipt]] = []
         self._wall_before = 0.0
         self._began = self._saved_at = time.monotonic()
         self._save_seconds = save_seconds
@@ -176,7 +176,7 @@ class Recorder:
         if run.is_settled:
             # All before this arrival.
             self._fetch(leave=1)
-        self._pending.append((run.position - 1, run.now, receipt))
+        self._pending.append((run.position - 1, run.now, run.started, receipt))
         if receipt.new_version > receipt.version and not run.finished:
             if self._is_evaluated(receipt.new_version):
                 self._fetch()
@@ -283,9 +283,21 @@ class Recorder:
         }
         self._evaluations.append(row)
         self._add_metrics({"kind": "evaluation", **row})
+        self._count_pool(row["version"], row["time"])
         if self._record is not None:
             self._record.metrics.flush()
             self._record.events.flush()
+
+    def _count_pool(self, version: int, now: float) -> None:
+        """Records how many samples of each class the server has made and kept."""
+        if self._record is None or self._config.samples == "real":
+            return  # real samples are all there from the start
+        for pool in _pools(self._run.server.method_state):
+            labels = np.asarray(jax.device_get(pool.labels))
+            counts = np.bincount(labels[labels >= 0], minlength=self._run.dataset.num_classes)
+            self._add_metrics(
+                {"kind": "pool", "version": version, "time": now, "counts": counts.tolist()}
+            )
 
     def _judge(self) -> None:
         """Ends a run that makes no sense any more, with a checkpoint of where it stands."""
@@ -315,6 +327,7 @@ class Recorder:
         self,
         index: int,
         now: float,
+        started: float,
         receipt: Receipt,
         loss: float,
         verdict: int,
@@ -325,6 +338,7 @@ class Recorder:
         row = {
             "index": index,
             "time": now,
+            "start": started,
             "client": receipt.client,
             "base_version": receipt.base_version,
             "version": receipt.version,
@@ -392,11 +406,15 @@ def _mean_or_none(values: list[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
+def _pools(state: Any) -> list[Pool]:
+    """The pools in a method's state."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, Pool))
+    return [node for node in nodes if isinstance(node, Pool)]
+
+
 def _synthetic_pools(state: Any) -> list[Pool]:
     """The pools in a method's state that hold generated images (floats), not real ones (bytes)."""
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, Pool))
-    pools = [node for node in nodes if isinstance(node, Pool)]
-    return [pool for pool in pools if _are_made_images(pool.samples)]
+    return [pool for pool in _pools(state) if _are_made_images(pool.samples)]
 
 
 def _are_made_images(samples: Any) -> bool:
