@@ -66,8 +66,8 @@ def test_the_record(whole):
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "config.json", "metrics.jsonl", "arrivals.jsonl", "summary.json", "tensorboard",
-        "clients.npz", "origin.json", "curves.png", "synthetic.png", "revival.png", "checkpoints",
-        "live", "run.lock",
+        "clients.npz", "origin.json", "curves.png", "synthetic.png", "revival.png", "report.html",
+        "checkpoints", "live", "run.lock",
     }  # fmt: skip
     assert reading.read_config(folder) == runner.settle(config)
     summary = json.loads((folder / "summary.json").read_text())
@@ -79,8 +79,8 @@ def test_the_record(whole):
     assert [row["index"] for row in arrivals] == list(range(clock.num_arrivals))
     for row in arrivals:
         assert set(row) == {
-            "index", "time", "start", "client", "base_version", "version", "staleness", "beta", "accepted",
-            "rejected", "loss",
+            "index", "time", "start", "client", "base_version", "version", "staleness", "beta",
+            "accepted", "rejected", "loss",
         }  # fmt: skip
         assert row["staleness"] == row["version"] - row["base_version"]
         assert row["accepted"] is True

@@ -17,6 +17,7 @@ from fedrevive_jax.compute import processes
 from fedrevive_jax.compute.rows import unpacked
 from fedrevive_jax.dfkd.pool import Pool
 from fedrevive_jax.models.model import Params
+from fedrevive_jax.pages import run as page
 from fedrevive_jax.record import archive, files, plots
 from fedrevive_jax.record.checkpoint import Checkpoints, Saved
 from fedrevive_jax.record.health import Health
@@ -246,6 +247,7 @@ class Recorder:
             self._save()
             self._record.checkpoints.wait()
             self._pictures(self._record.folder)
+            self._page(summary)
             files.write_json(self._record.folder / files.SUMMARY, summary)
             self._publish()
         return Result(run.server.params, summary, self._evaluations, self._resumed)
@@ -303,6 +305,7 @@ class Recorder:
         """Ends a run that makes no sense any more, with a checkpoint of where it stands."""
         if self._health.trouble is not None:
             self._save()
+            self._page()
             raise self._health.trouble
 
     def _fetch(self, leave: int = 0) -> None:
@@ -378,6 +381,15 @@ class Recorder:
         }
         record.checkpoints.save(saved, self._run.server.params, arrays)
         self._saved_position, self._saved_at = self._run.position, time.monotonic()
+
+    def _page(self, summary: dict[str, Any] | None = None) -> None:
+        """Writes the page of the run; whatever goes wrong with it, the results count."""
+        if self._record is None:
+            return
+        try:
+            page.write(self._record.folder, summary)
+        except Exception as error:
+            _LOG.warning("%s was not written (%s); the run is not affected", page.NAME, error)
 
     def _pictures(self, folder: Path) -> None:
         config, run = self._config, self._run
