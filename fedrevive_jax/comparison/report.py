@@ -284,7 +284,10 @@ def _add_curves(page: Page, groups: Mapping[str, Sequence[Run]], seeds: Sequence
         for label, own in shown.items()
     }
     title = "staleness of the arrivals, all seeds"
-    page.chart(charts.shares("staleness", title, "staleness (versions)", stale, places))
+    page.chart(
+        charts.shares("staleness", title, "staleness (versions)", stale, places),
+        "Methods with the same plan meet the same staleness: one curve covers the other.",
+    )
 
 
 def _settings(groups: Mapping[str, Sequence[Run]]) -> list[list[str]]:
