@@ -172,7 +172,7 @@ def test_the_readme_names_all_rooms():
 
 
 PROGRAMS = (
-    "main", "compare", "evaluate", "prepare", "benchmark", "tour", "serve", "join", "keys",
+    "main", "compare", "evaluate", "prepare", "benchmark", "tour", "watch", "serve", "join", "keys",
 )  # fmt: skip
 # Flags of other programs, as the pages call them.
 OTHERS = {

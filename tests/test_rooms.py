@@ -24,11 +24,12 @@ MAY_IMPORT = {
     "dfkd": "compute models messages",
     "methods": "compute models messages dfkd",
     "record": "compute data models dfkd",
+    "pages": "record",
     "server": "compute data models messages dfkd methods record",
     "simulation": "compute data clock models messages clients dfkd methods record server",
-    "running": "compute data clock models clients dfkd record server simulation",
+    "running": "compute data clock models clients dfkd record pages server simulation",
     "live": "compute data clock models messages clients record server running",
-    "comparison": "compute data presets record server simulation running",
+    "comparison": "compute data presets record pages server simulation running",
 }
 COMMON = {"errors", "config"}
 # module -> what it never reaches, however far the way.
@@ -37,6 +38,7 @@ NEVER = {
     "server.core": ["clients", "clock", "simulation", "running"],
     "server.builder": ["clients", "clock", "simulation", "running", "data.partition"],
     "record.reading": ["simulation", "server", "clock", "clients"],
+    "pages.run": ["simulation", "server", "clock", "clients"],
     "running.restore": ["simulation", "server", "clock"],
     "simulation.planning": ["running"],
     "live.coordinator": ["clients", "clock", "simulation", "running", "record.checkpoint"],

@@ -66,8 +66,8 @@ def test_the_record(whole):
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "config.json", "metrics.jsonl", "arrivals.jsonl", "summary.json", "tensorboard",
-        "clients.npz", "origin.json", "curves.png", "synthetic.png", "revival.png", "checkpoints",
-        "live", "run.lock",
+        "clients.npz", "origin.json", "curves.png", "synthetic.png", "revival.png", "report.html",
+        "checkpoints", "live", "run.lock",
     }  # fmt: skip
     assert reading.read_config(folder) == runner.settle(config)
     summary = json.loads((folder / "summary.json").read_text())
@@ -79,12 +79,13 @@ def test_the_record(whole):
     assert [row["index"] for row in arrivals] == list(range(clock.num_arrivals))
     for row in arrivals:
         assert set(row) == {
-            "index", "time", "client", "base_version", "version", "staleness", "beta", "accepted",
-            "rejected", "loss",
+            "index", "time", "start", "client", "base_version", "version", "staleness", "beta",
+            "accepted", "rejected", "loss",
         }  # fmt: skip
         assert row["staleness"] == row["version"] - row["base_version"]
         assert row["accepted"] is True
     assert any(row["beta"] > 0 for row in arrivals)
+    assert [row["start"] for row in arrivals] == clock.start[clock.job].tolist()
 
     metrics = files.read_rows(folder / files.METRICS)
     evaluations = [row for row in metrics if row["kind"] == "evaluation"]
@@ -92,6 +93,9 @@ def test_the_record(whole):
     assert [row["version"] for row in evaluations] == sorted(planned)
     assert evaluations[-1]["accuracy"] == summary["final_accuracy"]
     assert max(row["accuracy"] for row in evaluations) == summary["best_accuracy"]
+    pools = [row for row in metrics if row["kind"] == "pool"]
+    assert [row["version"] for row in pools] == [row["version"] for row in evaluations]
+    assert sum(pools[0]["counts"]) == 0 < sum(pools[-1]["counts"]) <= config.pool_size
     losses = [row for row in metrics if row["kind"] == "dfkd"]
     synthesised = [row["version"] for row in losses if row["synthesis"] is not None]
     assert synthesised == list(range(4, clock.num_versions, 2))

@@ -10,8 +10,8 @@ from tests import prepared
 from tests.commands import call, flags
 
 RECORD = {
-    "config.json", "metrics.jsonl", "arrivals.jsonl", "summary.json", "curves.png", "tensorboard",
-    "checkpoints", "live", "run.lock", "clients.npz", "origin.json",
+    "config.json", "metrics.jsonl", "arrivals.jsonl", "summary.json", "curves.png", "report.html",
+    "tensorboard", "checkpoints", "live", "run.lock", "clients.npz", "origin.json",
 }  # fmt: skip
 DISTILS = ("fedrevive", "dd_fedrevive")
 

@@ -1,7 +1,6 @@
 """The files of a comparison: tables, pictures, and one HTML page that holds them all."""
 
-import base64
-import html
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,8 @@ from fedrevive_jax.comparison.statistics import Run, Spread
 from fedrevive_jax.comparison.tuning import Choice
 from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS
 from fedrevive_jax.errors import ConfigError
+from fedrevive_jax.pages import charts, series
+from fedrevive_jax.pages.document import Page
 from fedrevive_jax.record import files, plots
 
 NOTES = (
@@ -39,20 +40,9 @@ NOTES = (
     "sent MB: models that were sent down and up, with feature statistics, in float32.",
 )
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 84rem; padding: 0 1rem;
-       color: #1a1a1a; background: #fff; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-pre { background: #f4f4f4; padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: right;
-         white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-img { max-width: 100%; height: auto; }
-figure { margin: 1rem 0; } figcaption { color: #555; }
-.pair { display: flex; flex-wrap: wrap; gap: 1.5rem; } .pair figure { flex: 0 1 22rem; }
-""".strip()
+# What the charts of a page hold: lines of the table, runs each with a curve of its own, and points
+# of these curves together. So it stays below 3 MB.
+MOST_LABELS, MOST_CURVES, MOST_POINTS = 40, 100, 15_000
 
 
 class Study(NamedTuple):
@@ -106,17 +96,18 @@ def write(out: Path, study: Study) -> str:
         "table.md": text,
         "table.csv": statistics.as_csv(rows),
         "command.txt": study.command + "\n",
-        "report.html": _page(study, lines, pictures),
     }
     for name, content in texts.items():
         data = content.encode()
         files.write_whole(out / name, lambda stream, data=data: stream.write(data))
+    _page(study, lines, pictures).write(out / "report.html")
     return text
 
 
 def _pictures(out: Path, study: Study, rows) -> list[tuple[Path, str]]:
-    """Draws the pictures; returns their files and captions. Those of an earlier comparison in the
-    same folder that do not belong to this one are removed."""
+    """Draws the pictures; returns the files and captions of those that the page shows, which draws
+    the curves itself. Those of an earlier comparison in the same folder that do not belong to this
+    one are removed."""
     for name in ("by_staleness.png", "ablation.png"):
         (out / name).unlink(missing_ok=True)
     whole = {
@@ -134,10 +125,7 @@ def _pictures(out: Path, study: Study, rows) -> list[tuple[Path, str]]:
             for label, own in study.groups.items()
         },
     )
-    found = [
-        (out / "curves.png", "Mean accuracy; the band is one standard deviation over seeds."),
-        (out / "staleness.png", "How stale the updates were when they arrived."),
-    ]
+    found = []
     lines = staleness_lines(study, rows)
     if lines:
         plots.by_staleness(out / "by_staleness.png", study.title, lines)
@@ -218,55 +206,88 @@ def staleness_lines(study: Study, rows) -> dict[str, list[tuple[float, Spread]]]
     return {label: sorted(line) for label, line in lines.items()}
 
 
-def _page(study: Study, lines, pictures) -> str:
+def _page(study: Study, lines, pictures) -> Page:
     """The report: everything in one file, pictures as data."""
-    datasets = sorted({run.config.dataset for own in study.groups.values() for run in own})
-    devices = {run.summary["device"] for own in study.groups.values() for run in own if run.summary}
-    seeds = sorted({run.config.seed for own in study.groups.values() for run in own})
-    splits = sorted({run.config.eval_split for own in study.groups.values() for run in own})
-    facts = (
+    runs = [run for own in study.groups.values() for run in own]
+    datasets = sorted({run.config.dataset for run in runs})
+    devices = {run.summary["device"] for run in runs if run.summary}
+    seeds = sorted({run.config.seed for run in runs})
+    splits = sorted({run.config.eval_split for run in runs})
+    page = Page(study.title)
+    page.text(
         f"Data set {' and '.join(datasets)}, {' and '.join(splits)} split; seeds "
         f"{', '.join(map(str, seeds))}; device {', '.join(sorted(devices)) or 'unknown'}."
     )
-    parts = [
-        f"<h1>{html.escape(study.title)}</h1>",
-        f"<p>{html.escape(facts)}</p>",
-        f"<pre>{html.escape(study.command)}</pre>",
-        _html_table(lines),
-        *(f"<figure>{_image(path)}<figcaption>{html.escape(c)}</figcaption></figure>"
-          for path, c in pictures),
-    ]  # fmt: skip
+    page.code(study.command)
+    page.table(lines)
+    for path, caption in pictures:
+        page.picture(path, caption)
+    _add_curves(page, study.groups, seeds)
     if study.choices:
-        parts += ["<h2>Chosen settings</h2>", f"<p>{html.escape(study.tuning)}</p>"]
-        parts.append(_html_table(tuning.cells(study.choices)))
-    parts += ["<h2>Settings in which they differ</h2>", _html_table(_settings(study.groups))]
+        page.heading("Chosen settings")
+        page.text(study.tuning)
+        page.table(tuning.cells(study.choices))
+    page.heading("Settings in which they differ")
+    page.table(_settings(study.groups))
     made = _made_images(study.groups)
     if made:
-        parts.append("<h2>Images that the server made, without data</h2>")
-        parts.append(f'<div class="pair">{"".join(made)}</div>')
-    parts.append("<h2>How to read the table</h2>")
-    parts.append("<ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in NOTES) + "</ul>")
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(study.title)}</title>\n<style>\n{STYLE}\n</style>\n</head>\n<body>\n"
-        + "\n".join(parts)
-        + "\n</body>\n</html>\n"
+        page.heading("Images that the server made, without data")
+        for label, path in made.items():
+            page.picture(path, f"{label}.")
+    page.heading("How to read the table")
+    page.notes(NOTES)
+    return page
+
+
+def _add_curves(page: Page, groups: Mapping[str, Sequence[Run]], seeds: Sequence[int]) -> None:
+    """Accuracy and staleness, to be switched by label and seed."""
+    shown = dict(itertools.islice(groups.items(), MOST_LABELS))
+    places = {label: place for place, label in enumerate(shown)}
+    whole = {label: [run for run in own if run.summary] for label, own in shown.items()}
+    whole = {label: own for label, own in whole.items() if own}
+    runs = [(label, run) for label, own in whole.items() for run in own]
+    page.heading("Curves")
+    if len(shown) < len(groups):
+        page.text(f"The first {len(shown)} of {len(groups)} lines of the table.")
+    page.switches(
+        "Methods", "method", {label: (charts.color(place), True) for label, place in places.items()}
     )
-
-
-def _html_table(lines: Sequence[Sequence[str]]) -> str:
-    def row(cells, tag):
-        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
-
-    header, *body = lines
-    inside = row(header, "th") + "".join(row(line, "td") for line in body)
-    return f'<div class="wide"><table>{inside}</table></div>'
-
-
-def _image(path: Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}">'
+    notes = ["Mean over seeds; the band is one standard deviation."]
+    curves = []
+    if len(runs) <= MOST_CURVES:
+        names = {"mean": ("", True)} | {str(seed): ("", False) for seed in seeds}
+        page.switches("Mean and seeds", "seed", names)
+        most = MOST_POINTS // max(len(runs), 1)
+        for label, run in runs:
+            at = series.spaced(len(run.evaluations), most)
+            rows = [run.evaluations[place] for place in at]
+            fields = ("time", "wall_seconds", "accuracy")
+            source = charts.source_of(**{name: series.column(rows, name) for name in fields})
+            curves.append((label, run.config.seed, source))
+        if any(len(run.evaluations) > most for _, run in runs):
+            notes.append(f"Of a seed's curve {most} evaluations are drawn, evenly spaced.")
+    else:
+        notes.append(f"These are {len(runs)} runs, too many for a curve of each.")
+    for key, words in (
+        ("time", "simulated time"),
+        ("wall_seconds", "wall time in seconds, compilation included"),
+    ):
+        means = {
+            label: plots.mean_curve([run.evaluations for run in own], key)
+            for label, own in whole.items()
+        }
+        if means:
+            title = f"accuracy by {words}"
+            page.chart(charts.accuracy(key, title, words, means, curves, places), *notes)
+    stale = {
+        label: series.cumulative(np.concatenate([run.staleness for run in own]))
+        for label, own in shown.items()
+    }
+    title = "staleness of the arrivals, all seeds"
+    page.chart(
+        charts.shares("staleness", title, "staleness (versions)", stale, places),
+        "Methods with the same plan meet the same staleness: one curve covers the other.",
+    )
 
 
 def _settings(groups: Mapping[str, Sequence[Run]]) -> list[list[str]]:
@@ -290,14 +311,12 @@ def _plain(value: object) -> str:
     return str(value)
 
 
-def _made_images(groups: Mapping[str, Sequence[Run]]) -> list[str]:
+def _made_images(groups: Mapping[str, Sequence[Run]]) -> dict[str, Path]:
     """The synthetic images of each group's first run that has some."""
-    made = []
+    made = {}
     for label, own in groups.items():
         paths = [run.folder / "synthetic.png" for run in own]
         path = next((path for path in paths if path.is_file()), None)
         if path:
-            made.append(
-                f"<figure>{_image(path)}<figcaption>{html.escape(label)}</figcaption></figure>"
-            )
+            made[label] = path
     return made

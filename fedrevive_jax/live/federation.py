@@ -113,6 +113,7 @@ class Federation:
         self._on_arrival = on_arrival
         self._before, self._began = 0.0, clock()
         self._arrived_at = self._version_at = self._version_before = 0.0
+        self._took = 0.0
         self.registry = Registry(config.num_clients)
         told = settings.of_server(config, self.dataset, self.origin).to_json()
         tokenizer = self.dataset.tokenizer
@@ -165,6 +166,11 @@ class Federation:
         return self._arrived_at
 
     @property
+    def started(self) -> float:
+        """Seconds until the job of the last arrival was handed out."""
+        return self._arrived_at - self._took
+
+    @property
     def staleness(self) -> np.ndarray:
         """Of the arrivals so far, int [position], ascending."""
         values = sorted(self._staleness.items())
@@ -215,7 +221,7 @@ class Federation:
         receipt = arrived.receipt
         self.position += 1
         self._staleness[receipt.staleness] += 1
-        self._arrived_at = self._seconds()
+        self._arrived_at, self._took = self._seconds(), arrived.round_trip
         if receipt.new_version > receipt.version:
             self._version_before, self._version_at = self._version_at, self._arrived_at
         self._on_arrival(arrived)

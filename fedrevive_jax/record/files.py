@@ -139,6 +139,8 @@ class Events:
         from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboardX.summary import scalar
 
+        if row["kind"] == "pool":  # a count for each class
+            return
         prefix = "" if row["kind"] == "evaluation" else "dfkd/"
         for name, value in row.items():
             if name not in ("kind", "version") and value is not None and math.isfinite(value):

@@ -1,5 +1,6 @@
 """The pictures of a run. Matplotlib without a display."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,15 @@ def _figure(*args, **kwargs):
     # Figure objects bypass pyplot and its global state.
     figure = Figure(*args, layout="constrained", **kwargs)
     return figure
+
+
+def _save(figure, path: Path) -> None:
+    """Writes a picture. Labels are the user's, and a dollar sign in them is no formula."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    figure.savefig(path, dpi=120)
 
 
 def curves(path: Path, title: str, evaluations: list[dict[str, Any]], staleness: list[int]) -> None:
@@ -36,7 +46,7 @@ def curves(path: Path, title: str, evaluations: list[dict[str, Any]], staleness:
     histogram.set_xlabel("staleness (versions)")
     histogram.set_ylabel("arrivals")
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def staleness_bins(top: int) -> np.ndarray:
@@ -60,11 +70,7 @@ def comparison(path: Path, title: str, runs: dict[str, list[list[dict[str, Any]]
         (by_wall, "wall_seconds", "wall time in seconds, compilation included"),
     ):
         for position, (label, seeds) in enumerate(runs.items()):
-            ends = [rows[-1][key] for rows in seeds]
-            at = np.linspace(0.0, min(ends), 200)
-            curves = [_held(rows, key, at) for rows in seeds]
-            mean = np.mean(curves, axis=0)
-            spread = np.std(curves, axis=0, ddof=min(1, len(curves) - 1))  # as in the table
+            at, mean, spread = mean_curve(seeds, key)
             style = _style(position)
             axes.plot(at, mean, label=label, linewidth=1.5, **style)
             axes.fill_between(
@@ -76,7 +82,22 @@ def comparison(path: Path, title: str, runs: dict[str, list[list[dict[str, Any]]
     by_time.set_ylabel("accuracy")
     figure.legend(*by_time.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
+
+
+def mean_curve(
+    runs: Sequence[list[dict[str, Any]]], key: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Accuracy of several runs on one axis, up to where all are known: (places, mean, deviation).
+
+    Args:
+      runs: evaluations of each.
+      key: the field that is the axis.
+    """
+    at = np.linspace(0.0, min(rows[-1][key] for rows in runs), 200)
+    curves = [_held(rows, key, at) for rows in runs]
+    spread = np.std(curves, axis=0, ddof=min(1, len(curves) - 1))  # as in the table
+    return at, np.mean(curves, axis=0), spread
 
 
 def _held(rows: list[dict[str, Any]], key: str, at: np.ndarray) -> np.ndarray:
@@ -107,7 +128,7 @@ def staleness(path: Path, title: str, values: dict[str, np.ndarray]) -> None:
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize=8)
     axes.set_title(title)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def sweep(
@@ -133,7 +154,7 @@ def sweep(
     axes.margins(x=0.15)
     axes.grid(alpha=0.3)
     axes.set_title(title)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def differences(path: Path, title: str, reference: str, values: dict[str, Any]) -> None:
@@ -157,7 +178,7 @@ def differences(path: Path, title: str, reference: str, values: dict[str, Any]) 
     axes.set_xlabel(f"accuracy − {reference}, mean over the last quarter")
     axes.grid(axis="x", alpha=0.3)
     axes.set_title(title)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def by_staleness(path: Path, title: str, lines: dict[str, list[tuple[float, Any]]]) -> None:
@@ -189,7 +210,7 @@ def by_staleness(path: Path, title: str, lines: dict[str, list[tuple[float, Any]
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False)
     axes.set_title(title)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def _style(position: int) -> dict[str, Any]:
@@ -208,7 +229,7 @@ def clients(path: Path, title: str, class_mixes: np.ndarray) -> None:
     axes.set_yticks(range(len(class_mixes)))
     figure.colorbar(shades, label="share of its samples")
     axes.set_title(title)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def clock(path: Path, title: str, jobs: list[dict[str, Any]], window_end: float) -> None:
@@ -239,7 +260,7 @@ def clock(path: Path, title: str, jobs: list[dict[str, Any]], window_end: float)
     axes.set_xlabel("simulated time; dark: download and training, light: upload")
     axes.set_ylabel("job")
     axes.set_title(title)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def revival(path: Path, title: str, rows: list[dict[str, Any]], betas: list[float]) -> bool:
@@ -280,7 +301,7 @@ def revival(path: Path, title: str, rows: list[dict[str, Any]], betas: list[floa
     for axes in (agreement, share, norm, cosine):
         axes.grid(alpha=0.3)
     figure.suptitle(f"{title}: β > 0 at {blended.mean():.0%} of the arrivals")
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
     return True
 
 
@@ -310,5 +331,5 @@ def synthetic(path: Path, images: np.ndarray, labels: np.ndarray, num_classes: i
                 side.set_visible(False)
         row[0].set_ylabel(str(label), rotation=0, labelpad=10, va="center")
     figure.suptitle("pool images by class, newest first", fontsize=10)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
     return True

@@ -17,6 +17,7 @@ from fedrevive_jax.compute import processes
 from fedrevive_jax.compute.rows import unpacked
 from fedrevive_jax.dfkd.pool import Pool
 from fedrevive_jax.models.model import Params
+from fedrevive_jax.pages import run as page
 from fedrevive_jax.record import archive, files, plots
 from fedrevive_jax.record.checkpoint import Checkpoints, Saved
 from fedrevive_jax.record.health import Health
@@ -80,7 +81,7 @@ class Recorder:
         self._run = run
         self._config = run.config
         self._evaluations: list[dict[str, Any]] = []
-        self._pending: list[tuple[int, float, Receipt]] = []
+        self._pending: list[tuple[int, float, float, Receipt]] = []
         self._wall_before = 0.0
         self._began = self._saved_at = time.monotonic()
         self._save_seconds = save_seconds
@@ -176,7 +177,7 @@ class Recorder:
         if run.is_settled:
             # All before this arrival.
             self._fetch(leave=1)
-        self._pending.append((run.position - 1, run.now, receipt))
+        self._pending.append((run.position - 1, run.now, run.started, receipt))
         if receipt.new_version > receipt.version and not run.finished:
             if self._is_evaluated(receipt.new_version):
                 self._fetch()
@@ -246,6 +247,7 @@ class Recorder:
             self._save()
             self._record.checkpoints.wait()
             self._pictures(self._record.folder)
+            self._page(summary)
             files.write_json(self._record.folder / files.SUMMARY, summary)
             self._publish()
         return Result(run.server.params, summary, self._evaluations, self._resumed)
@@ -283,14 +285,27 @@ class Recorder:
         }
         self._evaluations.append(row)
         self._add_metrics({"kind": "evaluation", **row})
+        self._count_pool(row["version"], row["time"])
         if self._record is not None:
             self._record.metrics.flush()
             self._record.events.flush()
+
+    def _count_pool(self, version: int, now: float) -> None:
+        """Records how many samples of each class the server has made and kept."""
+        if self._record is None or self._config.samples == "real":
+            return  # real samples are all there from the start
+        for pool in _pools(self._run.server.method_state):
+            labels = np.asarray(jax.device_get(pool.labels))
+            counts = np.bincount(labels[labels >= 0], minlength=self._run.dataset.num_classes)
+            self._add_metrics(
+                {"kind": "pool", "version": version, "time": now, "counts": counts.tolist()}
+            )
 
     def _judge(self) -> None:
         """Ends a run that makes no sense any more, with a checkpoint of where it stands."""
         if self._health.trouble is not None:
             self._save()
+            self._page()
             raise self._health.trouble
 
     def _fetch(self, leave: int = 0) -> None:
@@ -315,6 +330,7 @@ class Recorder:
         self,
         index: int,
         now: float,
+        started: float,
         receipt: Receipt,
         loss: float,
         verdict: int,
@@ -325,6 +341,7 @@ class Recorder:
         row = {
             "index": index,
             "time": now,
+            "start": started,
             "client": receipt.client,
             "base_version": receipt.base_version,
             "version": receipt.version,
@@ -365,6 +382,15 @@ class Recorder:
         record.checkpoints.save(saved, self._run.server.params, arrays)
         self._saved_position, self._saved_at = self._run.position, time.monotonic()
 
+    def _page(self, summary: dict[str, Any] | None = None) -> None:
+        """Writes the page of the run; whatever goes wrong with it, the results count."""
+        if self._record is None:
+            return
+        try:
+            page.write(self._record.folder, summary)
+        except Exception as error:
+            _LOG.warning("%s was not written (%s); the run is not affected", page.NAME, error)
+
     def _pictures(self, folder: Path) -> None:
         config, run = self._config, self._run
         title = f"{config.method} on {run.dataset.name}, seed {config.seed}"
@@ -392,11 +418,15 @@ def _mean_or_none(values: list[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
+def _pools(state: Any) -> list[Pool]:
+    """The pools in a method's state."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, Pool))
+    return [node for node in nodes if isinstance(node, Pool)]
+
+
 def _synthetic_pools(state: Any) -> list[Pool]:
     """The pools in a method's state that hold generated images (floats), not real ones (bytes)."""
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, Pool))
-    pools = [node for node in nodes if isinstance(node, Pool)]
-    return [pool for pool in pools if _are_made_images(pool.samples)]
+    return [pool for pool in _pools(state) if _are_made_images(pool.samples)]
 
 
 def _are_made_images(samples: Any) -> bool:

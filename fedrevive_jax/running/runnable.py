@@ -24,6 +24,7 @@ class Runnable(Protocol):
       position: arrivals processed so far.
       finished: whether no more will come.
       now: when the last of them arrived, in simulated time or in seconds; 0 before the first.
+      started: when its job was handed out.
       staleness: that of the arrivals so far, int [position].
       is_settled: whether fetching device results of all arrivals but the last does not keep the
         device waiting.
@@ -58,6 +59,8 @@ class Runnable(Protocol):
     def finished(self) -> bool: ...
     @property
     def now(self) -> float: ...
+    @property
+    def started(self) -> float: ...
     @property
     def staleness(self) -> np.ndarray: ...
     @property

@@ -188,6 +188,11 @@ class Simulation:
         return float(self.schedule.time[self.position - 1]) if self.position else 0.0
 
     @property
+    def started(self) -> float:
+        """Simulated time at which the job of the last arrival was handed out."""
+        return float(self.schedule.start[self.schedule.job[self.position - 1]])
+
+    @property
     def staleness(self) -> np.ndarray:
         """Of the arrivals so far, int [position]."""
         return self.schedule.staleness[: self.position]
