@@ -113,7 +113,7 @@ def main() -> int:
             raise
         reason = "is in use" if error.errno == errno.EADDRINUSE else "may not be used"
         raise ConfigError("port", PORT.value, f"{reason}; give another, or 0") from None
-    with server, Interruption(grace=1.0) as interruption:
+    with server, Interruption(grace=30.0) as interruption:
         print(f"http://{HOST}:{server.server_port}/ shows {folder}; Ctrl-C ends it", flush=True)
         server.timeout = 0.2
         while not interruption.requested:

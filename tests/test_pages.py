@@ -448,6 +448,7 @@ class Opened:
         self.page = browser.new_page(
             color_scheme=scheme, viewport={"width": 1200, "height": 900}, device_scale_factor=1
         )
+        self.page.set_default_timeout(120_000)  # milliseconds; a busy machine draws slowly
         self.requests, self.complaints = [], []
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
