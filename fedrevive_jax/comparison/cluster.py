@@ -26,6 +26,8 @@ from fedrevive_jax.record import files
 from fedrevive_jax.record.interruption import InterruptedRunError, Interruption
 from fedrevive_jax.running import runner
 
+# A file in the folder of a comparison, by which workers tell whether they see it.
+SIGN = ".seen_by_workers"
 # Seconds between two looks at what has come in, and at whether all shall stop.
 LOOK_EVERY = 0.2
 # Seconds in which a scheduler must answer.
@@ -214,7 +216,7 @@ def _await_worker(client: _Client, address: str, interruption: Interruption | No
 @contextlib.contextmanager
 def _signed(out: Path) -> Iterator[worker.Sign]:
     """A file in a folder, as long as the context."""
-    sign = worker.Sign(str(out.absolute() / f".seen-{secrets.token_hex(8)}"), secrets.token_hex(16))
+    sign = worker.Sign(str(out.absolute() / SIGN), secrets.token_hex(16))
     Path(sign.path).write_text(sign.text, encoding="utf-8")
     try:
         yield sign
