@@ -7,7 +7,8 @@ and report.html into DIR, beside a folder for each run; with --ablate also ablat
 by_staleness.png where runs of a method differ in --concurrency.
 
 SIGTERM or SIGINT save the runs under way; the same command goes on from there (with --overwrite it
-starts afresh).
+starts afresh). --jobs runs several at once on this machine, --scheduler on the workers of a
+scheduler of Dask.
 
 With --tune every method first tries the same number of settings, scored on the validation split;
 with --ablate one method is compared with itself; with --workdirs runs are read that exist already.
@@ -17,6 +18,7 @@ import glob
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
@@ -24,6 +26,9 @@ from experiments import flags as config_flags
 from fedrevive_jax.config import METHODS, PUBLISHED_METHODS, whole_path
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.record.interruption import InterruptedRunError, Interruption
+
+if TYPE_CHECKING:
+    from fedrevive_jax.comparison import campaign
 
 METHOD_LIST = flags.DEFINE_string(
     "methods",
@@ -34,6 +39,18 @@ METHOD_LIST = flags.DEFINE_string(
 SEEDS = flags.DEFINE_integer("seeds", 3, "number of seeds, counted up from --seed")
 OUT = flags.DEFINE_string("out", None, "folder for the runs and the tables")
 JOBS = flags.DEFINE_integer("jobs", 1, "runs at once, each in a process; on an accelerator 1")
+SCHEDULER = flags.DEFINE_string(
+    "scheduler",
+    None,
+    "tcp://HOST:PORT or tls://HOST:PORT of a scheduler of Dask, whose workers run one run at a "
+    "time each",
+)
+SEND_BACK = flags.DEFINE_bool(
+    "send_back",
+    False,
+    "with --scheduler: workers do not see --out; they work in folders of their own and send them "
+    "back",
+)
 TARGETS = flags.DEFINE_string("targets", "0.5,0.8", "accuracies to be reached, for the table")
 WORKDIRS = flags.DEFINE_string(
     "workdirs",
@@ -70,26 +87,34 @@ flags.adopt_module_key_flags(config_flags)
 def main() -> int:
     out, methods, targets = _checked()
     with Interruption(GRACE.value) as interruption:
+        from fedrevive_jax.comparison import campaign  # which takes long: signals are heard by now
+
+        elsewhere = SCHEDULER.value or ""
         try:
-            _compare(out, methods, targets, interruption)
+            with campaign.Workers(JOBS.value, elsewhere, out, SEND_BACK.value) as workers:
+                _compare(out, methods, targets, workers, interruption)
         except InterruptedRunError as message:
             print(message, file=sys.stderr)
-            # Where a process of --jobs alone was asked to stop there is no status of a signal.
+            # Where a worker alone was asked to stop there is no status of a signal.
             return interruption.status or 1
     return interruption.status
 
 
 def _compare(
-    out: Path, methods: list[str], targets: list[float], interruption: Interruption
+    out: Path,
+    methods: list[str],
+    targets: list[float],
+    workers: "campaign.Workers",
+    interruption: Interruption,
 ) -> None:
     given = config_flags.given_values()
-    from fedrevive_jax.comparison import campaign, report, statistics
+    from fedrevive_jax.comparison import campaign, plans, report, statistics
 
     def run(configs):
         report.prepare(out)  # before the first run, not after the last
         return campaign.run_all(
             configs,
-            JOBS.value,
+            workers,
             OVERWRITE.value,
             lambda line: print(line, flush=True),
             interruption,
@@ -99,13 +124,13 @@ def _compare(
     if WORKDIRS.value is not None:
         runs = campaign.read_all(_folders(WORKDIRS.value))
     elif ABLATE.value is not None:
-        fields, configs = campaign.of_ablation(given, ABLATE.value, SEEDS.value, out)
+        fields, configs = plans.of_ablation(given, ABLATE.value, SEEDS.value, out)
         runs = run(configs)
     else:
         # All configurations are resolved before the first run, so that a wrong one is told at once.
-        configs = campaign.of_methods(given, methods, SEEDS.value, out)
+        configs = plans.of_methods(given, methods, SEEDS.value, out)
         if TUNE.value:
-            choices = campaign.tune(
+            choices = plans.tune(
                 given,
                 methods,
                 TUNE_GRID.value,
@@ -123,7 +148,7 @@ def _compare(
                 f"{'; '.join(TUNE_GRID.value)}. A star marks the edge of what was tried: a better "
                 "value may lie beyond."
             )
-            configs = campaign.of_methods(given, methods, SEEDS.value, out, choices)
+            configs = plans.of_methods(given, methods, SEEDS.value, out, choices)
         runs = run(configs)
     groups = statistics.grouped(runs)
     datasets = sorted({r.config.dataset for r in runs})
@@ -145,6 +170,10 @@ def _checked() -> tuple[Path, list[str], list[float]]:
     for flag in (SEEDS, JOBS, TUNE_SEEDS, TUNE_RUNS):
         if flag.value < 1:
             raise ConfigError(flag.name, flag.value, "must be at least 1")
+    if SCHEDULER.value is not None and JOBS.present:
+        raise ConfigError("jobs", JOBS.value, "must not be given with --scheduler")
+    if SEND_BACK.value and SCHEDULER.value is None:
+        raise ConfigError("send_back", True, "goes with --scheduler")
     modes = (("workdirs", WORKDIRS.value), ("tune", TUNE.value or None), ("ablate", ABLATE.value))
     chosen = [name for name, value in modes if value is not None]
     if len(chosen) > 1:
@@ -158,7 +187,9 @@ def _checked() -> tuple[Path, list[str], list[float]]:
         )
     if WORKDIRS.value is not None:
         fields = config_flags.given_values()
-        runs_alone = {flag.name: flag.value for flag in (SEEDS, JOBS, OVERWRITE) if flag.present}
+        runs_alone = {
+            flag.name: flag.value for flag in (SEEDS, JOBS, SCHEDULER, OVERWRITE) if flag.present
+        }
         for name, value in {**fields, **runs_alone}.items():
             if value is not None:
                 raise ConfigError(

@@ -6,21 +6,19 @@ import html.parser
 import io
 import json
 import math
-import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fedrevive_jax.comparison import campaign, report, statistics, tuning
+from fedrevive_jax.comparison import campaign, plans, report, runs, statistics, tuning
 from fedrevive_jax.comparison.statistics import Run
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.record import plots
+from fedrevive_jax.running import runner
 from tests.commands import call, flags, started
 from tests.toys import SMALL
 
@@ -312,7 +310,7 @@ def test_all_methods_are_evaluated_at_the_same_times(tmp_path):
         ({}, 40.0 / 50), ({"max_time": 10}, 0.2), ({"eval_every": 3}, 0.0),
         ({"eval_interval": 5}, 5.0),
     ):  # fmt: skip
-        configs = campaign.of_methods({"dataset": "digits", **given}, methods, 1, tmp_path)
+        configs = plans.of_methods({"dataset": "digits", **given}, methods, 1, tmp_path)
         assert {config.eval_interval for config in configs} == {interval}
 
 
@@ -407,9 +405,9 @@ def test_a_search_tries_one_field_after_the_other_and_comes_back():
 
 def test_every_method_tries_as_many_points():
     for grid in (["server_lr=x3"], ["server_lr=x3", "distillation_lr=x3", "num_teachers=2,4"]):
-        for runs in (1, 2, 7, 20):
-            batches, choice = searched(grid, lambda *point: -sum(point), runs)
-            assert len(choice.scores) == sum(map(len, batches)) == runs
+        for count in (1, 2, 7, 20):
+            batches, choice = searched(grid, lambda *point: -sum(point), count)
+            assert len(choice.scores) == sum(map(len, batches)) == count
     # A field of words has an end; nothing is tried twice.
     batches, choice = searched(
         ["beta_shape=constant,linear"], lambda shape: float(shape == "linear"), 9
@@ -451,10 +449,10 @@ def test_tuning_is_kept_apart_from_the_comparison(tmp_path):
         ]  # fmt: skip
 
     methods, out = ["fedbuff", "afl_dw"], tmp_path
-    chosen = campaign.tune(
+    chosen = plans.tune(
         given, methods, ["server_lr=0.1,0.2,0.3"], runs=3, max_time="2", seeds=2, out=out, run=run
     )
-    configs = campaign.of_methods(given, methods, 2, tmp_path, chosen)
+    configs = plans.of_methods(given, methods, 2, tmp_path, chosen)
     assert {c.eval_split for c in asked} == {"validation"}
     assert {c.max_time for c in asked} == {2.0}
     assert len(asked) == 2 * 2 * 3
@@ -466,7 +464,7 @@ def test_tuning_is_kept_apart_from_the_comparison(tmp_path):
     ]  # fmt: skip
     assert configs[0].run_dir.name == "fedbuff_tuned_server_lr=0.3_seed3"
     with pytest.raises(ConfigError, match="is chosen by `tune`"):
-        campaign.tune(
+        plans.tune(
             {**given, "server_lr": "1"}, methods, ["server_lr=x3"], runs=1, max_time=None,
             seeds=1, out=out, run=run,
         )  # fmt: skip
@@ -483,7 +481,7 @@ def test_tuning_is_kept_apart_from_the_comparison(tmp_path):
     ],
 )
 def test_damaged_folders_are_named(tmp_path, name, content):
-    config = campaign.runner.settle(resolve("digits", "fedbuff"))
+    config = runner.settle(resolve("digits", "fedbuff"))
     (tmp_path / "config.json").write_text(json.dumps(config.as_dict()))
     (tmp_path / "origin.json").write_text(
         '{"start": "random", "data_sha256": "", "classes": [], "inputs": {}, '
@@ -500,41 +498,41 @@ def test_damaged_folders_are_named(tmp_path, name, content):
 
 def test_configurations_are_paired(tmp_path):
     given = {"dataset": "digits", "seed": "3", "max_time": "4"}
-    configs = campaign.of_methods(given, ["fedbuff", "ca2fl"], 2, tmp_path)
+    configs = plans.of_methods(given, ["fedbuff", "ca2fl"], 2, tmp_path)
     assert [(c.method, c.seed) for c in configs] == [
         ("fedbuff", 3), ("fedbuff", 4), ("ca2fl", 3), ("ca2fl", 4),
     ]  # fmt: skip
 
 
 def test_ablations(tmp_path):
-    fields, configs = campaign.of_ablation(
+    fields, configs = plans.of_ablation(
         {"method": "fedrevive", "dataset": "digits"}, ["generation_interval=1,10"], 2, tmp_path
     )
     assert fields == ["generation_interval"]
     assert [(c.generation_interval, c.seed) for c in configs] == [(1, 0), (1, 1), (10, 0), (10, 1)]
     for text in ("seed=1,2", "generation_interval=1", "generation_interval=", "method=a,b"):
         with pytest.raises(ConfigError, match="must be FIELD=v1,v2"):
-            campaign.of_ablation({}, [text], 1, tmp_path)
+            plans.of_ablation({}, [text], 1, tmp_path)
     for name in ("none", "preset_scale", "cache_dir", "mesh", "version_memory"):
         with pytest.raises(ConfigError, match=f"{name} must be a setting of the run"):
-            campaign.of_ablation({}, [f"{name}=1,2"], 1, tmp_path)
+            plans.of_ablation({}, [f"{name}=1,2"], 1, tmp_path)
     for text in ("alpha=0.1,0.5,0.10", "precision=auto,float32"):  # on a CPU
         with pytest.raises(ConfigError, match=re.escape(f"{text}: must not hold a value twice")):
-            campaign.of_ablation({}, [text], 1, tmp_path)
+            plans.of_ablation({}, [text], 1, tmp_path)
 
 
 def test_one_process_holds_an_accelerator(tmp_path, monkeypatch):
-    configs = campaign.of_methods({"dataset": "digits"}, ["fedbuff"], 2, tmp_path)
+    configs = plans.of_methods({"dataset": "digits"}, ["fedbuff"], 2, tmp_path)
     monkeypatch.setattr(campaign.jax, "default_backend", lambda: "tpu")
     with pytest.raises(ConfigError, match="jobs=2: must be 1 on an accelerator"):
-        campaign.run_all(configs, jobs=2)
+        campaign.run_all(configs, campaign.Workers(jobs=2))
 
 
 def test_several_ablations_share_one_reference(tmp_path):
     given = {"method": "fedrevive", "dataset": "digits", "num_teachers": 2}
     texts = ["meta=maml", "generation_interval=8,3,16"]  # 8 is the preset's
     assert resolve(**given).generation_interval == 8
-    fields, configs = campaign.of_ablation(given, texts, 2, tmp_path)
+    fields, configs = plans.of_ablation(given, texts, 2, tmp_path)
     assert fields == ["meta", "generation_interval"]
     assert [c.run_dir.name for c in configs[::2]] == [
         "fedrevive_seed0", "fedrevive_meta=maml_seed0",
@@ -570,7 +568,7 @@ def test_several_ablations_share_one_reference(tmp_path):
         (["meta=maml", "alpha=1,1.0"], "ablate=alpha=1,1.0: must not hold a value twice"),
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
-            campaign.of_ablation(given, texts, 1, tmp_path)
+            plans.of_ablation(given, texts, 1, tmp_path)
 
 
 def test_the_picture_of_several_ablations(tmp_path):
@@ -598,16 +596,16 @@ def test_the_picture_of_several_ablations(tmp_path):
 
 def test_a_memory_that_cannot_fit_is_refused_before_the_first_run(tmp_path, monkeypatch):
     monkeypatch.setattr(campaign.client_cache, "host_memory", lambda: 10**6)
-    configs = campaign.of_methods({"dataset": "digits"}, ["fedbuff", "ca2fl"], 1, tmp_path)
+    configs = plans.of_methods({"dataset": "digits"}, ["fedbuff", "ca2fl"], 1, tmp_path)
     assert campaign.planning.cache_bytes(configs[0]) == 0
     one = 2 * campaign.planning.cache_bytes(configs[1])  # with the copy of a checkpoint
-    two = campaign.of_methods({"dataset": "digits"}, ["ca2fl"], 2, tmp_path)
+    two = plans.of_methods({"dataset": "digits"}, ["ca2fl"], 2, tmp_path)
     monkeypatch.setattr(campaign.client_cache, "host_memory", lambda: 2 * one)
     campaign._check_caches(two, 2)
     monkeypatch.setattr(campaign.client_cache, "host_memory", lambda: 2 * one - 1)
     campaign._check_caches(two, 1)
     with pytest.raises(ConfigError, match=r"jobs=2: too many at once\. cache_memory=device"):
-        campaign.run_all(two, jobs=2)
+        campaign.run_all(two, campaign.Workers(jobs=2))
     monkeypatch.setattr(campaign.client_cache, "host_memory", lambda: 10**6)
     with pytest.raises(ConfigError, match="cache_memory=device: the last updates of"):
         campaign.run_all(configs)
@@ -616,54 +614,23 @@ def test_a_memory_that_cannot_fit_is_refused_before_the_first_run(tmp_path, monk
 
 def test_a_run_that_rejects_too_much_is_marked(tmp_path, monkeypatch):
     """Which error ended it stands in its folder; another one is not swallowed."""
-    (config,) = campaign.of_methods({"dataset": "digits"}, ["fedbuff"], 1, tmp_path)
+    (config,) = plans.of_methods({"dataset": "digits"}, ["fedbuff"], 1, tmp_path)
     config.run_dir.mkdir()
 
     def ends(error):
         def run(*args, **kwargs):
             raise error
 
-        monkeypatch.setattr(campaign.runner, "run", run)
+        monkeypatch.setattr(runner, "run", run)
 
-    ends(campaign.runner.RejectLimitError("too many"))
-    campaign._run(config, overwrite=False)
+    ends(runner.RejectLimitError("too many"))
+    runs.run(config, overwrite=False)
     assert json.loads((config.run_dir / "failed.json").read_text()) == {
         "by": "RejectLimitError", "message": "too many",
     }  # fmt: skip
     ends(ConfigError("seed", 1, "else"))
     with pytest.raises(ConfigError, match="else"):
-        campaign._run(config, overwrite=False)
-
-
-def die(config, overwrite):
-    """In place of a run, in a process of its own: what the kernel does when memory is out."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_warnings_of_a_worker_are_told_and_nothing_else():
-    """A worker's own interpreter, in which a run only warns and prints."""
-    code = """if True:
-        import logging, sys
-        from fedrevive_jax import resolve
-        from fedrevive_jax.comparison import campaign
-        from fedrevive_jax.running import runner
-        def run(config, **_):
-            print("progress", file=sys.stderr)
-            logging.getLogger("fedrevive_jax.running.recorder").warning("the loss guard")
-        runner.run = run
-        campaign._become_worker(None)
-        campaign._run_in_worker(resolve("digits", "fedbuff", seed=3), False)
-    """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stderr == "warning: digits_fedbuff_seed3: the loss guard\n"
-
-
-@pytest.mark.slow
-def test_a_lost_process_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(campaign, "_run_in_worker", die)
-    configs = campaign.of_methods({"dataset": "digits"}, ["fedbuff"], 1, tmp_path)
-    with pytest.raises(campaign.LostWorkerError, match="has died, killed or out of memory"):
-        campaign.run_all(configs, jobs=2)
+        runs.run(config, overwrite=False)
 
 
 # --- whole comparisons ----------------------------------------------------------------------------
@@ -710,22 +677,6 @@ def test_a_signal_saves_the_runs_under_way(tmp_path, jobs):
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "table.md").exists()
     assert len(list(tmp_path.glob("*/summary.json"))) == 2
-
-
-@pytest.mark.slow
-def test_a_process_that_is_told_to_stop_alone(tmp_path):
-    """It saves, the comparison ends without a table, and not with status 0."""
-    arguments = flags(**TINY, methods="fedbuff,fedrevive", seeds=1, out=tmp_path, jobs=2)
-    with started(*arguments, "--grace=300", program="compare") as process:
-        assert re.match("fedbuff_seed0: accuracy", process.stdout.readline())
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        for child in children:
-            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-                os.kill(int(child), signal.SIGTERM)
-        _, errors = process.communicate(timeout=300)
-    assert process.returncode == 1, errors
-    assert errors.startswith("interrupted: ")
-    assert not (tmp_path / "table.md").exists()
 
 
 @pytest.mark.slow
@@ -789,7 +740,7 @@ def test_tuned_comparison_of_what_diverges_and_what_does_not(tmp_path):
 def test_an_ablation_continues_what_was_interrupted(tmp_path):
     """In this process: the second value's run has begun already, up to a checkpoint."""
     given = {**TINY, "method": "fedbuff", "checkpoint_every": 1, "seed": 5}
-    _, configs = campaign.of_ablation(given, ["buffer_size=1,2"], 1, tmp_path)
+    _, configs = plans.of_ablation(given, ["buffer_size=1,2"], 1, tmp_path)
     lines = []
     (one,) = campaign.run_all(configs[:1], notify=lines.append)
     assert lines == [f"fedbuff_buffer_size=1_seed5: accuracy {one.evaluations[-1]['accuracy']:.4f}"]
@@ -831,6 +782,9 @@ def test_an_ablation_continues_what_was_interrupted(tmp_path):
         (["--ablate=alpha=1,2", "--methods=fedbuff"], "--methods=fedbuff: must not be given with"),
         (["--ablate=pretrained=a/b,a_b"], "--ablate=pretrained=a/b,a_b: --pretrained=a_b would"),
         (["--tune_seeds=2"], "--tune_seeds=2: goes with --tune"),
+        (["--jobs=2", "--scheduler=tcp://x:1"], "--jobs=2: must not be given with --scheduler"),
+        (["--scheduler=x:1"], "--scheduler=x:1: must be tcp://HOST:PORT or tls://HOST:PORT"),
+        (["--send_back"], "--send_back=True: goes with --scheduler"),
         (["--tune_grid=alpha=1"], "--tune_grid=alpha=1: goes with --tune"),
         (["--tune", "--tune_grid=seed=1"], "--tune_grid=seed=1: must be FIELD=v1,v2"),
         (["--tune", "--tune_time=long"], "--tune_time=long: must be a number above 0"),

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from fedrevive_jax import data
-from fedrevive_jax.comparison import campaign, statistics
+from fedrevive_jax.comparison import runs, statistics
 from fedrevive_jax.data.texts import Texts
 from fedrevive_jax.errors import ConfigError, FileError
 from fedrevive_jax.presets import resolve
@@ -154,22 +154,22 @@ def test_data_that_have_changed_in_place_are_told(own):
 
 def test_a_finished_run_on_other_data_is_not_this_one(own):
     assert runner.is_finished(own)
-    assert campaign._is_done(own)
+    assert runs.is_done(own)
     extra = f"{own.data_dir}/train/cat/0.png", f"{own.data_dir}/train/cat/more.png"
     shutil.copy(*extra)
     message = rf"workdir={own.run_dir}: holds a run on other data \(SHA-256 \w+, now \w+\); give an"
     for finished in (
         runner.is_finished,
-        campaign._is_done,
+        runs.is_done,
         lambda config: runner.run(config, keep_record=True),
     ):
         with pytest.raises(ConfigError, match=message):
             finished(own)
     assert not runner.is_finished(own, overwrite=True)
     (own.run_dir / files.SUMMARY).unlink()  # one that failed
-    files.write_json(own.run_dir / campaign.FAILED, {})
+    files.write_json(own.run_dir / runs.FAILED, {})
     with pytest.raises(ConfigError, match=message):
-        campaign._is_done(own)
+        runs.is_done(own)
 
 
 def test_a_run_is_not_continued_on_other_data(own):

@@ -40,8 +40,8 @@ from fedrevive_jax.simulation.simulator import Simulation
 _LOG = logging.getLogger(__name__)
 
 __all__ = [
-    "DivergenceError", "RejectLimitError", "Result", "Stopping", "check_sources", "is_finished",
-    "run", "settle",
+    "DivergenceError", "RejectLimitError", "Result", "Stopping", "check_sources", "empty",
+    "is_finished", "run", "settle",
 ]  # fmt: skip
 
 
@@ -214,18 +214,22 @@ def _shall_stop(interruption: Stopping, position: int) -> bool:
     return True
 
 
-def settle(config: Config) -> Config:
+def settle(config: Config, platform: str | None = None) -> Config:
     """The configuration with what depends on the device at hand, on defaults and on the current
     folder made explicit.
 
     A run that was begun on one kind of device is not continued on another unless the flags say
     how to compute.
 
+    Args:
+      config: what to settle. What it says already stays.
+      platform: JAX's name of the kind of device that will compute, where it is not that at hand.
+
     Raises:
       ConfigError: JAX's own settings, or its devices, are not what a run needs.
     """
     environment.check()
-    platform = jax.default_backend()
+    platform = platform or jax.default_backend()
     config = dataclasses.replace(config, workdir=str(config.run_dir))
     paths = {name: getattr(config, name) for name in (*LOCATION_FIELDS, *INPUT_FIELDS)}
     return dataclasses.replace(
@@ -238,6 +242,17 @@ def settle(config: Config) -> Config:
         convolution=convolutions.settled(config.convolution, platform),
         precision=default_precision(platform) if config.precision == "auto" else config.precision,
     )
+
+
+def empty(config: Config) -> None:
+    """Empties the folder of a run, so that the next `run` starts afresh, whatever it held.
+
+    Raises:
+      ConfigError: the folder is none of a run, or another process writes it.
+    """
+    config = settle(config)
+    with _opened(config, True, _Place(str(config.run_dir))):
+        pass
 
 
 def is_finished(
