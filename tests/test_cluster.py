@@ -110,6 +110,22 @@ def test_a_run_whose_comparison_was_killed_saves_and_stops(tmp_path, reference):
     assert before == {version: after[version] for version in before}
 
 
+@pytest.mark.slow
+def test_a_signal_reaches_the_processes_of_this_machine(tmp_path):
+    """Both runs save and stop; nothing is left of the processes."""
+    given = {**GIVEN, "max_time": 50.0, "methods": "fedasync", "seeds": 2, "out": tmp_path}
+    configs = plans.of_methods({**GIVEN, "max_time": 50.0}, METHODS[1:], 2, tmp_path)
+    with started(*flags(**given, jobs=2), "--grace=300", program="compare") as command:
+        until(lambda: all(len(saved(config)) > 2 for config in configs))
+        command.send_signal(signal.SIGTERM)
+        _, errors = command.communicate()
+    assert command.returncode == 143
+    assert errors == "interrupted: 0 of 2 runs are done, those under way have saved\n"
+    for config in configs:
+        assert not (config.run_dir / files.SUMMARY).exists()
+        assert (config.run_dir / lock.NAME).read_bytes() == b""
+
+
 class _Asked:
     """An interruption that is asked for once something is seen."""
 
