@@ -177,7 +177,8 @@ PROGRAMS = (
 # Flags of other programs, as the pages call them.
 OTHERS = {
     "gcloud": "accelerator-type command recurse version worker zone",
-    "slurm": "cpus-per-task gpus-per-node nodes ntasks-per-node",
+    "slurm": "array cpus-per-task gpus-per-node gres nodes ntasks-per-node wrap",
+    "dask": "host memory-limit nthreads port",
     "sphinx-build": "keep-going",
     "ruff": "check",
     "tensorboard": "logdir",

@@ -47,8 +47,10 @@ class Workers:
           send_back: they need not: they work in folders of their own and send them back.
 
         Raises:
-          ConfigError: several processes would share an accelerator.
+          ConfigError: this is no address of a scheduler.
         """
+        if scheduler and not scheduler.startswith(("tcp://", "tls://")):
+            raise ConfigError("scheduler", scheduler, "must be tcp://HOST:PORT or tls://HOST:PORT")
         self.jobs, self.scheduler = jobs, scheduler
         self._out, self._send_back = out, send_back
         self._open = contextlib.ExitStack()

@@ -159,8 +159,6 @@ def _connected(address: str) -> _Client:
     Raises:
       ConfigError: no scheduler answers there.
     """
-    if not address.startswith(("tcp://", "tls://")):
-        raise ConfigError("scheduler", address, "must be tcp://HOST:PORT or tls://HOST:PORT")
     try:
         return distributed.Client(address, timeout=ANSWER)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
