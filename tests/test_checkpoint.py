@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from fedrevive_jax.errors import ConfigError
-from fedrevive_jax.record import archive
+from fedrevive_jax.record import archive, checkpoint
 from fedrevive_jax.record.archive import CorruptError
 from fedrevive_jax.record.checkpoint import CheckpointError, Checkpoints, has_checkpoint
 from tests.commands import nobody
@@ -464,3 +464,22 @@ def test_a_folder_that_becomes_read_only_is_told(saved):
             for path in (folder, folder / "live", folder / "checkpoints"):
                 path.chmod(0o755)
             assert load(checkpoints) == 5
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(27, "File too large"), "File too large"),
+        (
+            ValueError(
+                "OUT_OF_RANGE: Failed to write 98 bytes to file 26: File too large "
+                "[os_error_code='27'] [tensorstore_spec='{...}']"
+            ),
+            "File too large",
+        ),
+        (ValueError("one\ntwo"), "one"),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_a_reason_is_short(error, told):
+    assert checkpoint._reason(error) == told

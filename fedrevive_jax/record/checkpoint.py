@@ -22,6 +22,8 @@ all the same.
 """
 
 import logging
+import os
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -425,4 +427,8 @@ def _remove(path: Path) -> None:
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    # What tensorstore raises is long, and ends in its settings.
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    if number is not None:
+        return os.strerror(int(number[1]))
     return (str(error).strip() or type(error).__name__).splitlines()[0]
