@@ -21,6 +21,7 @@ from fedrevive_jax.config.parts import (
     MODELS,
     SERVER_OPTIMIZERS,
     STALENESS_WEIGHTS,
+    TRACKERS,
     Clients,
     Device,
     Dfkd,
@@ -35,15 +36,15 @@ from fedrevive_jax.errors import ConfigError
 __all__ = [
     "BETA_SHAPES", "DATASETS", "DELAYS", "DEVICE_FIELDS", "FAULTS", "INPUT_FIELDS",
     "LIMITS", "LOCATION_FIELDS", "METHODS", "MODELS", "PUBLISHED_METHODS",
-    "SERVER_OPTIMIZERS", "STALENESS_WEIGHTS", "Clients", "Config", "Device", "Dfkd", "FedGen",
-    "Record", "Server", "Traits", "World", "is_bucket", "whole_path",
+    "SERVER_OPTIMIZERS", "STALENESS_WEIGHTS", "TRACKERS", "Clients", "Config", "Device", "Dfkd",
+    "FedGen", "Record", "Server", "Traits", "World", "is_bucket", "whole_path",
     "without_tilde",
 ]  # fmt: skip
 
 # Where a run is written and where its data lie do not change what it computes.
 LOCATION_FIELDS = ("workdir", "data_dir", "cache_dir")
-# Nor do the devices, up to the rounding of sums.
-DEVICE_FIELDS = ("mesh", "version_memory")
+# Nor do the devices, up to the rounding of sums, nor where a run is followed.
+DEVICE_FIELDS = ("mesh", "version_memory", "trackers")
 # Files and folders that a run reads beside its data; recorded with their whole path.
 INPUT_FIELDS = ("t5_weights", "pretrained", "seed_text", "delay_trace")
 

@@ -21,6 +21,7 @@ SERVER_OPTIMIZERS = (
 )  # fmt: skip
 STALENESS_WEIGHTS = ("none", "sqrt", "polynomial", "hinge", "beta")
 FAULTS = ("lost", "late", "nan")
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 DELAYS = (
     "default", "shifted", "constant", "exponential", "uniform", "lognormal", "halfnormal", "trace",
 )  # fmt: skip
@@ -452,6 +453,23 @@ class Record(Part):
         "uploads under way, whose jobs start again from the newest version",
         choices=("exact", "params"),
     )
+    trackers: str = setting(
+        "tensorboard",
+        "where the run can be followed beside its record, separated by commas: tensorboard, wandb, "
+        "mlflow; empty: nowhere",
+    )
+
+    def _check(self) -> None:
+        names = self.tracker_names
+        if len(set(names)) < len(names) or not set(names) <= set(TRACKERS):
+            raise ConfigError(
+                "trackers", self.trackers, f"must be some of {', '.join(TRACKERS)}, each once"
+            )
+
+    @property
+    def tracker_names(self) -> list[str]:
+        """Those of `trackers`, in their order."""
+        return [name.strip() for name in self.trackers.split(",")] if self.trackers else []
 
 
 @dataclass(frozen=True)

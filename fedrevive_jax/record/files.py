@@ -9,8 +9,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -116,47 +114,6 @@ class Rows:
             self.flush()
         finally:
             self._stream.close()
-
-
-class Events:
-    """TensorBoard events of a run, begun anew each time the run is opened.
-
-    They are written by the thread that adds them: the queue of tensorboardX's own writer blocks for
-    ever once its thread has failed, as it does on a full disk.
-    """
-
-    def __init__(self, folder: Path):
-        from tensorboardX.event_file_writer import EventsWriter
-
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir()
-        self._writer = EventsWriter(str(folder / "events"))
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Adds the numbers of a row of metrics.jsonl at its version."""
-        # protobuf makes its classes when it is imported.
-        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-        from tensorboardX.summary import scalar
-
-        if row["kind"] == "pool":  # a count for each class
-            return
-        prefix = "" if row["kind"] == "evaluation" else "dfkd/"
-        for name, value in row.items():
-            if name not in ("kind", "version") and value is not None and math.isfinite(value):
-                self._writer.write_event(
-                    Event(
-                        wall_time=time.time(),
-                        step=row["version"],
-                        summary=scalar(prefix + name, value),
-                    )
-                )
-
-    def flush(self) -> None:
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

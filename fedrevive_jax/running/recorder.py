@@ -21,6 +21,7 @@ from fedrevive_jax.pages import run as page
 from fedrevive_jax.record import archive, files, plots
 from fedrevive_jax.record.checkpoint import Checkpoints, Saved
 from fedrevive_jax.record.health import Health
+from fedrevive_jax.record.trackers import Trackers
 from fedrevive_jax.running.runnable import Runnable
 from fedrevive_jax.server.admission import VERDICTS
 from fedrevive_jax.server.core import Receipt
@@ -51,7 +52,7 @@ class _Record(NamedTuple):
     folder: Path
     metrics: files.Rows
     arrivals: files.Rows
-    events: files.Events
+    trackers: Trackers
     checkpoints: Checkpoints
 
 
@@ -148,11 +149,11 @@ class Recorder:
         folder, checkpoints = self._folder
         metrics = files.Rows(folder / files.METRICS, sizes[files.METRICS])
         arrivals = files.Rows(folder / files.ARRIVALS, sizes[files.ARRIVALS])
-        events = files.Events(folder / files.EVENTS)
-        self._record = _Record(folder, metrics, arrivals, events, checkpoints)
+        trackers = Trackers(self._config.tracker_names, folder, self._config)
+        self._record = _Record(folder, metrics, arrivals, trackers, checkpoints)
         for row in files.read_rows(folder / files.METRICS):
             self._health.metrics(row)
-            events.add(row)
+            trackers.add(row)
         for row in files.read_rows(folder / files.ARRIVALS):
             self._health.arrival(row)
         return read_evaluations(folder), self._health
@@ -249,6 +250,8 @@ class Recorder:
             self._pictures(self._record.folder)
             self._page(summary)
             files.write_json(self._record.folder / files.SUMMARY, summary)
+            # Last: what others do with it may take long.
+            self._record.trackers.close(summary)
             self._publish()
         return Result(run.server.params, summary, self._evaluations, self._resumed)
 
@@ -256,7 +259,7 @@ class Recorder:
         """Makes everything durable; errors of a save under way are raised."""
         with contextlib.ExitStack() as stack:
             if self._record is not None:
-                for stream in (self._record.metrics, self._record.arrivals, self._record.events):
+                for stream in (self._record.metrics, self._record.arrivals, self._record.trackers):
                     stack.callback(stream.close)
             if self._folder is not None:
                 stack.callback(self._folder[1].close)
@@ -288,7 +291,7 @@ class Recorder:
         self._count_pool(row["version"], row["time"])
         if self._record is not None:
             self._record.metrics.flush()
-            self._record.events.flush()
+            self._record.trackers.flush()
 
     def _count_pool(self, version: int, now: float) -> None:
         """Records how many samples of each class the server has made and kept."""
@@ -361,7 +364,7 @@ class Recorder:
         self._health.metrics(row)
         if self._record is not None:
             self._record.metrics.append(row)
-            self._record.events.add(row)
+            self._record.trackers.add(row)
 
     def _save(self) -> None:
         """Saves where the run stands, unless that is the last thing that was saved."""

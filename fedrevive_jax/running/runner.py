@@ -19,7 +19,7 @@ from fedrevive_jax.compute import buckets, environment, processes
 from fedrevive_jax.config import INPUT_FIELDS, LOCATION_FIELDS, Config, is_bucket
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.models import Model, convolutions, default_precision, judging
-from fedrevive_jax.record import derived, files, lock
+from fedrevive_jax.record import derived, files, lock, trackers
 from fedrevive_jax.record.archive import seal_of
 from fedrevive_jax.record.checkpoint import FOLDER as CHECKPOINTS
 from fedrevive_jax.record.checkpoint import (
@@ -91,6 +91,7 @@ def run(
       InterruptedRunError: the run was asked to stop, and has saved.
     """
     config = settle(config)
+    trackers.check(config)
     processes.agree(lambda: _computed(config))
     with contextlib.ExitStack() as stack:
         place = _Place(str(config.run_dir))
