@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fedrevive_jax.pages.document import plain
-from fedrevive_jax.pages.series import Binned, Pool, Row, Timeline, column
+from fedrevive_jax.pages.series import Binned, PoolCounts, Row, Timeline, column
 
 PALETTE = (
     "#3b8fd1", "#f07f1f", "#35a853", "#e0483f", "#9a6fd0",
@@ -235,7 +235,7 @@ def jobs(x: str, found: Timeline, **fields: Any) -> Any:
     return chart
 
 
-def pool(x: str, found: Pool, classes: Sequence[str], **fields: Any) -> Any:
+def pool(x: str, found: PoolCounts, classes: Sequence[str], **fields: Any) -> Any:
     """How many samples of each class the pool held, the more the stronger."""
     from bokeh.models import ColumnDataSource, Range1d
 

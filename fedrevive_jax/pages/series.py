@@ -87,7 +87,7 @@ def timeline(arrivals: Sequence[Row]) -> Timeline:
     return Timeline(clients, jobs, len(known), len(arrivals))
 
 
-class Pool(NamedTuple):
+class PoolCounts(NamedTuple):
     """The pool by class.
 
     Attributes:
@@ -103,7 +103,7 @@ class Pool(NamedTuple):
     all_moments: int
 
 
-def pool(rows: Sequence[Row], end: float) -> Pool | None:
+def pool(rows: Sequence[Row], end: float) -> PoolCounts | None:
     """The pool at evenly spaced moments until `end`; None where nothing was ever in it."""
     if not rows or not any(map(any, (row["counts"] for row in rows))):
         return None
@@ -111,7 +111,7 @@ def pool(rows: Sequence[Row], end: float) -> Pool | None:
     chosen = [rows[place] for place in places]
     starts = column(chosen, "time")
     ends = np.append(starts[1:], max(end, starts[-1] + np.diff(starts, prepend=0.0)[-1]))
-    return Pool(starts, ends, np.asarray([row["counts"] for row in chosen]), len(rows))
+    return PoolCounts(starts, ends, np.asarray([row["counts"] for row in chosen]), len(rows))
 
 
 def rejections(arrivals: Sequence[Row]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
