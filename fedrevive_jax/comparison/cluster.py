@@ -90,7 +90,8 @@ def local(jobs: int) -> Iterator["Cluster"]:
             host="127.0.0.1",
             security=True,
             memory_limit=None,
-            dashboard_address=None,  # pyright: ignore[reportArgumentType]
+            # Its port shows nothing, see `_LOCAL`; any that is free.
+            dashboard_address="127.0.0.1:0",
             silence_logs=logging.CRITICAL,
         ) as processes,
         distributed.Client(processes) as client,
