@@ -14,16 +14,17 @@ With --tune every method first tries the same number of settings, scored on the 
 with --ablate one method is compared with itself; with --workdirs runs are read that exist already.
 """
 
-import glob
 import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
+from etils import epath
 
 from experiments import flags as config_flags
-from fedrevive_jax.config import METHODS, PUBLISHED_METHODS, whole_path
+from fedrevive_jax.compute import buckets
+from fedrevive_jax.config import METHODS, PUBLISHED_METHODS, is_bucket, whole_path
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.record.interruption import InterruptedRunError, Interruption
 
@@ -37,7 +38,9 @@ METHOD_LIST = flags.DEFINE_string(
     "methods, separated by commas, or all; differences are to the first",
 )
 SEEDS = flags.DEFINE_integer("seeds", 3, "number of seeds, counted up from --seed")
-OUT = flags.DEFINE_string("out", None, "folder for the runs and the tables")
+OUT = flags.DEFINE_string(
+    "out", None, "folder for the runs and the tables; may be in a bucket, gs://BUCKET/DIR"
+)
 JOBS = flags.DEFINE_integer("jobs", 1, "runs at once, each in a process; on an accelerator 1")
 SCHEDULER = flags.DEFINE_string(
     "scheduler",
@@ -55,8 +58,8 @@ TARGETS = flags.DEFINE_string("targets", "0.5,0.8", "accuracies to be reached, f
 WORKDIRS = flags.DEFINE_string(
     "workdirs",
     None,
-    "compare these folders of runs, separated by commas, * allowed; runs nothing. LABEL=FOLDERS "
-    "calls them by another name than their method's",
+    "compare these folders of runs, separated by commas, * allowed (in a bucket in the last name "
+    "alone); runs nothing. LABEL=FOLDERS calls them by another name than their method's",
 )
 TUNE = flags.DEFINE_bool(
     "tune", False, "choose settings of every method on the validation split, see --tune_grid"
@@ -221,7 +224,15 @@ def _checked() -> tuple[Path, list[str], list[float]]:
         targets = [-1.0]
     if not all(0 < target <= 1 for target in targets):
         raise ConfigError("targets", TARGETS.value, "must be accuracies above 0 and at most 1")
-    return Path(whole_path("out", OUT.value)), list(methods), targets
+    if SEND_BACK.value and is_bucket(OUT.value):
+        raise ConfigError("send_back", True, "must not be given with a bucket, which all write")
+    return _path("out", OUT.value), list(methods), targets
+
+
+def _path(flag: str, text: str) -> Path:
+    """A folder of this machine or of a bucket."""
+    whole = whole_path(flag, text, bucket=True)
+    return epath.Path(whole) if is_bucket(whole) else Path(whole)  # type: ignore[return-value]
 
 
 def _folders(text: str) -> list[tuple[str, Path]]:
@@ -231,15 +242,20 @@ def _folders(text: str) -> list[tuple[str, Path]]:
         label, equals, rest = part.partition("=")
         if not part or (equals and not (label and rest)):
             raise ConfigError("workdirs", text, "holds an empty name")
-        paths = sorted(glob.glob(whole_path("workdirs", part)))
+        named = equals and is_bucket(rest)
+        paths = [] if named else _matching(part)
         if paths or not equals:
             label, rest = "", part
         else:
-            paths = sorted(glob.glob(whole_path("workdirs", rest)))
+            paths = _matching(rest)
         if not paths:
             raise ConfigError("workdirs", text, f"there is no {rest}")
-        found += [(label, Path(path)) for path in paths]
+        found += [(label, _path("workdirs", path)) for path in paths]
     return found
+
+
+def _matching(pattern: str) -> list[str]:
+    return buckets.matching(whole_path("workdirs", pattern, bucket=True), "workdirs")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ import dataclasses
 import shutil
 
 import pytest
+from etils import epath
 from etils.epath import gpath, testing
 
 from fedrevive_jax import data
+from fedrevive_jax.comparison import campaign, plans, report, statistics
 from fedrevive_jax.compute import buckets
 from fedrevive_jax.config import whole_path
 from fedrevive_jax.errors import ConfigError
@@ -23,6 +25,7 @@ from fedrevive_jax.simulation.simulator import Simulation
 from tests.test_checkpoint import load, names, needed, save
 from tests.test_origin import config_of, draw
 from tests.test_runner import _interrupt_at
+from tests.toys import SMALL
 
 PLACE = "gs://bucket"
 
@@ -197,6 +200,62 @@ def test_a_run_and_its_data_in_a_bucket(bucket, tmp_path, monkeypatch):
     assert gone[0].endswith("/summary.json")
     assert ("write", "/run/config.json") not in bucket.changes[: len(gone)]
     assert files.read_json(there / files.SUMMARY)["seed"] == 1
+
+
+@pytest.mark.slow
+def test_a_comparison_in_a_bucket(bucket, tmp_path):
+    """As one on a disk; what is done there is read, not run again, and marks and files that are not
+    wanted any more go."""
+
+    def compared(out, configs):
+        lines = []
+        found = campaign.run_all(configs, notify=lines.append)
+        groups = statistics.grouped(found)
+        return lines, groups, report.write(out, report.Study("two", "command", groups))
+
+    def planned(out, **fields):
+        given = {**SMALL, "dataset": "digits", "model_width": 2, "max_time": 4.0, **fields}
+        return plans.of_methods(given, ["fedbuff", "fedrevive"], 1, out)
+
+    place = epath.Path(f"{PLACE}/two")
+    there = bucket.folder / "two"
+    lines, _, _ = compared(tmp_path / "local", planned(tmp_path / "local"))
+    found, groups, _ = compared(place, planned(place))
+    assert found == lines
+    assert names(there) == names(tmp_path / "local")
+    for name in ("fedbuff_seed0", "fedrevive_seed0"):
+        rows = [(folder / name / files.ARRIVALS).read_bytes() for folder in (place, there)]
+        assert rows[0] == rows[1] == (tmp_path / "local" / name / files.ARRIVALS).read_bytes()
+    assert groups["fedrevive"][0].made == (there / "fedrevive_seed0/synthetic.png").read_bytes()
+    assert '<a href="fedbuff_seed0/report.html">seed 0</a>' in (there / "report.html").read_text()
+
+    (there / "by_staleness.png").write_bytes(b"of an earlier comparison")
+    bucket.changes = []
+    assert compared(place, planned(place))[0] == []
+    written = {name.removeprefix("/two/") for what, name in bucket.changes if what == "write"}
+    assert written <= set(report.FILES)
+    assert ("remove", "/two/by_staleness.png") in bucket.changes
+    assert buckets.matching(f"{PLACE}/two/fed*_seed0", "workdirs") == [
+        f"{PLACE}/two/fedbuff_seed0", f"{PLACE}/two/fedrevive_seed0",
+    ]  # fmt: skip
+
+    first = planned(place)[0]
+    runner.empty(first)
+    assert not runner.is_finished(first)
+    assert names(there / "fedbuff_seed0") == {"config.json"}
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_that_has_failed_is_marked(bucket):
+    out = epath.Path(f"{PLACE}/one")
+    given = {**SMALL, "dataset": "digits", "model_width": 2, "max_time": 60.0, "server_lr": 1e30}
+    configs = plans.of_methods(given, ["fedbuff"], 1, out)
+    for lines in ([], []):
+        (found,) = campaign.run_all(configs, notify=lines.append)
+        assert found.summary is None
+    assert lines == []
+    mark = files.read_json(bucket.folder / "one/fedbuff_seed0/failed.json")
+    assert mark["by"] == "DivergenceError"
 
 
 def test_a_foreign_folder_of_a_bucket_is_never_touched(bucket):

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -181,6 +182,45 @@ def test_a_worker_that_does_not_see_the_folder_sends_it_back(tmp_path):
     assert before == {version: after[version] for version in before}
     assert files.read_json(config.run_dir / files.CONFIG)["workdir"] == str(config.run_dir)
     assert [path.name for path in out.iterdir()] == [config.run_dir.name]
+
+
+@pytest.mark.slow
+def test_a_lost_worker_that_does_not_see_the_folder(tmp_path, reference):
+    """Another one goes on with its run from what the scheduler holds."""
+    out, home = tmp_path / "runs", tmp_path / "home"
+    out.mkdir()
+    home.mkdir()
+    (config,), before = planned(out, METHODS[1:]), {}
+
+    def begun():
+        places = home.glob(f"*/{config.run_dir.name}")
+        return [saved(dataclasses.replace(config, workdir=str(place))) for place in places]
+
+    blind = {"HIDDEN": out, "TMPDIR": home}
+    with contextlib.ExitStack() as stack:
+        address = stack.enter_context(scheduler(tmp_path))
+        arguments = (address, "--nthreads=1", "--preload=tests.blind_worker")
+        first = stack.enter_context(started_worker(*arguments, **blind))
+
+        def kill():
+            until(lambda: any(len(found) > 3 for found in begun()))
+            first.kill()
+            first.wait()
+            before.update(*begun())
+            shutil.rmtree(home)  # as if its machine were gone
+            home.mkdir()
+            stack.enter_context(started_worker(*arguments, **blind))
+
+        workers = stack.enter_context(campaign.Workers(scheduler=address, out=out, send_back=True))
+        killer = threading.Thread(target=kill)
+        killer.start()
+        campaign.run_all([config], workers, notify=lambda line: None)
+        killer.join()
+    assert_same([config], reference[1:])
+    after = saved(config)
+    assert len(after) > len(before)
+    # The last one may not have been sent yet.
+    assert all(before[version] == after[version] for version in sorted(before)[:-1])
 
 
 @pytest.mark.slow

@@ -302,15 +302,13 @@ def test_what_users_write_is_shown_as_they_wrote_it(tmp_path):
     assert "$$" not in labels
 
 
-def test_pictures_that_would_make_a_page_too_large_are_named(tmp_path):
-    (tmp_path / "a.png").write_bytes(bytes(290))
-    (tmp_path / "b.png").write_bytes(bytes(11))
+def test_pictures_that_would_make_a_page_too_large_are_named():
     page = Page("pictures", pictures=300)
-    page.picture(tmp_path / "a.png", "The first.")
-    page.picture(tmp_path / "b.png", "The second.")
+    page.picture("a.png", bytes(290), "The first.")
+    page.picture("run/b.png", bytes(11), "The second.")
     found = Tags(page.html())
     assert found.tags.count("img") == 1
-    assert f"The second. It is too large for this page: {tmp_path.name}/b.png" in found.words
+    assert "The second. It is too large for this page: run/b.png" in found.words
 
 
 def test_a_page_that_fails_does_not_stop_the_run(tmp_path, monkeypatch, caplog):

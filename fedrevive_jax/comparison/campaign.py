@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from fedrevive_jax import data
-from fedrevive_jax.comparison import runs, statistics
+from fedrevive_jax.comparison import runs
 from fedrevive_jax.comparison.statistics import Run
 from fedrevive_jax.compute import environment
 from fedrevive_jax.config import Config
@@ -141,18 +141,12 @@ def run_all(
         for config in waiting:
             runs.run(config, overwrite, interruption)
             done(config)
-    return [
-        statistics.read_run(config.run_dir, (config.run_dir / runs.FAILED).exists())
-        for config in configs
-    ]
+    return [runs.read(config.run_dir) for config in configs]
 
 
 def read_all(folders: Sequence[tuple[str, Path]]) -> list[Run]:
     """Runs that exist already: what each is called, empty for its method's name, and its folder."""
-    return [
-        statistics.read_run(folder, (folder / runs.FAILED).exists())._replace(label=label)
-        for label, folder in folders
-    ]
+    return [runs.read(folder)._replace(label=label) for label, folder in folders]
 
 
 def _check_caches(configs: Sequence[Config], jobs: int) -> None:

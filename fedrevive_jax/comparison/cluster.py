@@ -20,7 +20,7 @@ import distributed
 from distributed.scheduler import KilledWorker
 
 from fedrevive_jax.comparison import parcels, worker
-from fedrevive_jax.config import Config
+from fedrevive_jax.config import Config, is_bucket
 from fedrevive_jax.errors import ConfigError, UserError
 from fedrevive_jax.record import files
 from fedrevive_jax.record.interruption import InterruptedRunError, Interruption
@@ -108,7 +108,8 @@ def existing(
 
     Args:
       address: of the scheduler, as Dask writes it: tcp://HOST:PORT or tls://HOST:PORT.
-      out: a folder that workers must see, unless they send back.
+      out: a folder that workers must see, unless they send back; that they see a bucket, their
+        first run shows.
       send_back: workers need not see any folder.
       interruption: ends the wait for a first worker.
 
@@ -128,7 +129,7 @@ def existing(
             if wrong:
                 raise ConfigError("scheduler", address, f"worker {name} {wrong}")
         sign = None
-        if out is not None and not send_back:
+        if out is not None and not send_back and not is_bucket(out):
             sign = stack.enter_context(_signed(out))
             with _gone(address):
                 seen = client.run(worker.sees, sign)
@@ -267,10 +268,10 @@ class Cluster:
           LostWorkerError: a run has lost one worker after the other, or the scheduler is gone.
           InterruptedRunError: interrupted; likewise.
         """
-        name = secrets.token_hex(8)
         waiting = collections.deque(configs)
         under_way: dict[distributed.Future, Config] = {}
         held: Mapping[str, Sequence[str]] = {}
+        name = secrets.token_hex(8)
         stop = distributed.Event(f"fedrevive_jax-stop-{name}", client=self._client)
         topic = f"fedrevive_jax-{name}"
         self._client.subscribe_topic(topic, _warn)
@@ -289,8 +290,8 @@ class Cluster:
                     config = waiting.popleft()
                     if overwrite:
                         runner.empty(config)
-                    task = self._task(config, stop.name, topic, overwrite)
                     key = f"{config.run_dir.name}-{name}"
+                    task = self._task(config, key, stop.name, topic)
                     future = self._client.submit(worker.work, task, key=key, pure=False)
                     under_way[future] = config
                 for future in _ended(under_way):
@@ -306,10 +307,16 @@ class Cluster:
             with contextlib.suppress(ValueError, OSError):
                 self._client.unsubscribe_topic(topic)
 
-    def _task(self, config: Config, stop: str, topic: str, overwrite: bool) -> worker.Task:
-        begun = self._send_back and not overwrite and (config.run_dir / files.CONFIG).exists()
-        parcel = parcels.pack(config.run_dir) if begun else None
-        return worker.Task(config, self._expected, self._sign, self._send_back, parcel, stop, topic)
+    def _task(self, config: Config, key: str, stop: str, topic: str) -> worker.Task:
+        """What a worker is told; a run that it sends back goes on from what is here."""
+        if self._send_back:
+            begun = (config.run_dir / files.CONFIG).exists()
+            self._kept(key).set(parcels.pack(config.run_dir) if begun else None)
+        return worker.Task(config, self._expected, self._sign, self._send_back, key, stop, topic)
+
+    def _kept(self, key: str) -> distributed.Variable:
+        """What the scheduler has of the folder of a run that is sent back."""
+        return distributed.Variable(key, client=self._client)
 
     def _take(self, future: distributed.Future, config: Config) -> str:
         """Takes what a run's worker has replied; returns how the run was stopped, "" if it was not.
@@ -320,6 +327,7 @@ class Cluster:
         try:
             reply: worker.Reply = future.result()
         except KilledWorker as error:
+            self._take_kept(future, config)
             name = config.run_dir.name
             raise LostWorkerError(
                 f"{name}: {error.allowed_failures + 1} workers have died of it, killed or out of "
@@ -331,7 +339,15 @@ class Cluster:
             raise reply.error
         if reply.parcel is not None:
             parcels.deliver(reply.parcel, config)
+            self._kept(str(future.key)).delete()
         return reply.stopped
+
+    def _take_kept(self, future: distributed.Future, config: Config) -> None:
+        """Takes the newest folder of a run whose worker does not reply any more."""
+        if self._send_back:
+            held: Any = self._kept(str(future.key)).get()
+            if held is not None:
+                parcels.deliver(parcels.Parcel(*held), config)
 
     def _stop(
         self, stop: distributed.Event, under_way: dict[distributed.Future, Config], grace: float
@@ -343,9 +359,11 @@ class Cluster:
             stop.set()
             distributed.wait(list(under_way), timeout=grace)
         for future, config in under_way.items():
-            if future.done():
-                with contextlib.suppress(UserError):
+            with contextlib.suppress(UserError, OSError):
+                if future.done():
                     self._take(future, config)
+                else:
+                    self._take_kept(future, config)
 
 
 def _ended(under_way: Mapping[distributed.Future, Config]) -> list[distributed.Future]:

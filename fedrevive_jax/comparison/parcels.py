@@ -11,6 +11,9 @@ from fedrevive_jax.config import Config
 from fedrevive_jax.errors import ConfigError, UserError
 from fedrevive_jax.record import files, lock
 
+# Bytes of a folder that is sent while its run goes on; it waits in the memory of the scheduler.
+MOST = 256 * 2**20
+
 
 class Parcel(NamedTuple):
     """A packed folder.
@@ -24,8 +27,22 @@ class Parcel(NamedTuple):
     sha256: str
 
 
+def size(folder: Path) -> int:
+    """Bytes of all files of a folder.
+
+    Raises:
+      OSError: a file is gone meanwhile.
+    """
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def pack(folder: Path) -> Parcel:
-    """A folder of a run that nobody writes now, without what means nothing elsewhere."""
+    """A folder of a run without what means nothing elsewhere. Its files may grow meanwhile: what
+    counts of them is in the checkpoints.
+
+    Raises:
+      OSError: a file is gone meanwhile.
+    """
 
     def chosen(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
         name = Path(member.name).name

@@ -11,9 +11,11 @@ import numpy as np
 from fedrevive_jax.comparison import statistics, tuning
 from fedrevive_jax.comparison.statistics import Run, Spread
 from fedrevive_jax.comparison.tuning import Choice
-from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS
+from fedrevive_jax.compute import buckets
+from fedrevive_jax.config import DEVICE_FIELDS, LOCATION_FIELDS, is_bucket
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.pages import charts, series
+from fedrevive_jax.pages import run as run_page
 from fedrevive_jax.pages.document import Page
 from fedrevive_jax.record import files, plots
 
@@ -67,12 +69,19 @@ class Study(NamedTuple):
     swept: Sequence[str] = ()
 
 
+# What a comparison writes, beside the folders of its runs.
+FILES = ("table.md", "table.csv", "command.txt", "report.html", "curves.png", "staleness.png",
+         "by_staleness.png", "ablation.png")  # fmt: skip
+
+
 def prepare(out: Path) -> None:
-    """Makes the folder of a comparison where there is none.
+    """Makes the folder of a comparison where there is none; a bucket needs none.
 
     Raises:
       ConfigError: it cannot be made.
     """
+    if is_bucket(out):
+        return
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -83,12 +92,11 @@ def write(out: Path, study: Study) -> str:
     """Writes every file of a comparison into a folder and returns its table as Markdown.
 
     Raises:
-      ConfigError: the folder cannot be made.
+      ConfigError: the folder cannot be made, or the bucket cannot be written.
     """
     prepare(out)
     rows = statistics.table(study.groups, study.targets)
     lines = statistics.cells(rows)
-    pictures = _pictures(out, study, rows)
     text = statistics.markdown(lines)
     if study.choices:
         text += f"\n{study.tuning}\n\n" + statistics.markdown(tuning.cells(study.choices))
@@ -97,10 +105,12 @@ def write(out: Path, study: Study) -> str:
         "table.csv": statistics.as_csv(rows),
         "command.txt": study.command + "\n",
     }
-    for name, content in texts.items():
-        data = content.encode()
-        files.write_whole(out / name, lambda stream, data=data: stream.write(data))
-    _page(study, lines, pictures).write(out / "report.html")
+    with buckets.updated(out, "out", FILES) as folder:
+        for name, content in texts.items():
+            data = content.encode()
+            files.write_whole(folder / name, lambda stream, data=data: stream.write(data))
+        pictures = _pictures(folder, study, rows)
+        _page(out, study, lines, pictures).write(folder / "report.html")
     return text
 
 
@@ -206,7 +216,7 @@ def staleness_lines(study: Study, rows) -> dict[str, list[tuple[float, Spread]]]
     return {label: sorted(line) for label, line in lines.items()}
 
 
-def _page(study: Study, lines, pictures) -> Page:
+def _page(out: Path, study: Study, lines, pictures) -> Page:
     """The report: everything in one file, pictures as data."""
     runs = [run for own in study.groups.values() for run in own]
     datasets = sorted({run.config.dataset for run in runs})
@@ -221,7 +231,7 @@ def _page(study: Study, lines, pictures) -> Page:
     page.code(study.command)
     page.table(lines)
     for path, caption in pictures:
-        page.picture(path, caption)
+        page.picture(path.name, path.read_bytes(), caption)
     _add_curves(page, study.groups, seeds)
     if study.choices:
         page.heading("Chosen settings")
@@ -232,8 +242,13 @@ def _page(study: Study, lines, pictures) -> Page:
     made = _made_images(study.groups)
     if made:
         page.heading("Images that the server made, without data")
-        for label, path in made.items():
-            page.picture(path, f"{label}.")
+        for label, (name, data) in made.items():
+            page.picture(name, data, f"{label}.")
+    linked = _linked(out, study.groups)
+    if linked:
+        page.heading("Pages of the runs")
+        for label, targets in linked.items():
+            page.links(label, targets)
     page.heading("How to read the table")
     page.notes(NOTES)
     return page
@@ -311,12 +326,27 @@ def _plain(value: object) -> str:
     return str(value)
 
 
-def _made_images(groups: Mapping[str, Sequence[Run]]) -> dict[str, Path]:
-    """The synthetic images of each group's first run that has some."""
+def _made_images(groups: Mapping[str, Sequence[Run]]) -> dict[str, tuple[str, bytes]]:
+    """The synthetic images of each group's first run that has some: the file, and what it holds."""
     made = {}
     for label, own in groups.items():
-        paths = [run.folder / "synthetic.png" for run in own]
-        path = next((path for path in paths if path.is_file()), None)
-        if path:
-            made[label] = path
+        run = next((run for run in own if run.made), None)
+        if run:
+            made[label] = f"{run.folder.name}/{statistics.MADE}", run.made
     return made
+
+
+def _linked(out: Path, groups: Mapping[str, Sequence[Run]]) -> dict[str, list[tuple[str, str]]]:
+    """Seed and way to the page of each run that lies below the comparison's folder, by label."""
+
+    def whole(folder: Path) -> Path:
+        return folder if is_bucket(folder) else folder.absolute()
+
+    found: dict[str, list[tuple[str, str]]] = {}
+    for label, own in groups.items():
+        for run in own:
+            place = whole(run.folder) / run_page.NAME
+            if place.is_relative_to(whole(out)) and place.exists():
+                way = place.relative_to(whole(out)).as_posix()
+                found.setdefault(label, []).append((f"seed {run.config.seed}", way))
+    return found

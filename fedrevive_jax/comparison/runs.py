@@ -1,8 +1,12 @@
 """One run of a comparison: running it to its end, and what its folder tells of that."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from fedrevive_jax import data
+from fedrevive_jax.comparison import statistics
+from fedrevive_jax.comparison.statistics import Run
+from fedrevive_jax.compute import buckets
 from fedrevive_jax.config import Config
 from fedrevive_jax.record import files
 from fedrevive_jax.running import runner
@@ -11,22 +15,35 @@ from fedrevive_jax.running import runner
 FAILED = "failed.json"
 
 
-def run(config: Config, overwrite: bool, interruption: runner.Stopping | None = None) -> None:
+def run(
+    config: Config,
+    overwrite: bool,
+    interruption: runner.Stopping | None = None,
+    publish: Callable[[], None] = lambda: None,
+) -> None:
     """Runs it, or goes on with it. One that diverges or rejects too much is marked.
 
     Args:
       config: what to run, with a folder.
       overwrite: start afresh.
       interruption: asks it to save and stop.
+      publish: called with every checkpoint, see `runner.run`.
 
     Raises:
       UserError: see `runner.run`.
     """
     try:
-        runner.run(config, keep_record=True, overwrite=overwrite, interruption=interruption)
+        runner.run(
+            config,
+            keep_record=True,
+            overwrite=overwrite,
+            interruption=interruption,
+            publish=publish,
+        )
     except (runner.DivergenceError, runner.RejectLimitError) as error:
         ended = {"by": type(error).__name__, "message": str(error)}
-        files.write_json(config.run_dir / FAILED, ended)
+        with buckets.updated(config.run_dir, "workdir") as folder:
+            files.write_json(folder / FAILED, ended)
 
 
 def is_done(config: Config, digest_of: Callable[[Config], str] = data.digest) -> bool:
@@ -43,10 +60,26 @@ def is_done(config: Config, digest_of: Callable[[Config], str] = data.digest) ->
     return failed
 
 
+def read(folder: Path) -> Run:
+    """What the folder of a run that is done has recorded; it may be in a bucket.
+
+    Raises:
+      ConfigError: see `statistics.read_run`.
+    """
+    with buckets.at_hand(folder, "workdir", _tells) as copy:
+        run = statistics.read_run(copy, (copy / FAILED).exists())
+    return run._replace(folder=folder)
+
+
+def _tells(name: str) -> bool:
+    """The files that `read` reads."""
+    return "/" not in name and name.endswith((".json", ".jsonl", statistics.MADE))
+
+
 def line(config: Config) -> str:
     """What is told of a run that is done."""
-    folder = config.run_dir
-    if (folder / FAILED).exists():
-        return f"{folder.name}: {files.read_json(folder / FAILED)['message']}"
-    accuracy = files.read_json(folder / files.SUMMARY)["final_accuracy"]
-    return f"{folder.name}: accuracy {accuracy:.4f}"
+    name = config.run_dir.name
+    with buckets.at_hand(config.run_dir, "workdir", (FAILED, files.SUMMARY).__contains__) as folder:
+        if (folder / FAILED).exists():
+            return f"{name}: {files.read_json(folder / FAILED)['message']}"
+        return f"{name}: accuracy {files.read_json(folder / files.SUMMARY)['final_accuracy']:.4f}"

@@ -26,6 +26,7 @@ from fedrevive_jax.running.recorder import read_evaluations
 RECENT = 10  # evaluations whose mean is "last ten": a single one is noisy under asynchrony
 COVERAGE = 0.95  # of the interval of a difference
 NEEDED = {"simulated_time", "device"}  # of a summary; other figures may be missing
+MADE = "synthetic.png"
 EVALUATED = {"version", "time", "wall_seconds", "accuracy"}
 # What a seed means: where these differ, the same seed is another population, delays or test split,
 # and a difference seed by seed would not cancel them.
@@ -48,6 +49,7 @@ class Run(NamedTuple):
       folder: where it was recorded.
       sources: what it has read, as far as that is known.
       label: what it is called beside others; empty: as its method, see `name`.
+      made: a PNG of the images that its server has made; empty where there is none.
     """
 
     config: Config
@@ -57,6 +59,7 @@ class Run(NamedTuple):
     folder: Path
     sources: Sources | None = None
     label: str = ""
+    made: bytes = b""
 
     @property
     def name(self) -> str:
@@ -86,7 +89,8 @@ def read_run(folder: Path, failed: bool = False) -> Run:
             "damaged or of another version of fedrevive_jax",
         )
     staleness = np.asarray([row["staleness"] for row in arrivals], np.int64)
-    return Run(config, evaluations, summary, staleness, folder, sources)
+    made = (folder / MADE).read_bytes() if (folder / MADE).is_file() else b""
+    return Run(config, evaluations, summary, staleness, folder, sources, made=made)
 
 
 def grouped(runs: Iterable[Run]) -> dict[str, list[Run]]:

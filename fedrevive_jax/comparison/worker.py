@@ -9,15 +9,15 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import distributed
 from distributed.core import Status
 
-from fedrevive_jax.config import Config
+from fedrevive_jax.config import Config, is_bucket
 from fedrevive_jax.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ LOOK_EVERY = 1.0
 # Seconds to wait for a folder that another process holds: a worker that lost its scheduler, and
 # with it its run, needs a moment to save.
 PATIENCE = 30.0
+
+_LOG = logging.getLogger(__name__)
 
 
 class Facts(NamedTuple):
@@ -66,7 +68,8 @@ class Task(NamedTuple):
       expected: what the worker must be.
       sign: what it must see; None where that is not asked.
       send_back: it works in a folder of its own, and sends that back.
-      parcel: what the run's folder holds already, for a worker that does not see it.
+      kept: name of the variable of Dask that holds the run's newest folder, for workers that do not
+        see it: a `Parcel`, or None where there is nothing yet.
       stop: name of the event that tells all runs to save and stop.
       topic: under which warnings are told.
     """
@@ -75,7 +78,7 @@ class Task(NamedTuple):
     expected: Facts
     sign: Sign | None
     send_back: bool
-    parcel: "Parcel | None"
+    kept: str
     stop: str
     topic: str
 
@@ -152,7 +155,7 @@ def work(task: Task) -> Reply:
             if wrong:
                 raise ConfigError("scheduler", None, f"worker {worker.address} {wrong}")
             if task.send_back:
-                reply = _run_apart(stack.enter_context(_borrowed(task)), watch)
+                reply = _run_apart(task, stack.enter_context(_borrowed(task)), watch)
             else:
                 _wait_for(task.config.run_dir, watch)
                 reply = Reply(stopped=_run(task.config, watch))
@@ -163,24 +166,45 @@ def work(task: Task) -> Reply:
     return reply
 
 
-def _run(config: Config, watch: "_Watch") -> str:
+def _run(config: Config, watch: "_Watch", publish: Callable[[], None] = lambda: None) -> str:
     """Runs a run; returns how it was interrupted, "" if it was not."""
     from fedrevive_jax.comparison import runs
     from fedrevive_jax.record.interruption import InterruptedRunError
 
     try:
-        runs.run(config, False, watch)
+        runs.run(config, False, watch, publish)
     except InterruptedRunError as error:
         return str(error)
     return ""
 
 
-def _run_apart(config: Config, watch: "_Watch") -> Reply:
-    """Runs a run in a folder of this worker, and packs that."""
+def _run_apart(task: Task, config: Config, watch: "_Watch") -> Reply:
+    """Runs a run in a folder of this worker, and packs that: with every checkpoint for the worker
+    that would go on if this one were lost, and at the end."""
     from fedrevive_jax.comparison import parcels
 
-    stopped = _run(config, watch)
-    return Reply(stopped=stopped, parcel=parcels.pack(config.run_dir))
+    folder, told = config.run_dir, False
+    # The thread that writes checkpoints is none of Dask's, which knows a client by itself.
+    kept = distributed.Variable(task.kept, client=distributed.get_client())
+
+    def keep() -> None:
+        nonlocal told
+        try:
+            size = parcels.size(folder)
+            if size <= parcels.MOST:
+                kept.set(parcels.pack(folder))
+            elif not told:
+                told = True
+                _LOG.warning(
+                    "its folder of %.0f MB is sent back at the end only: if its worker is lost, it "
+                    "starts again",
+                    size / 1e6,
+                )
+        except OSError:  # a file was being replaced, or the scheduler has gone and the run stops
+            pass
+
+    stopped = _run(config, watch, keep)
+    return Reply(stopped=stopped, parcel=parcels.pack(folder))
 
 
 @contextlib.contextmanager
@@ -194,15 +218,18 @@ def _borrowed(task: Task) -> Iterator[Config]:
     with tempfile.TemporaryDirectory(prefix="fedrevive-") as home:
         folder = Path(home) / place.name
         with buckets.named(folder, place):
-            if task.parcel is not None:
-                parcels.unpack(task.parcel, folder)
+            held: Any = distributed.Variable(task.kept).get()
+            if held is not None:
+                parcels.unpack(parcels.Parcel(*held), folder)
             yield dataclasses.replace(task.config, workdir=str(folder))
 
 
 def _wait_for(folder: Path, watch: "_Watch") -> None:
-    """Waits a while for a process that holds a folder still."""
+    """Waits a while for a process that holds a folder still; a bucket has no locks."""
     from fedrevive_jax.record import lock
 
+    if is_bucket(folder):
+        return
     end = time.monotonic() + PATIENCE
     while lock.is_held(folder) and time.monotonic() < end and not watch.requested:
         time.sleep(LOOK_EVERY / 10)

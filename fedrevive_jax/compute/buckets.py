@@ -7,15 +7,18 @@ machine, which is copied to the bucket again and again, see `Mirror`.
 
 import contextlib
 import errno
+import fnmatch
+import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from etils import epath
 
+from fedrevive_jax.config import is_bucket
 from fedrevive_jax.errors import ConfigError, UserError
 
 # Files that are copied at the same time; a bucket takes long to answer, but answers many at once.
@@ -91,6 +94,20 @@ class Mirror:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def matching(pattern: str, field: str) -> list[str]:
+    """Folders of this machine or of a bucket; in a bucket * stands in the last name alone.
+
+    Raises:
+      ConfigError: the bucket cannot be read.
+    """
+    if not is_bucket(pattern):
+        return sorted(glob.glob(pattern))
+    place = epath.Path(pattern)
+    with _told(field, pattern):
+        found = place.parent.iterdir() if place.parent.is_dir() else ()
+        return sorted(str(path) for path in found if fnmatch.fnmatch(path.name, place.name))
+
+
 @contextlib.contextmanager
 def copied(place: str | os.PathLike, field: str, wanted: Wanted = everything) -> Iterator[Path]:
     """A copy of a bucket's folder on this machine; errors name the place in the bucket.
@@ -102,6 +119,44 @@ def copied(place: str | os.PathLike, field: str, wanted: Wanted = everything) ->
         with _told(field, place):
             _copy_from(epath.Path(place), Path(folder), wanted)
         yield Path(folder)
+
+
+@contextlib.contextmanager
+def at_hand(place: Path, field: str, wanted: Wanted = everything) -> Iterator[Path]:
+    """The folder itself, or a copy where it is in a bucket, see `copied`."""
+    if not is_bucket(place):
+        yield place
+        return
+    with copied(place, field, wanted) as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def updated(place: Path, field: str, owned: Sequence[str] = ()) -> Iterator[Path]:
+    """A folder to write files into: the folder itself, or an empty one whose files are put into the
+    bucket at the end, without their folders.
+
+    Args:
+      place: the folder.
+      field: what is blamed.
+      owned: names of files that are gone from the bucket if they have not been written.
+
+    Raises:
+      ConfigError: the bucket cannot be written.
+    """
+    if not is_bucket(place):
+        yield place
+        return
+    bucket = epath.Path(place)
+    with tempfile.TemporaryDirectory(prefix="fedrevive-") as name, named(name, place):
+        folder = Path(name)
+        yield folder
+        with _told(field, place, "written"):
+            written = sorted(path for path in folder.iterdir() if path.is_file())
+            _at_once([(path, bucket / path.name) for path in written], _copy_file)
+            for gone in sorted(set(owned) - {path.name for path in written}):
+                if (bucket / gone).exists():
+                    (bucket / gone).unlink()
 
 
 @contextlib.contextmanager
@@ -158,11 +213,11 @@ def _at_once(items: list[tuple], function: Callable) -> None:
 
 
 @contextlib.contextmanager
-def _told(field: str, place: str | os.PathLike) -> Iterator[None]:
+def _told(field: str, place: str | os.PathLike, done: str = "read") -> Iterator[None]:
     try:
         yield
     except Exception as error:  # each kind of bucket has errors of its own
-        raise ConfigError(field, place, f"cannot be read ({_one_line(error)})") from error
+        raise ConfigError(field, place, f"cannot be {done} ({_one_line(error)})") from error
 
 
 def _one_line(error: Exception, limit: int = 300) -> str:

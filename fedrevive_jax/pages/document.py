@@ -7,6 +7,7 @@ together, so that a run's start does not wait for it.
 import base64
 import html
 import json
+import urllib.parse
 from collections.abc import Iterable, Sequence
 from importlib.resources import files as resources
 from pathlib import Path
@@ -82,17 +83,28 @@ class Page:
             table = f"<details>{summary}{table}</details>"
         self._markup(table)
 
-    def picture(self, path: Path, caption: str) -> None:
-        """A PNG file as data, or its name where there is no room for more."""
-        data = path.read_bytes()
+    def links(self, name: str, targets: Sequence[tuple[str, str]]) -> None:
+        """A line of links.
+
+        Args:
+          name: what they are of.
+          targets: texts, and the way to each from the folder of the page.
+        """
+        ways = [
+            f'<a href="{html.escape(urllib.parse.quote(way))}">{html.escape(text)}</a>'
+            for text, way in targets
+        ]
+        self._markup(f"<p>{html.escape(name)}: {', '.join(ways)}</p>")
+
+    def picture(self, name: str, data: bytes, caption: str) -> None:
+        """What a PNG file holds, or its name where there is no room for more."""
         words = html.escape(caption)
         if len(data) > self._room:
-            name = html.escape(f"{path.parent.name}/{path.name}")
-            self._markup(f"<p>{words} It is too large for this page: {name}</p>")
+            self._markup(f"<p>{words} It is too large for this page: {html.escape(name)}</p>")
             return
         self._room -= len(data)
         source = "data:image/png;base64," + base64.b64encode(data).decode()
-        image = f'<img alt="{html.escape(path.stem)}" src="{source}">'
+        image = f'<img alt="{html.escape(Path(name).stem)}" src="{source}">'
         self._markup(f"<figure>{image}<figcaption>{words}</figcaption></figure>")
 
     def switches(self, title: str, kind: str, names: dict[str, tuple[str, bool]]) -> None:

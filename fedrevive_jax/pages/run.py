@@ -149,7 +149,9 @@ def _page(folder: Path, run: Recorded, stamp: str | None) -> Page:
     pictures = folder / "synthetic.png"
     if pictures.is_file():
         found.heading("Images that the server made, without data")
-        found.picture(pictures, "The newest of each class in the pool at the end.")
+        found.picture(
+            pictures.name, pictures.read_bytes(), "The newest of each class in the pool at the end."
+        )
     if run.arrivals:
         _add_clients(found, run)
     return found

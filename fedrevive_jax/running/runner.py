@@ -65,6 +65,7 @@ def run(
     profile: bool = False,
     make: Callable[..., Runnable] = Simulation,
     save_seconds: float = 0.0,
+    publish: Callable[[], None] = lambda: None,
 ) -> Result:
     """Runs a configuration to its end.
 
@@ -81,6 +82,8 @@ def run(
       profile: trace a few windows of a simulation into the folder `profile` of the record.
       make: (config, dataset, model, derived) -> what is run; takes the arguments of `Simulation`.
       save_seconds: write a checkpoint as soon as the last one is so old, too; 0: by versions only.
+      publish: called when a checkpoint is whole, by the thread that has written it; not for a run
+        in a bucket, which is brought up to date then.
 
     Raises:
       ConfigError: the data, or the folder, is not what the configuration needs, or another process
@@ -94,7 +97,7 @@ def run(
     trackers.check(config)
     processes.agree(lambda: _computed(config))
     with contextlib.ExitStack() as stack:
-        place = _Place(str(config.run_dir))
+        place = _Place(str(config.run_dir), publish)
         if keep_record and is_bucket(config.run_dir):
             config, place = stack.enter_context(_mirrored(config, overwrite))
         how = _How(make, interruption, profile, save_seconds)
@@ -252,8 +255,12 @@ def empty(config: Config) -> None:
       ConfigError: the folder is none of a run, or another process writes it.
     """
     config = settle(config)
-    with _opened(config, True, _Place(str(config.run_dir))):
-        pass
+    with contextlib.ExitStack() as stack:
+        place = _Place(str(config.run_dir))
+        if is_bucket(config.run_dir):
+            config, place = stack.enter_context(_mirrored(config, overwrite=True))
+        stack.enter_context(_opened(config, True, place))
+        place.publish()
 
 
 def is_finished(
