@@ -20,6 +20,7 @@ from fedrevive_jax.models.model import Embedded
         ((5, 128), (5, 128)),
         ((5, 16, 8), (5, 128)),
         ((0, 8, 16), (0, 128)),
+        ((5, 4, 256), (5, 4, 256)),  # fill tiles as they are
     ],
 )
 def test_what_fills_its_tiles_becomes_rows(shape, packed):
@@ -57,6 +58,7 @@ def test_a_pool_gives_back_what_it_was_given():
         jax.random.normal(key, (4, 16, 16, 1)),
         jax.random.normal(key, (4, 15, 15, 1)),
         Embedded(jax.random.normal(key, (4, 16, 8)), jnp.ones((4, 16), bool)),
+        Embedded(jax.random.normal(key, (4, 2, 128)), jnp.ones((4, 2), bool)),
     ):
         one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), samples)
         ring = pool.add(pool.empty(6, samples), samples, jnp.arange(4))

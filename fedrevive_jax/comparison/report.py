@@ -186,6 +186,7 @@ WITH_CONCURRENCY = (
     "eval_every",
     "eval_interval",
     "checkpoint_every",
+    "beta_s_max",
 )
 # FedAvg waits for all.
 OF_A_ROUND = ("buffer_size", "open_slots")

@@ -46,16 +46,16 @@ def filled(samples: Any, labels: jax.Array) -> Pool:
 def add(pool: Pool, samples: Any, labels: jax.Array, wanted: jax.Array | bool = True) -> Pool:
     """Adds a batch [b, ...] with labels [b], if it is wanted; the oldest samples make room.
 
-    Neither way is the ring copied, whereas choosing between two rings would.
+    A batch that is not wanted goes to places that do not exist. So the ring is neither copied, as
+    by choosing between two rings, nor read, for which a TPU may lay it out anew.
     """
     chex.assert_tree_shape_prefix(samples, labels.shape)
     chex.assert_rank(labels, 1)
     size = len(pool.labels)
-    places = (pool.added + jnp.arange(len(labels))) % size
+    places = jnp.where(wanted, (pool.added + jnp.arange(len(labels))) % size, size)
 
     def put(ring, new):
-        kept = ring[places]
-        return ring.at[places].set(jnp.where(jnp.broadcast_to(wanted, new.shape), new, kept))
+        return ring.at[places].set(new, mode="drop")
 
     # Kept below 2 * size so that the counter never overflows; only its remainder and whether it is
     # zero matter.
