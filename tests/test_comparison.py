@@ -8,6 +8,7 @@ import json
 import math
 import re
 import signal
+import urllib.parse
 from pathlib import Path
 
 import numpy as np
@@ -708,7 +709,13 @@ def test_tuned_comparison_of_what_diverges_and_what_does_not(tmp_path):
     page = Page((tmp_path / "report.html").read_text())
     assert page.open == []
     addresses = [a[name] for _, a in page.tags for name in ("src", "href") if name in a]
-    assert all(address.startswith("data:") for address in addresses)
+    linked = [urllib.parse.unquote(way) for way in addresses if not way.startswith("data:")]
+    assert linked == [
+        f"{method}_tuned_client_lr=0.003_seed{seed}/report.html"
+        for method in ("fedbuff", "ca2fl")
+        for seed in (0, 1)
+    ]
+    assert all((tmp_path / way).is_file() for way in linked)
     assert {a["data-tag"] for tag, a in page.tags if "data-tag" in a} == {
         "method:fedbuff", "method:ca2fl", "seed:mean", "seed:0", "seed:1",
     }  # fmt: skip
