@@ -234,22 +234,104 @@ def test_taps_are_statistics_of_the_batch_before_the_relu():
     np.testing.assert_allclose(variance, first.var((0, 1, 2)), rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("platform", "images", "channels", "columns", "beside"),
+    [
+        ("tpu", 32, 64, 32, 2),
+        ("tpu", 128, 64, 32, 1),
+        ("tpu", 32, 64, 31, 1),
+        ("tpu", 32, 65, 32, 1),
+        ("tpu", 32, 8, 32, 16),
+        ("tpu", 32, 8, 24, 8),
+        ("gpu", 32, 8, 32, 1),
+        ("cpu", 32, 8, 32, 1),
+    ],
+)
+def test_how_many_pixels_lie_side_by_side(platform, images, channels, columns, beside):
+    assert convolutions.pixels_beside(platform, images, channels, columns) == beside
+
+
+def test_a_kernel_for_pixels_side_by_side():
+    """By hand: outputs 0 and 1 of a pair read pixels -1, 0, 1 and 0, 1, 2, of three pairs."""
+    kernel = jnp.asarray([1.0, 2, 3]).reshape(1, 3, 1, 1)
+    wide, stride, sides = convolutions.for_pixels_beside(kernel, 1, 1, 8, 2, 2)
+    assert (stride, sides) == (1, (1, 1))
+    # [pair, pixel of the pair, output of the pair]
+    assert wide[0].tolist() == [[[0, 0], [1, 0]], [[2, 1], [3, 2]], [[0, 3], [0, 0]]]
+    # Every second output, alone: pixels 2 j - 1, 2 j, 2 j + 1, of two pairs.
+    wide, stride, sides = convolutions.for_pixels_beside(kernel, 2, 1, 8, 2, 1)
+    assert (stride, sides) == (1, (1, 0))
+    assert wide[0].tolist() == [[[0], [1]], [[2], [3]]]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "width"),
+    [
+        ("resnet18", (8, 14, 3), 32),
+        ("convnet", (12, 28, 1), 64),
+        ("convnet", (14, 28, 1), 8),
+        ("digitsnet", (8, 8, 1), 32),
+    ],
+)
+def test_a_network_with_pixels_side_by_side_is_the_same(x64, name, shape, width):
+    """Logits, statistics and gradients, also through statistics to the images; the control: a
+    kernel whose columns are turned is another network."""
+
+    def outcome(platform, turned=False):
+        model = models.make_network(
+            name,
+            input_shape=shape,
+            num_classes=7,
+            width=width,
+            convolution="lax",
+            platform=platform,
+        )
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), model.init(jax.random.key(0)))
+        if turned:
+            params = jax.tree.map(lambda x: x[:, ::-1] if x.ndim == 4 else x, params)
+
+        def total(params, images):
+            logits, activations = model.apply(params, images)
+            statistics = models.tap_statistics(activations)
+            loss = (logits**2).sum() + sum((m**2 + v).sum() for m, v in statistics)
+            return loss, (logits, statistics, max(own.ndim for own in activations))
+
+        images = jax.random.normal(jax.random.key(1), (2, *shape))
+        gradients, (logits, statistics, rank) = jax.grad(total, (0, 1), has_aux=True)(
+            params, images
+        )
+        assert rank == (5 if platform == "tpu" else 4)
+        return logits, statistics, gradients
+
+    ours, expected, other = outcome("tpu"), outcome("cpu"), outcome("cpu", turned=True)
+    for one, two in zip(*map(jax.tree.leaves, (ours, expected)), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-9, atol=1e-9)
+    assert not np.allclose(ours[0], other[0], rtol=1e-3, atol=1e-6)
+
+
 def test_max_pool():
     x = jnp.asarray([[1.0, 5, 2], [3, 4, 9], [7, 8, 0]]).reshape(1, 3, 3, 1)
-    assert layers.max_pool_2x2(x, "cpu").reshape(-1).tolist() == [5.0]
+    assert layers.max_pool_2x2(layers.Images(x), "cpu").values.reshape(-1).tolist() == [5.0]
 
 
-@pytest.mark.parametrize("shape", [(2, 6, 8, 3), (1, 5, 7, 2)])
-def test_both_ways_to_pool_agree(shape):
-    """A window's, which a TPU takes, and the reshape's; also in their gradients and those of
-    these, where no two of four are equal."""
+@pytest.mark.parametrize(
+    ("shape", "beside"),
+    [((2, 6, 8, 3), 1), ((1, 5, 7, 2), 1), ((2, 5, 8, 3), 2), ((2, 6, 8, 3), 4)],
+)
+def test_both_ways_to_pool_agree(shape, beside):
+    """A window's, which a TPU takes, also of pixels side by side, and the reshape's; also in their
+    gradients and those of these, where no two of four are equal."""
     key, other = jax.random.split(jax.random.key(0))
     x = jax.random.normal(key, shape)
-    weights = jax.random.normal(other, layers.max_pool_2x2(x, "cpu").shape)
+    pooled = (shape[0], shape[1] // 2, shape[2] // 2, shape[3])
+    weights = jax.random.normal(other, pooled)
 
-    def outcome(platform):
+    def outcome(platform, beside=1):
         def pool(x):
-            return layers.max_pool_2x2(x, platform)
+            images = layers.Images(x.reshape(*shape[:2], shape[2] // beside, -1), beside)
+            result = layers.max_pool_2x2(images, platform)
+            assert result.beside == max(beside // 2, 1)
+            return result.values.reshape(pooled)
 
         def loss(x):
             return (weights * pool(x) ** 3).sum()
@@ -259,7 +341,7 @@ def test_both_ways_to_pool_agree(shape):
 
         return pool(x), jax.grad(loss)(x), jax.grad(slope)(x)
 
-    ours, theirs = outcome("tpu"), outcome("cpu")
+    ours, theirs = outcome("tpu", beside), outcome("cpu")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from etils import epath
 
 from fedrevive_jax.config.fields import LIMITS, is_bucket, whole_path, without_tilde
+from fedrevive_jax.config.generators import Dfkd, FedGen
 from fedrevive_jax.config.parts import (
     BETA_SHAPES,
     DATASETS,
@@ -24,8 +25,6 @@ from fedrevive_jax.config.parts import (
     TRACKERS,
     Clients,
     Device,
-    Dfkd,
-    FedGen,
     Record,
     Server,
     World,

@@ -28,14 +28,16 @@ class ConvNet(nn.Module):
                 "model", "convnet", f"images of {height}x{width} are too small; 12x12 is the least"
             )
         taps = []
-        x = images
+        x = layers.Images(images)
         for i in (1, 2, 3):
-            x = layers.conv(self.width, x, f"conv{i}", convolution=self.convolution)
-            taps.append(x)
-            x = nn.relu(x)
+            x = layers.conv_beside(
+                self.width, x, f"conv{i}", convolution=self.convolution, platform=self.platform
+            )
+            taps.append(x.apart())
+            x = layers.relu(x)
             if i > 1:
                 x = layers.max_pool_2x2(x, self.platform)
-        x = x.reshape(x.shape[0], -1)
+        x = x.values.reshape(len(images), -1)
         for i, features in enumerate(self.hidden, start=1):
             x = nn.relu(layers.dense(features, x, f"fc{i}"))
         logits = layers.dense(self.num_classes, x, f"fc{len(self.hidden) + 1}")

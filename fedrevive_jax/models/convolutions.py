@@ -99,6 +99,71 @@ def _plain(
     return result.astype(inputs.dtype)
 
 
+# --- pixels side by side --------------------------------------------------------------------------
+
+# Numbers that a TPU holds side by side.
+LANES = 128
+
+
+def pixels_beside(platform: str, images: int, channels: int, columns: int) -> int:
+    """How many pixels of a row lie side by side in an image, as one pixel with more channels.
+
+    A TPU pads channels to 128, in its memory and in its products: with 64 a product uses a quarter
+    of the unit. With two pixels side by side it uses all of it, half of that for zeros of the
+    kernel. On a v5e a step of 13 jobs on FEMNIST takes 0.56 of the cycles then, of 8 on CIFAR-10
+    ResNet 0.85.
+
+    Args:
+      platform: see `model.Model`.
+      images: in the call; of 128 and more the images lie side by side, whose channels need no
+        others then.
+      channels, columns: of an image.
+
+    Returns:
+      A power of two that divides the columns; 1 on other platforms.
+    """
+    beside = 1
+    if platform != "tpu" or images >= LANES:
+        return beside
+    while 2 * beside * channels <= LANES and columns % (2 * beside) == 0:
+        beside *= 2
+    return beside
+
+
+def for_pixels_beside(
+    kernel: jax.Array, stride: int, padding: int, columns: int, before: int, after: int
+) -> tuple[jax.Array, int, tuple[int, int]]:
+    """A convolution's kernel, and its stride and padding along a row, for pixels side by side.
+
+    Args:
+      kernel: [rows, columns, channels, features].
+      stride, padding: along a row, of pixels.
+      columns: pixels in a row of the inputs.
+      before, after: pixels side by side in the inputs and in the result; they divide the columns
+        of each, and `before` divides `stride` * `after`.
+
+    Returns:
+      A kernel [rows, reach, before * channels, after * features] that reads all that `after`
+      neighbours read, with zeros where one of them does not; stride and padding of groups of
+      `before` pixels.
+    """
+    rows, size, channels, features = kernel.shape
+    groups = ((columns + 2 * padding - size) // stride + 1) // after
+    step = stride * after // before
+    # The first group's first output reads from -padding on, which is within a group.
+    low = -(-padding // before)
+    begin = low * before - padding
+    reach = -(-(begin + stride * (after - 1) + size) // before)
+    high = (groups - 1) * step + reach - low - columns // before
+    wide = []
+    for own in range(after):
+        place = begin + stride * own
+        sides = (place, reach * before - size - place)
+        alone = jnp.pad(kernel, ((0, 0), sides, (0, 0), (0, 0)))
+        wide.append(alone.reshape(rows, reach, before * channels, features))
+    return jnp.concatenate(wide, axis=-1), step, (low, high)
+
+
 # --- values and gradients, each in its own way ---------------------------------------------------
 
 # JAX's setting; its name is made at run time, so that a checker does not know it.

@@ -25,14 +25,21 @@ class DigitsNet(nn.Module):
                 "model", "digitsnet", f"images of {height}x{width} are too small; 4x4 is the least"
             )
         taps = []
-        x = images
+        x = layers.Images(images)
         for i in (1, 2, 3):
-            x = layers.conv(self.width, x, f"conv{i}", padding=1, convolution=self.convolution)
-            taps.append(x)
-            x = nn.relu(x)
+            x = layers.conv_beside(
+                self.width,
+                x,
+                f"conv{i}",
+                padding=1,
+                convolution=self.convolution,
+                platform=self.platform,
+            )
+            taps.append(x.apart())
+            x = layers.relu(x)
             if i > 1:
                 x = layers.max_pool_2x2(x, self.platform)
-        x = nn.relu(layers.dense(self.hidden, x.reshape(x.shape[0], -1), "fc1"))
+        x = nn.relu(layers.dense(self.hidden, x.values.reshape(len(images), -1), "fc1"))
         return layers.dense(self.num_classes, x, "fc2"), tuple(taps)
 
 

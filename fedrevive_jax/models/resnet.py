@@ -19,31 +19,35 @@ class ResNet18(nn.Module):
     num_classes: int
     width: int = 64
     convolution: str = "lax"
+    platform: str = "cpu"
 
     @nn.compact
     def __call__(self, images):
         taps = []
-        conv = functools.partial(layers.conv, use_bias=False, convolution=self.convolution)
+        conv = functools.partial(
+            layers.conv_beside, use_bias=False, convolution=self.convolution, platform=self.platform
+        )
 
         def tapped(x):
-            taps.append(x)
+            taps.append(x.apart())
             return x
 
-        x = nn.relu(tapped(conv(self.width, images, "stem", padding=1)))
+        x = layers.relu(tapped(conv(self.width, layers.Images(images), "stem", padding=1)))
         for stage in range(4):
             features = self.width * 2**stage
             for block in range(2):
                 stride = 2 if stage > 0 and block == 0 else 1
                 name = f"stage{stage + 1}_block{block + 1}_"
-                y = nn.relu(tapped(conv(features, x, name + "conv1", stride=stride, padding=1)))
+                y = tapped(conv(features, x, name + "conv1", stride=stride, padding=1))
+                y = layers.relu(y)
                 y = tapped(conv(features, y, name + "conv2", padding=1))
-                if x.shape != y.shape:
+                if stride != 1 or x.channels != features:
                     x = tapped(conv(features, x, name + "shortcut", size=1, stride=stride))
-                x = nn.relu(x + y)
-        x = x.mean(axis=(1, 2))
+                x = layers.relu(x, y)
+        x = x.apart()
+        x = x.mean(axis=tuple(range(1, x.ndim - 1)))
         return layers.dense(self.num_classes, x, "head", use_bias=False), tuple(taps)
 
 
 def build(num_classes: int, width: int, convolution: str, platform: str) -> ResNet18:
-    del platform  # nothing in it has another way elsewhere
-    return ResNet18(num_classes, width, convolution)
+    return ResNet18(num_classes, width, convolution, platform)
