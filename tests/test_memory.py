@@ -76,6 +76,19 @@ def test_as_many_jobs_as_fit():
     assert sizing.default_client_batch(model, config, 1, 0, 1000) == sizing.JOBS_IN_A_CALL
 
 
+def test_a_tpu_trains_what_its_fast_memory_holds():
+    """Two at least, and no more than fit beside what lives there."""
+    model, config = scalar_model()._replace(platform="tpu"), resolve("digits", "fedbuff")
+    room, third = 10**12, sizing.FAST_MEMORY // 3
+    for job, used, count in (
+        (third, 0, 3), (10 * third, 0, 2), (1, 0, sizing.JOBS_IN_A_CALL), (third, room - third, 1),
+    ):  # fmt: skip
+        assert sizing.default_client_batch(model, config, job, used, room) == count
+    assert sizing.training_bytes(model, third, 2) == 0
+    assert sizing.training_bytes(model, third, 9) == 9 * third - sizing.FAST_MEMORY
+    assert sizing.training_bytes(model._replace(platform="gpu"), third, 2) == 2 * third
+
+
 def test_as_many_teachers_as_fit():
     """Of eight: all, half of them, one where nothing fits; what is asked for is not changed."""
     model, params = tiny_convnet()

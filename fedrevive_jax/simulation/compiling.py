@@ -48,7 +48,8 @@ class Programs(NamedTuple):
       teacher_batch: teachers whose samples go through the student in one call; 0 is all.
       beside: bytes that live on a device during a call and are none of its arguments, by name of
         the program. Versions that wait there are all counted, also those that are arguments.
-      estimates: the package's own estimate of each program's working memory, by name.
+      estimates: the package's own estimate of what each program takes beside its arguments, by
+        name.
     """
 
     training: tuple[jax.stages.Wrapped, tuple]
@@ -263,8 +264,8 @@ def build(
             "evaluation": waiting + trees.nbytes(state),
         },
         {
-            "training": each * of_a_job,
-            "server_step": sizing.revival_bytes(config, model, params),
+            "training": sizing.training_bytes(model, of_a_job, each),
+            "server_step": sizing.revival_bytes(config, model, params) + trees.nbytes(params),
         },
     )
 
@@ -314,9 +315,10 @@ def _compiled(name: str, programs: Programs, target: Target) -> tuple[dict[str, 
         "collectives": read.collectives(),
         "loops_of_unknown_length": cost.unknown_loops,
     }
-    if estimate := programs.estimates.get(name):
-        off = memory.temp_size_in_bytes / estimate - 1
-        row |= {"bytes_estimated": estimate, "estimate_agrees": abs(off) <= AGREEMENT}
+    if name in programs.estimates:
+        estimated = memory.argument_size_in_bytes + programs.estimates[name]
+        agrees = abs(peak / estimated - 1) <= AGREEMENT
+        row |= {"bytes_estimated": estimated, "estimate_agrees": agrees}
     return row, cost
 
 
