@@ -11,7 +11,7 @@ from fedrevive_jax import models
 from fedrevive_jax.clients.local_training import train
 from fedrevive_jax.clock import schedule
 from fedrevive_jax.clock.windows import plan_windows
-from fedrevive_jax.compute import trees
+from fedrevive_jax.compute import chips, trees
 from fedrevive_jax.dfkd import loss_guard, reviver, synthesis
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.models.model import Vocabulary, initial_taps
@@ -76,17 +76,17 @@ def test_as_many_jobs_as_fit():
     assert sizing.default_client_batch(model, config, 1, 0, 1000) == sizing.JOBS_IN_A_CALL
 
 
-def test_a_tpu_trains_what_its_fast_memory_holds():
-    """Two at least, and no more than fit beside what lives there."""
+def test_a_call_stays_in_fast_memory():
+    """Two jobs at least, and no more than fit beside what lives there; without it, all that fit."""
     model, config = scalar_model()._replace(platform="tpu"), resolve("digits", "fedbuff")
-    room, third = 10**12, sizing.FAST_MEMORY // 3
-    for job, used, count in (
-        (third, 0, 3), (10 * third, 0, 2), (1, 0, sizing.JOBS_IN_A_CALL), (third, room - third, 1),
+    for job, used, fast, count in (
+        (100, 0, 399, 3), (100, 0, 100, 2), (100, 900, 399, 1), (100, 0, 0, 10),
     ):  # fmt: skip
-        assert sizing.default_client_batch(model, config, job, used, room) == count
-    assert sizing.training_bytes(model, third, 2) == 0
-    assert sizing.training_bytes(model, third, 9) == 9 * third - sizing.FAST_MEMORY
-    assert sizing.training_bytes(model._replace(platform="gpu"), third, 2) == 2 * third
+        assert sizing.default_client_batch(model, config, job, used, 1000, fast) == count
+    upload = jnp.zeros(2)
+    assert [sizing.training_bytes(upload, 100, jobs, fast=250) for jobs in (2, 3)] == [16, 50]
+    assert chips.fast_memory("TPU v5 lite") == 128 * 2**20
+    assert chips.fast_memory("cpu") == 0
 
 
 def test_as_many_teachers_as_fit():

@@ -14,7 +14,7 @@ from fedrevive_jax.dfkd import pool
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.models import convolutions
 from fedrevive_jax.presets import resolve
-from fedrevive_jax.simulation import compiling
+from fedrevive_jax.simulation import compiling, fitting
 from tests.commands import call
 
 needs_compiler = pytest.mark.skipif(
@@ -69,6 +69,9 @@ class Compiled:
         self.function, self.arguments = getattr(self.programs, name)
         compiled = self.function.lower(*self.arguments).compile()
         self.program = hlo.Program(compiled.as_text())
+        arguments = compiled.memory_analysis().argument_size_in_bytes
+        self.peak = arguments + fitting.new_bytes(compiled)
+        self.estimated = arguments + self.programs.estimates.get(name, 0)
 
     def convolutions_in_single_precision(self):
         shapes = {one.name: one.shape for one in self.program.instructions()}
@@ -108,6 +111,7 @@ def test_training_for_a_tpu(training):
     assert training.programs.jobs > 1
     assert not training.convolutions_in_single_precision()
     assert not training.copies_of(len(training.dataset.samples))
+    assert training.peak <= (1 + compiling.AGREEMENT) * training.estimated
     cost = training.program.cost()
     assert cost.unknown_loops == 0
     # As many rounds of the loop as local steps: of two or more loops none would be told.
@@ -152,6 +156,7 @@ def test_a_server_step_for_a_tpu(revival):
     then is told apart."""
     assert not revival.convolutions_in_single_precision()
     assert not revival.copies_of(revival.config.pool_size)
+    assert revival.peak <= (1 + compiling.AGREEMENT) * revival.estimated
     cost = revival.program.cost(compiling.SCOPES)
     assert cost.unknown_loops == 0
     assert min(cost.branches.values()) > cost.always > 0

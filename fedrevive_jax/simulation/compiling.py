@@ -206,6 +206,7 @@ def build(
         stored=dataset.samples,
         waiting=clock.live_versions_max() + config.concurrency,
         memory=int(USABLE * target.chip.memory) if target.chip.memory else None,
+        fast=target.chip.fast,
     )
     jobs = sizing.jobs_in_a_call(clock, room.client_batch, len(target.devices))
     state, entry, extra = methods.shapes(config, holdings, params)
@@ -264,7 +265,7 @@ def build(
             "evaluation": waiting + trees.nbytes(state),
         },
         {
-            "training": sizing.training_bytes(model, of_a_job, each),
+            "training": sizing.training_bytes(params, of_a_job, each, target.chip.fast),
             "server_step": sizing.revival_bytes(config, model, params) + trees.nbytes(params),
         },
     )

@@ -17,7 +17,7 @@ from fedrevive_jax.clients import feed as feeds
 from fedrevive_jax.clients.evaluation import Evaluation, make_evaluator
 from fedrevive_jax.clients.local_training import make_window_trainer
 from fedrevive_jax.clock import schedule
-from fedrevive_jax.compute import devices, environment, trees
+from fedrevive_jax.compute import chips, devices, environment, trees
 from fedrevive_jax.compute.streams import Stream, jax_key
 from fedrevive_jax.config import Config
 from fedrevive_jax.data import partition
@@ -115,6 +115,7 @@ class Simulation:
             stored=self.dataset.samples,
             waiting=self.schedule.live_versions_max() + config.concurrency,
             memory=device_bytes(),
+            fast=chips.fast_memory(jax.local_devices()[0].device_kind),
         )
         self._shelf, self.client_batch = shelf(room.place, self.mesh), room.client_batch
         # By the plan alone: a job's rounding may depend on the size of its call, in bfloat16 by 1%

@@ -29,8 +29,6 @@ from fedrevive_jax.models.model import Params, gaussian_inputs, per_call
 # moments of Adam, and the upload. On a TPU the start is an argument of the call, and each part of
 # the gradient is used where it is made.
 COPIES, COPIES_ON_TPU = 6, 4
-# Bytes of a v5e's and a v6e's memory within the chip.
-FAST_MEMORY = 128 * 2**20
 # More jobs in one call have not been measured to be faster.
 JOBS_IN_A_CALL = 32
 # What a call takes beside its jobs, in jobs: an accelerator starts the same kernels for any number
@@ -53,15 +51,16 @@ def job_bytes(model: Model, params: Any, batch_size: int) -> int:
     return copies * trees.nbytes(params) + batch_size * _kept_bytes(model, params)
 
 
-def training_bytes(model: Model, job: int, jobs: int) -> int:
+def training_bytes(params: Params, job: int, jobs: int, fast: int) -> int:
     """Device memory of a call of client training beside its arguments.
 
     Args:
-      model: the model.
+      params: the model's parameters, or their shapes.
       job: bytes of one job under training.
       jobs: that one device trains in the call.
+      fast: see `chips.Chip`; what fits there needs no other, but for the uploads.
     """
-    return max(jobs * job - (FAST_MEMORY if model.platform == "tpu" else 0), 0)
+    return max(jobs * job - fast, jobs * trees.nbytes(params))
 
 
 def revival_bytes(config: Config, model: Model, params: Any) -> int:
@@ -136,17 +135,18 @@ def choose_place(config: Config, working: int, used: int, memory: int | None) ->
 
 
 def default_client_batch(
-    model: Model, config: Config, job: int, used: int, memory: int | None
+    model: Model, config: Config, job: int, used: int, memory: int | None, fast: int = 0
 ) -> int:
     """Jobs trained in one call of a device where the configuration leaves it open.
 
     On a CPU one job of texts or large images already fills the cores and the caches; of small
     images two are a tenth faster. An accelerator takes as many as fit beside what lives there.
 
-    A TPU takes those that its fast memory holds, and two at least, since it computes a job alone in
-    slower ways: on a v5e a step of CIFAR-10 takes 2.5 million cycles alone, 1.8 for each of two
-    jobs, 2.1 for each of twelve; FEMNIST's 0.38 alone, 0.23 for each of six and of eight, 0.24 for
-    each of thirteen.
+    Of a chip with fast memory it takes those that this holds, and two at least, since a job alone
+    is computed in slower ways. On a v5e a step of CIFAR-10 takes 2.5 million cycles alone, 1.8 for
+    each of two jobs, 2.1 for each of twelve; FEMNIST's 0.38 alone, 0.23 for each of six and of
+    eight, 0.24 for each of thirteen. On a v6e CIFAR-10's takes 0.81 of two, 0.93 of eight. On a v5p
+    eight are faster than two, 1.02 and 1.22.
 
     Args:
       model: the model.
@@ -154,6 +154,7 @@ def default_client_batch(
       job: bytes of one job under training.
       used: bytes that arrays take between calls.
       memory: see `choose_place`.
+      fast: see `chips.Chip`.
     """
     if model.platform == "cpu":
         if model.vocabulary is not None:
@@ -161,7 +162,7 @@ def default_client_batch(
         return per_call(2, config.batch_size, model.input_shape, model.platform)
     free = (memory or 0) - used
     most = min(max(free // max(job, 1), 1), JOBS_IN_A_CALL)
-    return min(most, max(FAST_MEMORY // max(job, 1), 2)) if model.platform == "tpu" else most
+    return min(most, max(fast // max(job, 1), 2)) if fast else most
 
 
 def jobs_in_a_call(plan: Schedule, limit: int, devices: int = 1) -> int:
@@ -227,6 +228,7 @@ def room(
     stored: Any,
     waiting: int,
     memory: int | None,
+    fast: int = 0,
 ) -> Room:
     """Plans the use of memory, by what the arrays of a run take between calls and during one.
 
@@ -237,6 +239,7 @@ def room(
       stored: the samples on the device.
       waiting: models that wait at most, stale versions and uploads.
       memory: see `choose_place`.
+      fast: see `chips.Chip`.
     """
     state, entry, extra = methods.shapes(config, holdings, params)
     waiting_bytes = waiting * trees.nbytes((params, extra))
@@ -248,7 +251,9 @@ def room(
     place = choose_place(config, working, used, memory)
     if place == "host":
         used -= waiting_bytes
-    batch = config.client_batch or default_client_batch(holdings.model, config, job, used, memory)
+    batch = config.client_batch or default_client_batch(
+        holdings.model, config, job, used, memory, fast
+    )
     teachers = teachers_in_a_call(config, holdings.model, params, used, memory)
     return Room(place, batch, teachers, waiting_bytes if place == "device" else 0)
 
