@@ -156,10 +156,17 @@ def test_a_server_step_for_a_tpu(revival):
     then is told apart."""
     assert not revival.convolutions_in_single_precision()
     assert not revival.copies_of(revival.config.pool_size)
-    assert revival.peak <= (1 + compiling.AGREEMENT) * revival.estimated
     cost = revival.program.cost(compiling.SCOPES)
     assert cost.unknown_loops == 0
     assert min(cost.branches.values()) > cost.always > 0
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_what_a_server_step_needs_is_estimated():
+    """At the paper's size; of a small one the program's code and the padding of tiles are most."""
+    made = Compiled("v5e:1x1", "server_step", "femnist", preset_scale="full", model_width=64)
+    assert made.peak == pytest.approx(made.estimated, rel=compiling.AGREEMENT)
 
 
 @needs_compiler
