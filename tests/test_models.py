@@ -262,6 +262,13 @@ def test_a_kernel_for_pixels_side_by_side():
     wide, stride, sides = convolutions.for_pixels_beside(kernel, 2, 1, 8, 2, 1)
     assert (stride, sides) == (1, (1, 0))
     assert wide[0].tolist() == [[[0], [1]], [[2], [3]]]
+    # Every second output, in pairs, which read pixels -1, 0, 1 and 1, 2, 3, of two fours.
+    wide, stride, sides = convolutions.for_pixels_beside(kernel, 2, 1, 8, 4, 2)
+    assert (stride, sides) == (1, (1, 0))
+    assert wide[0].tolist() == [
+        [[0, 0], [0, 0], [0, 0], [1, 0]],
+        [[2, 0], [3, 1], [0, 2], [0, 3]],
+    ]
 
 
 @pytest.mark.parametrize(
