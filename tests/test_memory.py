@@ -85,6 +85,7 @@ def test_a_call_stays_in_fast_memory():
         assert sizing.default_client_batch(model, config, job, used, 1000, fast) == count
     upload = jnp.zeros(2)
     assert [sizing.training_bytes(upload, 100, jobs, fast=250) for jobs in (2, 3)] == [16, 50]
+    assert sizing.training_bytes(upload, 100, 3, fast=250, devices=4) == 50 + 12 * 8
     assert chips.fast_memory("TPU v5 lite") == 128 * 2**20
     assert chips.fast_memory("cpu") == 0
 

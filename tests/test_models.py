@@ -239,6 +239,8 @@ def test_taps_are_statistics_of_the_batch_before_the_relu():
     [
         ("tpu", 32, 64, 32, 2),
         ("tpu", 128, 64, 32, 1),
+        ("tpu", 320, 64, 32, 2),
+        ("tpu", 384, 64, 32, 1),
         ("tpu", 32, 64, 31, 1),
         ("tpu", 32, 65, 32, 1),
         ("tpu", 32, 8, 32, 16),

@@ -115,15 +115,16 @@ def pixels_beside(platform: str, images: int, channels: int, columns: int) -> in
 
     Args:
       platform: see `model.Model`.
-      images: in the call; of 128 and more the images lie side by side, whose channels need no
-        others then.
+      images: in the call. Where they are a multiple of 128 the images lie side by side, and
+        channels need no others then. A last tile that is not full costs more than zeros: of 320
+        images a forward pass of ResNet-18 takes 0.91 of the cycles in pairs.
       channels, columns: of an image.
 
     Returns:
       A power of two that divides the columns; 1 on other platforms.
     """
     beside = 1
-    if platform != "tpu" or images >= LANES:
+    if platform != "tpu" or images % LANES == 0:
         return beside
     while 2 * beside * channels <= LANES and columns % (2 * beside) == 0:
         beside *= 2

@@ -265,7 +265,9 @@ def build(
             "evaluation": waiting + trees.nbytes(state),
         },
         {
-            "training": sizing.training_bytes(params, of_a_job, each, target.chip.fast),
+            "training": sizing.training_bytes(
+                params, of_a_job, each, target.chip.fast, len(target.devices)
+            ),
             "server_step": sizing.revival_bytes(config, model, params) + trees.nbytes(params),
         },
     )

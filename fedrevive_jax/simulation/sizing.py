@@ -51,7 +51,7 @@ def job_bytes(model: Model, params: Any, batch_size: int) -> int:
     return copies * trees.nbytes(params) + batch_size * _kept_bytes(model, params)
 
 
-def training_bytes(params: Params, job: int, jobs: int, fast: int) -> int:
+def training_bytes(params: Params, job: int, jobs: int, fast: int, devices: int = 1) -> int:
     """Device memory of a call of client training beside its arguments.
 
     Args:
@@ -59,8 +59,11 @@ def training_bytes(params: Params, job: int, jobs: int, fast: int) -> int:
       job: bytes of one job under training.
       jobs: that one device trains in the call.
       fast: see `chips.Chip`; what fits there needs no other, but for the uploads.
+      devices: that share the call; each holds the uploads of all of them at its end.
     """
-    return max(jobs * job - fast, jobs * trees.nbytes(params))
+    uploads = jobs * trees.nbytes(params)
+    gathered = devices * uploads if devices > 1 else 0
+    return max(jobs * job - fast, uploads) + gathered
 
 
 def revival_bytes(config: Config, model: Model, params: Any) -> int:
