@@ -14,8 +14,8 @@ from absl import flags
 from experiments import flags as config_flags
 from fedrevive_jax.config import whole_path
 from fedrevive_jax.data import tfds_reader
-from fedrevive_jax.data.errors import entries, one_line
-from fedrevive_jax.errors import ConfigError
+from fedrevive_jax.data.errors import entries
+from fedrevive_jax.errors import ConfigError, one_line
 
 DATASET = flags.DEFINE_string("dataset", None, "data set to prepare")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "folder to write to")

@@ -43,3 +43,9 @@ class FileError(ConfigError):
 
     def __str__(self) -> str:
         return f"{self.value}: {self.reason}"
+
+
+def one_line(error: BaseException | str, limit: int = 300) -> str:
+    """The message of an error, in one line of bounded length."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= limit else words[:limit] + " ..."

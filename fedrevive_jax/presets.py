@@ -280,6 +280,7 @@ SMALL: dict[str, Any] = {
     "max_time": 4.0,
     "num_clients": 20,
     "concurrency": 5,
+    "buffer_size": 2,
     "samples_per_client": 24,
     "local_iterations": 2,
     "batch_size": 8,
@@ -302,6 +303,8 @@ SMALL: dict[str, Any] = {
     "eval_every": 5,
     "eval_batch": 128,
 }
+# A round waits for its slowest client.
+SMALL_TIME_OF_ROUNDS = 16.0
 SMALL_WIDTH = {"t5": 32}
 SMALL_IMAGE_WIDTH = 8
 
@@ -330,13 +333,17 @@ def _chosen(name: str, value: str | None, choices: tuple[str, ...]) -> str:
     return value or choices[0]
 
 
-def _shrink(values: dict[str, Any], known: dict[str, dataclasses.Field]) -> dict[str, Any]:
-    """Every sized field at most what `SMALL` says."""
+def _shrink(
+    values: dict[str, Any], known: dict[str, dataclasses.Field], cohort: bool
+) -> dict[str, Any]:
+    """Every sized field at most what `SMALL` says; a cohort gets time for its rounds."""
 
     def value(name):
         return values.get(name, known[name].default)
 
     caps = {**SMALL, "model_width": SMALL_WIDTH.get(value("model"), SMALL_IMAGE_WIDTH)}
+    if cohort:
+        caps["max_time"] = SMALL_TIME_OF_ROUNDS
     return {**values, **{name: min(value(name), cap) for name, cap in caps.items()}}
 
 
@@ -378,13 +385,15 @@ def resolve(
         preset.update({field: base[field] for field in BASE_FIELDS if field in base})
     if dataset in PAPER and given.get("delays") == "shifted":
         preset.update(SHIFTED)
+    cohort = step_method in METHODS and METHODS[step_method].cohort
     if scale == "small":
-        preset = _shrink(preset, known)
+        preset = _shrink(preset, known, cohort)
     values = {**preset, **given, "dataset": dataset, "method": method}
-    if step_method in METHODS and METHODS[step_method].cohort:
+    if cohort:
         # A synchronous cohort: everybody who works is waited for.
-        cohort = values.get("concurrency", known["concurrency"].default)
-        values = {"buffer_size": cohort, "open_slots": cohort, **values}
+        all_of_them = values.get("concurrency", known["concurrency"].default)
+        together = {"buffer_size": all_of_them, "open_slots": all_of_them}
+        values = {**values, **together, **given}
     config = Config(**values)
     if dataset in PAPER or "eval_every" in given:
         return config

@@ -78,7 +78,7 @@ def test_every_reason_by_hand(caplog):
     assert [r.reason for r in rejected] == [
         Reason.JOB_OVER, Reason.UNKNOWN_JOB, Reason.WRONG_VERSION, Reason.WRONG_SHAPE,
     ]  # fmt: skip
-    assert [r.ended_job for r in rejected] == [False, False, True, True]
+    assert [r.client is not None for r in rejected] == [False, False, True, True]
     assert [(r.client, r.base_version) for r in rejected[2:]] == [(1, 0), (2, 0)]
     assert server.version == 0  # no place in the buffer was taken
     lines = [record.getMessage() for record in caplog.records]
@@ -128,7 +128,7 @@ def test_what_names_no_job_is_unknown():
     server.dispatch(1)
     for job in NOT_JOBS:
         rejection = server.submit(job, GOOD)
-        assert (rejection.reason, rejection.ended_job) == (Reason.UNKNOWN_JOB, False)
+        assert (rejection.reason, rejection.client) == (Reason.UNKNOWN_JOB, None)
         assert len(rejection.detail.splitlines()) == 1
     assert server.rejected == {"unknown_job": len(NOT_JOBS)}
     receipt = server.submit(np.int64(1), GOOD)

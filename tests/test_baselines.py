@@ -15,6 +15,7 @@ from fedrevive_jax.methods.fedrevive import revived
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.record.checkpoint import Checkpoints
 from fedrevive_jax.server import client_cache
+from fedrevive_jax.server.shelf import Memory
 from fedrevive_jax.simulation.simulator import Simulation
 from tests.toys import (
     ONE,
@@ -399,7 +400,7 @@ def test_a_cache_gives_what_was_stored(memory, tmp_path):
 def test_a_cache_that_cannot_fit_is_refused_at_once(tmp_path, monkeypatch):
     """A thousand clients at 44.66 MB against 40 GB; half of that, in bfloat16, fits a device."""
     monkeypatch.setattr(client_cache, "host_memory", lambda: 40 * 10**9)
-    monkeypatch.setattr(client_cache, "device_memory", lambda: 40 * 10**9)
+    monkeypatch.setattr(client_cache, "device_memory", lambda: Memory(40 * 10**9, 0))
     config = resolve("cifar10", "ca2fl", cache_dir=str(tmp_path))
     needed = 1000 * 44_657_408
     with monkeypatch.context() as patch:
@@ -413,7 +414,7 @@ def test_a_cache_that_cannot_fit_is_refused_at_once(tmp_path, monkeypatch):
     client_cache.check_fit(config, needed // 2)
     with pytest.raises(ConfigError, match=r"need 42\.3 GB there"):
         client_cache.check_fit(config, needed // 2, beside=20 * 10**9)
-    monkeypatch.setattr(client_cache, "device_memory", lambda: 80 * 10**9)
+    monkeypatch.setattr(client_cache, "device_memory", lambda: Memory(80 * 10**9, 0))
     with pytest.raises(ConfigError, match=r"copies 44\.7 GB to the host, which has 40\.0 GB"):
         client_cache.check_fit(config, needed)
     monkeypatch.setattr(client_cache, "device_memory", lambda: None)  # a CPU: both are on the host

@@ -140,7 +140,19 @@ def split_as(name, positions):
         ),
         (
             {"preprocessing": data.Preprocessing(mean=(0.5, 0.5, 0.5), std=(1.0, 1.0, 1.0))},
-            "mean must have 1 numbers, a channel each; has 3",
+            "mean and std must have 1 numbers, a channel each; mean has 3",
+        ),
+        (
+            {"preprocessing": data.Preprocessing(mean=(0.5,))},
+            "mean and std must have 1 numbers, a channel each; std has 0",
+        ),
+        (
+            {"preprocessing": data.Preprocessing(std=(0.5,))},
+            "mean and std must have 1 numbers, a channel each; mean has 0",
+        ),
+        (
+            {"preprocessing": data.Preprocessing(mean=(0.5,), std=(0.0,))},
+            r"mean and std must be finite, and std above 0; are \(0.5,\) and \(0.0,\)",
         ),
     ],
 )

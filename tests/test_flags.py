@@ -7,6 +7,7 @@ slowest took.
 import dataclasses
 import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from fedrevive_jax.clock import schedule
 from fedrevive_jax.clock.windows import plan_windows
 from fedrevive_jax.config import FAULTS, LIMITS, METHODS, Config
 from fedrevive_jax.errors import ConfigError
-from fedrevive_jax.presets import OF_PRESETS, REVIVALS, SCALES, resolve
+from fedrevive_jax.presets import BY_DATASET, OF_PRESETS, REVIVALS, SCALES, resolve
 from tests.commands import call
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -138,10 +139,25 @@ def test_every_field_tells_what_is_allowed(name):
             assert bound not in limits or f" {limits[bound]}" in message
 
 
+def test_what_is_no_text_is_not_taken_for_its_name():
+    for given in (None, b"runs", ("runs",)):
+        with pytest.raises(ConfigError, match=r"^workdir=.*: must be a text"):
+            Config(workdir=given)
+    assert Config(workdir=Path("runs")).workdir == "runs"  # the control
+
+
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("method", METHODS)
 def test_an_empty_command_line_plans(method, scale):
     assert outcome({"method": method, "preset_scale": scale, "max_time": "30"}) > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_small_scale_makes_several_versions_of_every_method(method):
+    for dataset in BY_DATASET:
+        for seed in (None, *range(5)):
+            config = resolve(dataset, method, preset_scale="small", seed=seed)
+            assert schedule.create(config).num_versions >= 3
 
 
 def test_some_of_them_as_commands():

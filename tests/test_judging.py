@@ -10,9 +10,13 @@ import pytest
 
 from fedrevive_jax.compute.streams import root_key
 from fedrevive_jax.data import digits
+from fedrevive_jax.dfkd.prompts import tap_distance
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.models import Model, from_flax, make_network, t5
 from fedrevive_jax.models.judging import fitting, judge
+from fedrevive_jax.models.model import Head
+from fedrevive_jax.simulation.planning import plan
+from fedrevive_jax.simulation.simulator import Simulation
 from tests.toys import scalar_model, small
 
 
@@ -54,8 +58,8 @@ class Net(nn.Module):
         return logits, (taps,)
 
 
-def network(kind=""):
-    return from_flax("net", Net(kind), (8, 8, 1), 10)
+def network(kind="", head=None):
+    return from_flax("net", Net(kind), (8, 8, 1), 10, head=head)
 
 
 FAULTY = {
@@ -182,10 +186,34 @@ def test_what_is_no_model_or_no_data_set_at_all(dataset):
             lambda: fitting(config, dataset, scalar_model()),
             "model=scalar: takes (4, 4, 1) and tells 2 classes; the data set has (8, 8, 1) and 10",
         ),
+        (lambda: plan(config, model=Net()), "model: must be a `Model`, see `from_flax`; "),
+        (lambda: plan(config, dataset.samples), "dataset: must be a `Dataset`; is a numpy.nda"),
+        (
+            lambda: plan(config, model=scalar_model()),
+            "model=scalar: takes (4, 4, 1) and tells 2 classes; the data set has (8, 8, 1) and 10",
+        ),
     ):
         with pytest.raises(ConfigError, match="^" + re.escape(message)) as error:
             wrong()
         one_line(error)
+
+
+def test_a_head_that_is_no_layer_of_the_model(dataset):
+    config = small("fedgen")
+    with pytest.raises(ConfigError, match=r"^model=net: `head` is no layer .*: 'nope'"):
+        fitting(config, dataset, network(head="nope"))
+    own = network()._replace(head=Head(lambda p: p, lambda p: 7, lambda p, x: x))
+    with pytest.raises(ConfigError, match=r"^model=net: `head` must make 10 logits; .* \[2, 7\]"):
+        fitting(config, dataset, own)
+    assert fitting(config, dataset, network(head="Dense_0")).head is not None  # the control
+
+
+def test_a_model_without_taps_is_revived_without_their_statistics(dataset):
+    config = small("fedrevive", feature_weight=0, max_time=3.0)
+    run = Simulation(config, dataset=dataset, model=network("no taps"))
+    assert all(receipt.accepted for receipt in run.arrivals())
+    assert run.server.version > config.warmup_versions
+    assert tap_distance((), ()) == 0  # of texts
 
 
 def test_an_error_of_the_users_own_code_stays_beside(dataset):

@@ -319,6 +319,28 @@ def test_a_program_that_does_not_fit_is_told_before_the_first_arrival(
     assert run.server.version == 0
 
 
+def test_what_would_make_room_is_possible(monkeypatch):
+    """Nothing is to become smaller than one, and a method that distils nothing has no teachers."""
+    probe = Simulation(small("fedbuff"))
+    compiled, full = probe.server.compile(), Memory(1, 1)
+    for config, batch, words in (
+        (small("fedbuff", precision="bfloat16"), 1, "^method=fedbuff: .*; give a smaller model$"),
+        (
+            small("fedrevive"),
+            0,
+            "^teacher_batch=3: .*; give a smaller teacher_batch or num_teachers or ",
+        ),
+        (small("fedrevive"), 1, "^teacher_batch=1: .*; give a smaller num_teachers or "),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            fitting.check_server_step(config, compiled, full, 0, batch)
+    for batch, words in ((1, "a smaller batch_size"), (2, "a smaller client_batch or batch_size")):
+        with pytest.raises(
+            ConfigError, match=f"^client_batch={batch}: .*; give {words} or version_"
+        ):
+            fitting.check_training(small("fedbuff"), compiled, full, 1, batch)
+
+
 def test_a_program_that_fits_is_compiled_once_and_nothing_is_asked_of_a_cpu(monkeypatch):
     config = small("fedbuff", max_time=2.0)
     assert Simulation(config)._memory is None

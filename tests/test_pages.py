@@ -19,6 +19,7 @@ import pytest
 from experiments.watch import Watch
 from fedrevive_jax.comparison import report
 from fedrevive_jax.comparison.statistics import Run
+from fedrevive_jax.data import Dataset
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.pages import charts, run, series
 from fedrevive_jax.pages.document import Page
@@ -320,8 +321,25 @@ def test_a_page_that_fails_does_not_stop_the_run(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(run, "page", broken)
     result = runner.run(config, keep_record=True)
     assert json.loads((tmp_path / "summary.json").read_text()) == result.summary
-    assert "report.html was not written (no such chart)" in caplog.text
+    assert "report.html: not drawn (no such chart)" in caplog.text
     assert not list(tmp_path.glob("report.html*"))
+
+
+def test_pictures_of_two_channels_and_of_rejected_uploads(tmp_path, caplog):
+    """A rejected upload is not blended at all; channels without colours are drawn as their mean."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(240, dtype=np.int32) % 3
+    images = rng.integers(0, 255, (240, 8, 8, 2), np.uint8)
+    ends = ("train", "validation", "distillation", "test")
+    parts = np.split(np.arange(240, dtype=np.int32), [200, 210, 220])
+    config = small("fedrevive", workdir=str(tmp_path), fault_rate=0.3, fault_kinds="nan")
+    dataset = Dataset("two", 3, images, labels, dict(zip(ends, parts, strict=True)))
+    result = runner.run(config, dataset=dataset, keep_record=True)
+    assert result.summary["rejected"]["not_finite"] > 0
+    assert result.summary["revived"] > 0
+    assert "not drawn" not in caplog.text
+    for name in ("synthetic.png", "revival.png", "report.html", "summary.json"):
+        assert (tmp_path / name).stat().st_size > 0
 
 
 def test_a_run_that_failed_has_a_page(tmp_path):

@@ -111,6 +111,8 @@ def test_small_never_exceeds_full_and_keeps_what_is_no_size(dataset, method):
     sizes = {*SMALL, "model_width", "buffer_size", "open_slots"}
     for field in dataclasses.fields(full):
         before, after = getattr(full, field.name), getattr(small, field.name)
+        if field.name == "eval_every":  # in versions, of fewer arrivals at the small scale
+            before, after = before * full.buffer_size, after * small.buffer_size
         if field.name in sizes:
             assert after <= before
         else:
@@ -143,6 +145,14 @@ def test_the_tuned_revival_is_of_fedrevive_where_the_paper_has_no_constants(data
 
 def test_a_flag_beats_the_small_scale():
     assert resolve("cifar10", preset_scale="small", num_clients=300).num_clients == 300
+
+
+def test_only_a_generator_needs_the_time_before_the_warm_up_ends():
+    now = {"warmup_versions": 0, "freeze_versions": 30}
+    for method, samples in (("fedbuff", None), ("dd_fedrevive", None), ("fedrevive", "noise")):
+        resolve("digits", method, samples=samples, **now)
+    with pytest.raises(ConfigError, match="warmup_versions=0: must be at least freeze_versions=30"):
+        resolve("digits", "fedrevive", **now)
 
 
 def test_an_unknown_scale_is_named():

@@ -277,6 +277,12 @@ def test_a_plan_without_a_version_is_refused(tmp_path):
     assert plan.num_versions == 1  # the control: client 0 arrives at 1600
 
 
+def test_lognormal_delays_have_a_largest_spread():
+    with pytest.raises(ConfigError, match=r"^delay_spread=1e\+200: must be at most 10"):
+        Config(delays="lognormal", delay_spread=1e200)
+    Config(delays="constant", delay_spread=1e200)  # reads none
+
+
 def test_the_schedule_needs_no_jax():
     code = "import sys, fedrevive_jax.clock.schedule; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

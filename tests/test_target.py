@@ -228,6 +228,15 @@ def test_what_crosses_a_mesh():
 
 
 @needs_compiler
+def test_texts_that_synthesis_starts_from_move_no_size(tmp_path):
+    config = resolve("newsgroups", "fedrevive", preset_scale="small", seed_text=str(tmp_path / "s"))
+    target = targets.described("v5e:1x1")
+    config = compiling.settled(config, target)
+    clock = schedule.create(config)
+    assert compiling.build(config, target, compiling.blank(config), clock).jobs > 0
+
+
+@needs_compiler
 @pytest.mark.slow
 def test_a_plan_for_a_target():
     """Every part of a run, what it takes, and whether it fits; printed as JSON."""

@@ -17,8 +17,7 @@ import numpy as np
 from fedrevive_jax.compute.streams import Stream, numpy_generator
 from fedrevive_jax.config import Config
 from fedrevive_jax.data import names
-from fedrevive_jax.data.errors import one_line
-from fedrevive_jax.errors import ConfigError
+from fedrevive_jax.errors import ConfigError, one_line
 
 
 class Durations(NamedTuple):

@@ -29,6 +29,7 @@ Failures, where the configuration asks for them, are drawn by (seed, job) and pl
 
 import dataclasses
 import enum
+import functools
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ class Schedule:
         """Versions made during the run, not counting the initial version 0."""
         return int(self.version[-1]) if len(self.version) else 0
 
-    @property
+    @functools.cached_property
     def time(self) -> np.ndarray:
         """Simulated time of every arrival, float64 [arrivals]."""
         return self.arrival_time[self.job]

@@ -19,7 +19,7 @@ from pathlib import Path
 from etils import epath
 
 from fedrevive_jax.config import is_bucket
-from fedrevive_jax.errors import ConfigError, UserError
+from fedrevive_jax.errors import ConfigError, UserError, one_line
 
 # Files that are copied at the same time; a bucket takes long to answer, but answers many at once.
 AT_ONCE = 16
@@ -87,7 +87,7 @@ class Mirror:
                 (self._place / name).unlink(missing_ok=True)
                 del self._there[name]
         except Exception as error:  # each kind of bucket has errors of its own
-            raise OSError(errno.EIO, _one_line(error)) from error
+            raise OSError(errno.EIO, one_line(error)) from error
 
     def close(self) -> None:
         """Removes the folder of this machine."""
@@ -217,9 +217,4 @@ def _told(field: str, place: str | os.PathLike, done: str = "read") -> Iterator[
     try:
         yield
     except Exception as error:  # each kind of bucket has errors of its own
-        raise ConfigError(field, place, f"cannot be {done} ({_one_line(error)})") from error
-
-
-def _one_line(error: Exception, limit: int = 300) -> str:
-    words = " ".join(str(error).split()) or type(error).__name__
-    return words if len(words) <= limit else words[:limit] + " ..."
+        raise ConfigError(field, place, f"cannot be {done} ({one_line(error)})") from error

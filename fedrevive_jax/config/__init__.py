@@ -68,6 +68,13 @@ class Config(Device, Record, Dfkd, FedGen, Server, Clients, World):
                     f"must be concurrency={self.concurrency} with {asked}={self.step_method}, "
                     f"whose round waits for all; {asked}=fedbuff takes others",
                 )
+        if self.synthesises and self.warmup_versions < self.freeze_versions:
+            raise ConfigError(
+                "warmup_versions",
+                self.warmup_versions,
+                f"must be at least freeze_versions={self.freeze_versions} (distillation needs a "
+                "synthesised pool)",
+            )
 
     @property
     def synthesises(self) -> bool:

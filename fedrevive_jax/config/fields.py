@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ LIMITS = {"at_least": "at least", "above": "above", "at_most": "at most", "below
 
 # Types of fields and their words.
 KINDS = {int: "a whole number", float: "a number", str: "a text"}
+# What may be given for a text.
+TEXTS = (str, os.PathLike, int, float)
 
 
 def checked(field: dataclasses.Field, value: Any) -> Any:
@@ -54,7 +57,9 @@ def checked(field: dataclasses.Field, value: Any) -> Any:
         return ConfigError(field.name, shown(value), f"must be {joined.join(allowed)}")
 
     try:
-        result = kind(value)
+        if kind is str and not any(isinstance(value, given) for given in TEXTS):
+            raise ValueError  # str(None) is a text
+        result: Any = kind(value)
         if isinstance(value, bool) or (kind is int and float(value) != result):
             raise ValueError  # int(0.5) would pass silently
     except (TypeError, ValueError, OverflowError):

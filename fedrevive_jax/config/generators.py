@@ -157,13 +157,6 @@ class Dfkd(Part):
         return self.synthesis_batch
 
     def _check(self) -> None:
-        if self.warmup_versions < self.freeze_versions:
-            raise ConfigError(
-                "warmup_versions",
-                self.warmup_versions,
-                f"must be at least freeze_versions={self.freeze_versions} (distillation needs a "
-                "synthesised pool)",
-            )
         if self.teacher_batch and self.num_teachers % self.teacher_batch:
             raise ConfigError(
                 "teacher_batch", self.teacher_batch, f"must divide num_teachers={self.num_teachers}"

@@ -25,6 +25,8 @@ TRACKERS = ("tensorboard", "wandb", "mlflow")
 DELAYS = (
     "default", "shifted", "constant", "exponential", "uniform", "lognormal", "halfnormal", "trace",
 )  # fmt: skip
+# Of lognormal delays. With more, nearly all durations are 0, and no sample shows their mean.
+MOST_SIGMA = 10.0
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,12 @@ class World(Part):
                 "delay_spread",
                 self.delay_spread,
                 f"must be below delay_mean={self.delay_mean} (a training time is positive)",
+            )
+        if self.delays == "lognormal" and self.delay_spread > MOST_SIGMA:
+            raise ConfigError(
+                "delay_spread",
+                self.delay_spread,
+                f"must be at most {MOST_SIGMA} (nearly all durations would be 0)",
             )
         kinds = self.fault_kinds.split(",")
         if len(set(kinds)) < len(kinds) or not set(kinds) <= set(FAULTS):

@@ -161,10 +161,17 @@ def check_samples(dataset: Dataset) -> None:
         refuse(f"token ids must be at least 0; one is {samples.min()}")
     if groups is not None and not _is_whole(groups, (len(samples),)):
         refuse(f"groups must be whole numbers [{len(samples)}]; are {_told(groups)}")
-    for name in ("mean", "std"):
-        own = getattr(dataset.preprocessing, name)
-        if own and not dataset.is_text and len(own) != samples.shape[-1]:
-            refuse(f"{name} must have {samples.shape[-1]} numbers, a channel each; has {len(own)}")
+    mean, std = dataset.preprocessing.mean, dataset.preprocessing.std
+    if dataset.is_text or not (mean or std):
+        return
+    for name, own in (("mean", mean), ("std", std)):
+        if len(own) != samples.shape[-1]:
+            refuse(
+                f"mean and std must have {samples.shape[-1]} numbers, a channel each; "
+                f"{name} has {len(own)}"
+            )
+    if not np.isfinite((*mean, *std)).all() or min(std) <= 0:
+        refuse(f"mean and std must be finite, and std above 0; are {mean} and {std}")
 
 
 def check_parts(

@@ -5,13 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedrevive_jax.errors import FileError
-
-
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """The message of an error, in one line of bounded length."""
-    words = " ".join(str(error).split()) or type(error).__name__
-    return words if len(words) <= limit else words[:limit] + " ..."
+from fedrevive_jax.errors import FileError, one_line
 
 
 @contextlib.contextmanager

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedrevive_jax.data.errors import one_line, read_file
-from fedrevive_jax.errors import FileError
+from fedrevive_jax.data.errors import read_file
+from fedrevive_jax.errors import FileError, one_line
 
 
 class Row(NamedTuple):

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageFile, ImageOps, TiffImagePlugin
 
-from fedrevive_jax.data.errors import one_line, reading
-from fedrevive_jax.errors import FileError
+from fedrevive_jax.data.errors import reading
+from fedrevive_jax.errors import FileError, one_line
 
 # Pillow reads more, but hands some of it to other programs to be run (EPS).
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")

@@ -21,7 +21,8 @@ def read(path: str, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
       ConfigError: the file is missing or a row is not one; the line is named.
     """
     if dataset.tokenizer is None:
-        raise ConfigError("seed_text", path, f"{dataset.name} is not text")
+        lack = "has no tokenizer" if dataset.is_text else "is not text"
+        raise ConfigError("seed_text", path, f"{dataset.name} {lack}")
     rows = json_lines.read(Path(path).expanduser())
     labels = [_label(row.label, dataset, row.where) for row in rows]
     texts = [row.text for row in rows]

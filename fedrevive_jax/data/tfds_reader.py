@@ -14,8 +14,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from fedrevive_jax.data.dataset import Dataset, DatasetSpec, Preprocessing, official_splits
-from fedrevive_jax.data.errors import entries, one_line, reading
-from fedrevive_jax.errors import ConfigError, FileError
+from fedrevive_jax.data.errors import entries, reading
+from fedrevive_jax.errors import ConfigError, FileError, one_line
 
 _BLOCK = 1000  # records fetched in one call
 _FEATURES = "tensorflow_datasets.core.features."

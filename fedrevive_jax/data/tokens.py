@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedrevive_jax.data.errors import one_line, reading
-from fedrevive_jax.errors import ConfigError, FileError
+from fedrevive_jax.data.errors import reading
+from fedrevive_jax.errors import ConfigError, FileError, one_line
 
 PADDING, END, UNKNOWN = 0, 1, 2
 # In a tokenizer trained here, the token that a model puts in front of every text.

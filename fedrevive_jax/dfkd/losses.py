@@ -32,13 +32,13 @@ def teacher_weights(proxies: jax.Array, targets: jax.Array) -> jax.Array:
 def statistics_distance(taps: Taps, reference: Taps) -> jax.Array:
     """sum over taps of ||mu - mu'||_2 + ||sigma^2 - sigma'^2||_2; the norms are not squared.
 
-    The gradient of a norm at zero is taken as zero.
+    The gradient of a norm at zero is taken as zero. Without taps the distance is zero.
     """
     distances = [
         optax.safe_norm(mean_k - mean, 0.0) + optax.safe_norm(variance_k - variance, 0.0)
         for (mean, variance), (mean_k, variance_k) in zip(taps, reference, strict=True)
     ]
-    return functools.reduce(jnp.add, distances)
+    return functools.reduce(jnp.add, distances, jnp.zeros(()))
 
 
 def feature_loss(weights: jax.Array, distances: jax.Array) -> jax.Array:

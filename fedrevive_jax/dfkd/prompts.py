@@ -60,8 +60,11 @@ def tap_distance(states: tuple[jax.Array, ...], reference: Taps) -> jax.Array:
 
     (1 / layers) sum over the middle and the last layer (taps 2 and 5 of six, counted from zero) of
     the mean over samples of ||state(x_i) - mu||_2. The gradient of a norm at zero is zero.
+    Without taps the distance is zero.
     """
     layers = len(states)
+    if not layers:
+        return jnp.zeros(())
     total = 0.0
     for tap in (layers // 2 - 1, layers - 1):
         mean, _ = reference[tap]

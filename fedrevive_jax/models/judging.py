@@ -14,8 +14,8 @@ from fedrevive_jax import models
 from fedrevive_jax.compute.streams import root_key
 from fedrevive_jax.config import Config
 from fedrevive_jax.data import Dataset
-from fedrevive_jax.errors import ConfigError, FileError, UserError
-from fedrevive_jax.models.model import Model, Text, gaussian_inputs
+from fedrevive_jax.errors import ConfigError, FileError, UserError, one_line
+from fedrevive_jax.models.model import Head, Model, Params, Text, gaussian_inputs
 
 # Samples of the call that is judged.
 BATCH = 2
@@ -42,19 +42,41 @@ def fitting(
     platform = platform or jax.default_backend()
     if model is None:
         model = models.create(config, dataset.input_shape, dataset.num_classes, platform)
-    elif not isinstance(model, Model):
-        raise ConfigError("model", None, f"must be a `Model`, see `from_flax`; is {_told(model)}")
     else:
-        taps = judge(model)
-        if not taps and config.synthesises and config.feature_weight:
-            raise ConfigError(
-                "model",
-                model.name,
-                "has no taps, whose statistics synthesis matches; must have some, or "
-                "feature_weight=0",
-            )
+        check_given(config, model)
     _check_reading(config, dataset, model)
     return models.with_precision(model._replace(platform=platform), config.precision)
+
+
+def check_given(config: Config, model: Any) -> None:
+    """Whether what stands in for a named model is a `Model`, and has what the method asks of it.
+
+    Raises:
+      ConfigError: it is not, or has not.
+    """
+    if not isinstance(model, Model):
+        raise ConfigError("model", None, f"must be a `Model`, see `from_flax`; is {_told(model)}")
+    if not judge(model) and config.synthesises and config.feature_weight:
+        raise ConfigError(
+            "model",
+            model.name,
+            "has no taps, whose statistics synthesis matches; must have some, or feature_weight=0",
+        )
+
+
+def check_shapes(model: Model, input_shape: tuple[int, ...], num_classes: int) -> None:
+    """Whether a model takes the samples of a data set, and tells as many classes.
+
+    Raises:
+      ConfigError: it does not.
+    """
+    if (tuple(model.input_shape), model.num_classes) != (input_shape, num_classes):
+        raise ConfigError(
+            "model",
+            model.name,
+            f"takes {tuple(model.input_shape)} and tells {model.num_classes} classes; the data set "
+            f"has {input_shape} and {num_classes}",
+        )
 
 
 def check_kind(dataset: Any) -> None:
@@ -113,7 +135,33 @@ def judge(model: Model) -> int:
                     f"activations of {BATCH} samples must be float [{BATCH}, ..., channels]; "
                     f"those at tap {tap} are {_told(own)}"
                 )
+    if model.head is not None:
+        _judge_head(model, model.head, params)
     return len(activations)
+
+
+def _judge_head(model: Model, head: Head, params: Params) -> None:
+    """Whether the last layer is what `Head` says.
+
+    Raises:
+      ConfigError: it is not.
+    """
+
+    def logits(params):
+        layer = head.params(params)
+        return head.apply(layer, jnp.zeros((BATCH, head.width(layer)), jnp.float32))
+
+    try:
+        made = jax.eval_shape(logits, params)
+    except Exception as error:  # whatever a user's code raises
+        told = f"{type(error).__name__}: {one_line(error)}"
+        raise ConfigError("model", model.name, f"`head` is no layer of it ({told})") from error
+    if not _is_array(made, (BATCH, model.num_classes), jnp.floating):
+        raise ConfigError(
+            "model",
+            model.name,
+            f"`head` must make {model.num_classes} logits; makes {_told(made)} of {BATCH} samples",
+        )
 
 
 def _check_reading(config: Config, dataset: Dataset, model: Model) -> None:
@@ -122,14 +170,7 @@ def _check_reading(config: Config, dataset: Dataset, model: Model) -> None:
     Raises:
       ConfigError: it does not.
     """
-    shape, classes = dataset.input_shape, dataset.num_classes
-    if (tuple(model.input_shape), model.num_classes) != (shape, classes):
-        raise ConfigError(
-            "model",
-            model.name,
-            f"takes {tuple(model.input_shape)} and tells {model.num_classes} "
-            f"classes; the data set has {shape} and {classes}",
-        )
+    check_shapes(model, dataset.input_shape, dataset.num_classes)
     if dataset.is_text != (model.vocabulary is not None):
         raise ConfigError(
             "model", model.name, f"does not read {'text' if dataset.is_text else 'images'}"

@@ -175,8 +175,8 @@ def from_flax(
 ) -> Model:
     """Wraps a Flax module for images that returns (logits, activations), see `Model`.
 
-    Local training and distillation give it a key for dropout; everything else is deterministic. A
-    module that has dropout is told by an argument `train`, `training` or `deterministic`.
+    Local training gives it a key for dropout; everything else is deterministic. A module that has
+    dropout is told by an argument `train`, `training` or `deterministic`.
 
     Args:
       name: for records.

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fedrevive_jax.data.errors import one_line, reading
-from fedrevive_jax.errors import ConfigError
+from fedrevive_jax.data.errors import reading
+from fedrevive_jax.errors import ConfigError, one_line
 from fedrevive_jax.models.model import Params
 from fedrevive_jax.models.t5 import T5Shape
 

@@ -314,7 +314,8 @@ def synthetic(path: Path, images: np.ndarray, labels: np.ndarray, num_classes: i
 
     Args:
       path: where to write it.
-      images: [n, height, width, channels], bytes or floats in [0, 1], oldest first.
+      images: [n, height, width, channels], bytes or floats in [0, 1], oldest first. Of other than
+        three channels their mean is drawn.
       labels: int [n].
       num_classes: classes of the data set; at most 20 rows are drawn.
     """
@@ -322,12 +323,14 @@ def synthetic(path: Path, images: np.ndarray, labels: np.ndarray, num_classes: i
     if not shown:
         return False
     images = images.astype(np.float32) / 255 if images.dtype == np.uint8 else images
+    if images.shape[-1] != 3:
+        images = images.mean(axis=-1)
     figure = _figure(figsize=(columns * 0.7, len(shown) * 0.7 + 0.4))
     grid = figure.subplots(len(shown), columns, squeeze=False)
     for row, label in zip(grid, shown, strict=True):
         newest = images[labels == label][::-1][:columns]
         for axes, image in zip(row, newest, strict=False):
-            axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         for axes in row:
             axes.set_xticks([])
             axes.set_yticks([])

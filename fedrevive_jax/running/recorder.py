@@ -245,13 +245,14 @@ class Recorder:
             "devices": 1 if run.mesh is None else run.mesh.size,
         }
         if self._record is not None:
+            record = self._record
             self._save()
-            self._record.checkpoints.wait()
-            self._pictures(self._record.folder)
-            self._page(summary)
-            files.write_json(self._record.folder / files.SUMMARY, summary)
+            record.checkpoints.wait()
+            _draw("the pictures", lambda: self._pictures(record.folder))
+            _draw(page.NAME, lambda: page.write(record.folder, summary))
+            files.write_json(record.folder / files.SUMMARY, summary)
             # Last: what others do with it may take long.
-            self._record.trackers.close(summary)
+            record.trackers.close(summary)
             self._publish()
         return Result(run.server.params, summary, self._evaluations, self._resumed)
 
@@ -308,7 +309,9 @@ class Recorder:
         """Ends a run that makes no sense any more, with a checkpoint of where it stands."""
         if self._health.trouble is not None:
             self._save()
-            self._page()
+            if self._record is not None:
+                folder = self._record.folder
+                _draw(page.NAME, lambda: page.write(folder))
             raise self._health.trouble
 
     def _fetch(self, leave: int = 0) -> None:
@@ -385,15 +388,6 @@ class Recorder:
         record.checkpoints.save(saved, self._run.server.params, arrays)
         self._saved_position, self._saved_at = self._run.position, time.monotonic()
 
-    def _page(self, summary: dict[str, Any] | None = None) -> None:
-        """Writes the page of the run; whatever goes wrong with it, the results count."""
-        if self._record is None:
-            return
-        try:
-            page.write(self._record.folder, summary)
-        except Exception as error:
-            _LOG.warning("%s was not written (%s); the run is not affected", page.NAME, error)
-
     def _pictures(self, folder: Path) -> None:
         config, run = self._config, self._run
         title = f"{config.method} on {run.dataset.name}, seed {config.seed}"
@@ -403,7 +397,9 @@ class Recorder:
         if config.traits.distils:
             rows = files.read_rows(folder / files.METRICS)
             dfkd = [row for row in rows if row["kind"] == "dfkd"]
-            plots.revival(folder / "revival.png", title, dfkd, [row["beta"] for row in arrivals])
+            # A rejected upload has no beta.
+            betas = [row["beta"] or 0.0 for row in arrivals]
+            plots.revival(folder / "revival.png", title, dfkd, betas)
         for pool in _synthetic_pools(run.server.method_state):
             images, labels, added = jax.device_get(pool[:3])
             images = unpacked(images, run.dataset.samples[0])
@@ -415,6 +411,14 @@ class Recorder:
                 labels[order],
                 run.dataset.num_classes,
             )
+
+
+def _draw(name: str, draw: Callable[[], object]) -> None:
+    """Draws something beside the results; whatever goes wrong with it, they count."""
+    try:
+        draw()
+    except Exception as error:
+        _LOG.warning("%s: not drawn (%s); the run is not affected", name, error)
 
 
 def _mean_or_none(values: list[float]) -> float | None:

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from fedrevive_jax import data
 from fedrevive_jax.clients import feed as feeds
 from fedrevive_jax.clients.evaluation import make_evaluator
-from fedrevive_jax.compute import buckets, environment
+from fedrevive_jax.compute import buckets, devices, environment
 from fedrevive_jax.compute.streams import Stream, jax_key
 from fedrevive_jax.config import is_bucket
 from fedrevive_jax.data import tokens
@@ -90,8 +89,9 @@ def evaluate_checkpoint(
     model = judging.fitting(config, dataset, model)
     version, params = read_params(folder, model, step)
     feed = feeds.make_feed(dataset, model.frozen(jax_key(config.seed, Stream.MODEL_INIT)))
+    store, labels = devices.replicate(None, (feed.store, dataset.labels))
     result = make_evaluator(model, feed.evaluation, config.eval_batch)(
-        params, feed.store, jnp.asarray(dataset.labels), dataset.positions(split)
+        params, store, labels, dataset.positions(split)
     )
     return {
         "version": version,

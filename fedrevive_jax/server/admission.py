@@ -53,11 +53,6 @@ class Rejection(NamedTuple):
     reason: Reason
     detail: str
 
-    @property
-    def ended_job(self) -> bool:
-        """Whether a job in flight is over by it, so that its slot is open."""
-        return self.client is not None
-
 
 class Rejections:
     """Counts rejected uploads by reason and logs a line for each."""

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from fedrevive_jax.compute import devices, trees
 from fedrevive_jax.config import Config
 from fedrevive_jax.errors import ConfigError
+from fedrevive_jax.server.shelf import device_memory
 
 # Entries on their way from the device: storing one waits for the step that computes it, so they are
 # taken down only when a few newer steps have been handed to the device.
@@ -194,7 +195,8 @@ def check_fit(config: Config, needed: int, beside: int = 0) -> None:
         room, needed = shutil.disk_usage(folder).free, 2 * needed
         where = f"disk with cache_dir={folder}"
     elif where == "device":
-        room = device_memory()
+        memory = device_memory()
+        room = memory and memory.limit
         if room is not None and needed > host_memory():
             raise ConfigError(
                 "cache_memory",
@@ -215,12 +217,6 @@ def check_fit(config: Config, needed: int, beside: int = 0) -> None:
             f"what lives beside them need {needed / 1e9:.1f} GB there, of {room / 1e9:.1f} GB; "
             "another memory or cache_dtype=bfloat16 may help",
         )
-
-
-def device_memory() -> int | None:
-    """Memory of the first device in bytes; None where a device has none of its own, as a CPU."""
-    statistics = jax.local_devices()[0].memory_stats() or {}
-    return statistics.get("bytes_limit")
 
 
 def host_memory() -> int:

@@ -186,6 +186,8 @@ def build(
       clock: the plan of the run.
       model: stands in for the one that the configuration names.
     """
+    # Texts that synthesis starts from move no size, and blank data have no tokenizer to read them.
+    config = dataclasses.replace(config, seed_text="")
     model = judging.fitting(config, dataset, model, target.platform)
     params, frozen = jax.eval_shape(lambda k: (model.init(k), model.frozen(k)), root_key())
     feed = feeds.make_feed(dataset, frozen)

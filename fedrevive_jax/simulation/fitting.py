@@ -1,5 +1,7 @@
 """Whether the programs of a run fit into its device, before the first arrival meets them."""
 
+from typing import Any
+
 import jax
 
 from fedrevive_jax.config import Config
@@ -38,9 +40,10 @@ def check_training(
     Raises:
       ConfigError: it does not fit.
     """
+    smaller = ["client_batch"] * (client_batch > 1) + ["batch_size"]
     _check(
         "client_batch", client_batch, "a call of client training", compiled, memory, waiting,
-        "smaller, or `batch_size` must be" + _elsewhere(config, waiting),
+        _remedies(config, smaller, waiting),
     )  # fmt: skip
 
 
@@ -49,19 +52,27 @@ def check_server_step(
 ) -> None:
     """Whether a server step fits; see `check_training`.
 
+    Args:
+      config, compiled, memory, waiting: see `check_training`.
+      teacher_batch: as in `Dfkd`.
+
     Raises:
       ConfigError: it does not fit.
     """
-    smaller = "smaller, or `num_teachers`, `synthesis_batch` or `pool_size` must be"
+    field, value, smaller = "method", config.method, []
+    if config.traits.distils:
+        field, value = "teacher_batch", teacher_batch or config.num_teachers
+        smaller = ["teacher_batch"] * (value > 1) + ["num_teachers", "distillation_batch"]
+        smaller += ["synthesis_batch"] * config.synthesises + ["pool_size"]
     _check(
-        "teacher_batch", teacher_batch, "a server step", compiled, memory, waiting,
-        smaller + _elsewhere(config, waiting),
+        field, value, "a server step", compiled, memory, waiting,
+        _remedies(config, smaller, waiting),
     )  # fmt: skip
 
 
 def _check(
     field: str,
-    value: int,
+    value: Any,
     what: str,
     compiled: jax.stages.Compiled,
     memory: Memory,
@@ -78,15 +89,15 @@ def _check(
         field,
         value,
         f"{what} needs {own} beside {used} in use and {own_waiting} for versions and uploads that "
-        f"wait, the device has {limit}; must be {remedy}",
+        f"wait, the device has {limit}; {remedy}",
     )
 
 
-def _elsewhere(config: Config, waiting: int) -> str:
-    """What else makes room."""
-    ways = []
+def _remedies(config: Config, smaller: list[str], waiting: int) -> str:
+    """What makes room: smaller values of some fields, or other values."""
+    ways = ["a smaller " + " or ".join(smaller)] if smaller else ["a smaller model"]
     if waiting:
         ways.append("version_memory=host")
     if config.precision == "float32":
         ways.append("precision=bfloat16")
-    return f", or give {' or '.join(ways)}" if ways else ""
+    return "give " + " or ".join(ways)

@@ -16,7 +16,7 @@ from fedrevive_jax.compute.streams import root_key
 from fedrevive_jax.config import Config
 from fedrevive_jax.dfkd import due, reviver
 from fedrevive_jax.methods import Ingredients, blending
-from fedrevive_jax.models import Model
+from fedrevive_jax.models import Model, judging
 from fedrevive_jax.models.model import gaussian_inputs
 from fedrevive_jax.simulation import sizing
 
@@ -104,6 +104,7 @@ def _sizes(
     config: Config, dataset: data.Dataset | None = None, model: Model | None = None
 ) -> _Sizes:
     if dataset is not None:
+        judging.check_kind(dataset)
         shape, classes, stored = dataset.input_shape, dataset.num_classes, len(dataset.labels)
         kept = len(dataset.splits["distillation"])
     else:
@@ -114,6 +115,9 @@ def _sizes(
         # Counting is the same whatever way a convolution is computed; lax's form is counted.
         plain = dataclasses.replace(config, convolution="lax")
         model = models.create(plain, shape, classes)
+    else:
+        judging.check_given(config, model)
+        judging.check_shapes(model, shape, classes)
     params, shared = jax.eval_shape(lambda k: (model.init(k), model.frozen(k)), root_key())
 
     holdings = Ingredients(

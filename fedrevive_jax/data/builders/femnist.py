@@ -12,9 +12,9 @@ from PIL import Image
 
 from fedrevive_jax.data import pixels
 from fedrevive_jax.data.builders import manual_folder
-from fedrevive_jax.data.errors import entries, one_line
+from fedrevive_jax.data.errors import entries
 from fedrevive_jax.data.femnist import CHARACTERS
-from fedrevive_jax.errors import ConfigError, FileError
+from fedrevive_jax.errors import ConfigError, FileError, one_line
 
 # A fixed revision: the address always gives the same bytes.
 URL = (

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import tensorflow_datasets as tfds
 
 from fedrevive_jax.data.builders import manual_folder
-from fedrevive_jax.data.errors import entries, one_line, read_file
+from fedrevive_jax.data.errors import entries, read_file
 from fedrevive_jax.data.newsgroups import CLASS_NAMES
-from fedrevive_jax.errors import ConfigError, FileError
+from fedrevive_jax.errors import ConfigError, FileError, one_line
 
 ARCHIVE = "20news-bydate.tar.gz"
 URL = "https://ndownloader.figshare.com/files/5975967"

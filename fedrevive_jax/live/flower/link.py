@@ -11,6 +11,7 @@ import flwr.app
 import httpx
 from flwr.serverapp import Grid
 
+from fedrevive_jax.errors import one_line
 from fedrevive_jax.live.flower.records import from_record, to_record
 from fedrevive_jax.live.link import PREPARE, Message, Reply
 
@@ -68,7 +69,7 @@ class GridLink:
                 _LOG.warning("a reply could not be asked for: %s", error)
                 found = []
             except Exception as error:  # what came is nothing that Flower can read
-                found = [Reply(flight, None, _one_line(repr(error)))]
+                found = [Reply(flight, None, one_line(repr(error)))]
             if found:
                 del self._next[flight]
                 replies += found
@@ -91,7 +92,7 @@ class GridLink:
             if message.metadata.reply_to_message_id != flight:
                 continue
             if message.has_error():
-                return [Reply(flight, None, _one_line(message.error.reason))]
+                return [Reply(flight, None, one_line(message.error.reason or "no reason given"))]
             try:
                 return [Reply(flight, from_record(message.content))]
             except ValueError as error:
@@ -103,8 +104,3 @@ def _name(node: Any) -> str:
     """A node's key in short; its number where it has none."""
     key = bytes(getattr(node, "public_key", b""))
     return hashlib.sha256(key).hexdigest()[:32] if key else str(node.node_id)
-
-
-def _one_line(reason: str | None, limit: int = 300) -> str:
-    text = " ".join((reason or "no reason given").split())
-    return text if len(text) <= limit else text[:limit] + "..."
