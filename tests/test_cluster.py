@@ -154,7 +154,7 @@ def test_a_worker_that_does_not_see_the_folder_sends_it_back(tmp_path):
     home.mkdir()
     # Long enough that it is stopped before its end.
     (config,), (other,) = (
-        plans.of_methods({**GIVEN, "max_time": 40.0}, METHODS[1:], 1, place)
+        plans.of_methods({**GIVEN, "max_time": 12.0}, METHODS[1:], 1, place)
         for place in (out, tmp_path / "alone")
     )
     blind = {"HIDDEN": out, "TMPDIR": home}
@@ -313,6 +313,63 @@ def test_warnings_of_a_run_are_told_with_its_name_and_nothing_else(monkeypatch, 
     assert "progress" not in capfd.readouterr().err
 
 
+BEGUN, OVER = threading.Semaphore(0), threading.Event()
+
+
+def save_in_a_way_of_its_own(task):
+    """In place of a run: it sends its folder, and is told to stop. One replies at once, one with an
+    error, one for too long not at all."""
+    name = task.config.run_dir.name
+    folder = task.config.run_dir.parents[1] / "worker" / name
+    folder.mkdir(parents=True)
+    files.write_json(folder / files.CONFIG, {**task.config.as_dict(), "workdir": str(folder)})
+    (folder / "state").write_text("sent before")
+    distributed.Variable(task.kept).set(parcels.pack(folder))
+    BEGUN.release()
+    distributed.Event(task.stop).wait()
+    if name == "wrong":
+        return worker.Reply(UserError("the disk is full"))
+    if name == "slow":
+        OVER.wait()
+    (folder / "state").write_text("at the end")
+    return worker.Reply(stopped="interrupted", parcel=parcels.pack(folder))
+
+
+def test_a_run_that_saves_for_too_long_costs_no_other(tmp_path, monkeypatch):
+    """What the others reply is taken, and of its own what it sent before. The scheduler keeps
+    nothing."""
+    (tmp_path / "out").mkdir()
+    configs = [
+        resolve("digits", "fedbuff", workdir=str(tmp_path / "out" / name))
+        for name in ("quick", "wrong", "slow")
+    ]
+    begun = []
+
+    def all_have_begun():
+        while BEGUN.acquire(blocking=False):
+            begun.append(1)
+        return len(begun) == len(configs)
+
+    asked = _Asked(all_have_begun)
+    asked.grace = 3.0
+    monkeypatch.setattr(worker, "work", save_in_a_way_of_its_own)
+    OVER.clear()
+    with (
+        distributed.LocalCluster(
+            n_workers=3, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0"
+        ) as threads,
+        distributed.Client(threads) as client,
+    ):
+        try:
+            with pytest.raises(InterruptedRunError):
+                cluster.Cluster(client, HERE, None, True).run(configs, False, print, asked)
+        finally:
+            OVER.set()
+        until(lambda: not threads.scheduler.extensions["variables"].variables)
+    held = {config.run_dir.name: (config.run_dir / "state").read_text() for config in configs}
+    assert held == {"quick": "at the end", "wrong": "sent before", "slow": "sent before"}
+
+
 # --- parcels --------------------------------------------------------------------------------------
 
 
@@ -337,11 +394,30 @@ def test_a_parcel_arrives_whole(recorded):
     assert arrived == {"config.json", "checkpoints", "checkpoints/state.npz"}
     assert (config.run_dir / "checkpoints" / "state.npz").read_bytes() == bytes(range(256))
     assert files.read_json(config.run_dir / files.CONFIG) == config.as_dict()
+    # A link means nothing elsewhere.
+    (folder / "log").symlink_to("/var/log/elsewhere")
+    (folder / "state").symlink_to("checkpoints/state.npz")
     # What was there is replaced as a whole, and nothing is left beside it.
     (config.run_dir / "old").write_text("")
     parcels.deliver(parcels.pack(folder), config)
     assert not (config.run_dir / "old").exists()
     assert [path.name for path in config.run_dir.parent.iterdir()] == ["run"]
+    assert not list(config.run_dir.glob("log")) + list(config.run_dir.glob("state"))
+
+
+def test_a_delivery_that_died_in_the_midst_loses_nothing(recorded):
+    """Between its two renames: what was there lies aside."""
+    config, folder = recorded
+    parcels.deliver(parcels.pack(folder), config)
+    (config.run_dir / "mark").write_text("")
+    config.run_dir.rename(config.run_dir.with_name("run.leaving"))
+    parcels.mend(config.run_dir)
+    assert (config.run_dir / "mark").exists()
+    config.run_dir.rename(config.run_dir.with_name("run.leaving"))
+    damaged = parcels.pack(folder)._replace(sha256="")
+    with pytest.raises(UserError, match="was damaged"):
+        parcels.deliver(damaged, config)
+    assert (config.run_dir / "mark").exists()
 
 
 def test_a_parcel_that_is_wrong_does_not_arrive(recorded):

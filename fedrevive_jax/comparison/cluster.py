@@ -11,6 +11,7 @@ import os
 import secrets
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ LOOK_EVERY = 0.2
 ANSWER = 10
 # Seconds that runs have to save after an error of another one, where no grace is given.
 GRACE = 30.0
+# The part of the grace in which runs that are sent back may save; the rest is for taking what their
+# workers have sent before.
+SAVING = 0.6
 # What Dask does otherwise, and processes of this machine need not.
 _LOCAL = {
     # A worker that does not answer for long computes; that it has died is seen without this.
@@ -271,7 +275,7 @@ class Cluster:
         waiting = collections.deque(configs)
         under_way: dict[distributed.Future, Config] = {}
         held: Mapping[str, Sequence[str]] = {}
-        name = secrets.token_hex(8)
+        name, keys = secrets.token_hex(8), []
         stop = distributed.Event(f"fedrevive_jax-stop-{name}", client=self._client)
         topic = f"fedrevive_jax-{name}"
         self._client.subscribe_topic(topic, _warn)
@@ -291,6 +295,7 @@ class Cluster:
                     if overwrite:
                         runner.empty(config)
                     key = f"{config.run_dir.name}-{name}"
+                    keys.append(key)
                     task = self._task(config, key, stop.name, topic)
                     future = self._client.submit(worker.work, task, key=key, pure=False)
                     under_way[future] = config
@@ -304,12 +309,15 @@ class Cluster:
             self._stop(stop, under_way, GRACE if interruption is None else interruption.grace)
             raise
         finally:
-            with contextlib.suppress(ValueError, OSError):
+            with contextlib.suppress(ValueError, OSError, RuntimeError):
+                for key in keys if self._send_back else ():
+                    self._kept(key).delete()
                 self._client.unsubscribe_topic(topic)
 
     def _task(self, config: Config, key: str, stop: str, topic: str) -> worker.Task:
         """What a worker is told; a run that it sends back goes on from what is here."""
         if self._send_back:
+            parcels.mend(config.run_dir)
             begun = (config.run_dir / files.CONFIG).exists()
             self._kept(key).set(parcels.pack(config.run_dir) if begun else None)
         return worker.Task(config, self._expected, self._sign, self._send_back, key, stop, topic)
@@ -336,34 +344,40 @@ class Cluster:
         except distributed.CancelledError:
             raise LostWorkerError("the scheduler is gone; the same command continues") from None
         if reply.error is not None:
+            self._take_kept(future, config)
             raise reply.error
         if reply.parcel is not None:
             parcels.deliver(reply.parcel, config)
+            # The scheduler's memory is for those under way.
             self._kept(str(future.key)).delete()
         return reply.stopped
 
     def _take_kept(self, future: distributed.Future, config: Config) -> None:
-        """Takes the newest folder of a run whose worker does not reply any more."""
+        """Takes the newest folder of a run whose worker sends it no more."""
         if self._send_back:
-            held: Any = self._kept(str(future.key)).get()
+            held: Any = self._kept(str(future.key)).get(timeout=ANSWER)
             if held is not None:
                 parcels.deliver(parcels.Parcel(*held), config)
 
     def _stop(
         self, stop: distributed.Event, under_way: dict[distributed.Future, Config], grace: float
     ) -> None:
-        """Has the runs under way save, and waits for that; what they sent back is taken."""
-        if not under_way:
-            return
-        with contextlib.suppress(OSError, TimeoutError, distributed.CancelledError):
-            stop.set()
-            distributed.wait(list(under_way), timeout=grace)
-        for future, config in under_way.items():
-            with contextlib.suppress(UserError, OSError):
-                if future.done():
-                    self._take(future, config)
-                else:
-                    self._take_kept(future, config)
+        """Has the runs under way save, and takes what they send back, each as it comes: the process
+        may be ended when the grace is over. Of those that save for too long it takes what they have
+        sent before."""
+        rest = dict(under_way)
+        end = time.monotonic() + grace * (SAVING if self._send_back else 1.0)
+        with contextlib.suppress(UserError, OSError, TimeoutError):
+            if rest:
+                stop.set()
+            while rest and time.monotonic() < end:
+                for future in _ended(rest):
+                    config = rest.pop(future)
+                    with contextlib.suppress(UserError, OSError, TimeoutError):
+                        self._take(future, config)
+        for future, config in rest.items():
+            with contextlib.suppress(UserError, OSError, TimeoutError):
+                self._take_kept(future, config)
 
 
 def _ended(under_way: Mapping[distributed.Future, Config]) -> list[distributed.Future]:

@@ -45,6 +45,9 @@ def pack(folder: Path) -> Parcel:
     """
 
     def chosen(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        # A link, such as some trackers leave, leads nowhere on another machine.
+        if not (member.isfile() or member.isdir()):
+            return None
         name = Path(member.name).name
         return None if name == lock.NAME or name.endswith(".partial") else member
 
@@ -72,6 +75,21 @@ def unpack(parcel: Parcel, folder: Path) -> None:
         raise UserError(f"{folder}: what a worker sent is no folder of a run ({error})") from None
 
 
+def mend(folder: Path) -> None:
+    """Puts a folder back whose delivery died after it had been put aside.
+
+    Raises:
+      OSError: it cannot be renamed.
+    """
+    if _leaving(folder).exists() and not folder.exists():
+        _leaving(folder).rename(folder)
+
+
+def _leaving(folder: Path) -> Path:
+    """Where a folder lies while another one takes its place."""
+    return folder.with_name(folder.name + ".leaving")
+
+
 def deliver(parcel: Parcel, config: Config) -> None:
     """Puts a folder that a worker sent back in the place of the run's own, whole or not at all.
 
@@ -80,9 +98,9 @@ def deliver(parcel: Parcel, config: Config) -> None:
       ConfigError: the folder cannot be written, or a process writes it now.
     """
     folder = config.run_dir
-    arriving = folder.with_name(folder.name + ".arriving")
-    leaving = folder.with_name(folder.name + ".leaving")
+    arriving, leaving = folder.with_name(folder.name + ".arriving"), _leaving(folder)
     try:
+        mend(folder)
         for rest in (arriving, leaving):  # of a process that died in the midst of this
             shutil.rmtree(rest, ignore_errors=True)
         unpack(parcel, arriving)

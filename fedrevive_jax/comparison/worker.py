@@ -204,6 +204,8 @@ def _run_apart(task: Task, config: Config, watch: "_Watch") -> Reply:
             pass
 
     stopped = _run(config, watch, keep)
+    if watch.abandoned:
+        kept.delete()
     return Reply(stopped=stopped, parcel=parcels.pack(folder))
 
 
@@ -218,7 +220,10 @@ def _borrowed(task: Task) -> Iterator[Config]:
     with tempfile.TemporaryDirectory(prefix="fedrevive-") as home:
         folder = Path(home) / place.name
         with buckets.named(folder, place):
-            held: Any = distributed.Variable(task.kept).get()
+            try:
+                held: Any = distributed.Variable(task.kept).get(timeout=PATIENCE)
+            except TimeoutError:
+                raise UserError(f"{place}: nobody asks for it any more") from None
             if held is not None:
                 parcels.unpack(parcels.Parcel(*held), folder)
             yield dataclasses.replace(task.config, workdir=str(folder))
@@ -240,6 +245,7 @@ class _Watch:
     worker is about to close, as at the end of its time on a cluster.
 
     Attributes:
+      abandoned: that the comparison is gone.
       worker_closes: that the last was the reason.
     """
 
@@ -247,7 +253,7 @@ class _Watch:
         self._worker, self._key = worker, worker.get_current_task()
         self._stop = distributed.Event(stop, client=distributed.get_client())
         self._asked, self._next_look = False, 0.0
-        self.worker_closes = False
+        self.abandoned = self.worker_closes = False
 
     @property
     def requested(self) -> bool:
@@ -266,7 +272,8 @@ class _Watch:
             self.worker_closes = True
             return True
         task = self._worker.state.tasks.get(self._key)
-        if task is None or task.state == "cancelled":  # who asked for it has gone
+        if task is None or task.state == "cancelled":
+            self.abandoned = True
             return True
         try:
             return bool(self._stop.is_set())
