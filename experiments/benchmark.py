@@ -13,6 +13,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import flags as config_flags
+from fedrevive_jax.config import whole_path
 from fedrevive_jax.errors import ConfigError
 
 PEER = flags.DEFINE_string("peer", None, "what to compare with: torch")
@@ -101,7 +102,9 @@ def _require_torch(name: str) -> None:
 def _write(told) -> None:
     if JSON.value:
         try:
-            Path(JSON.value).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+            Path(whole_path("json", JSON.value)).write_text(
+                json.dumps(told, indent=2) + "\n", encoding="utf-8"
+            )
         except OSError as error:
             raise ConfigError("json", JSON.value, f"cannot be written ({error.strerror})") from None
 

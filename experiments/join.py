@@ -11,6 +11,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import flags as config_flags
+from fedrevive_jax.config import whole_path
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.record.interruption import Interruption
@@ -40,7 +41,7 @@ def main() -> int:
     print(f"{held.num_classes} classes of {config.dataset}; working for {SERVER.value}")
     with Interruption(GRACE.value) as interruption:
         hosting.join(
-            Path(STATE.value).absolute(),
+            Path(whole_path("state_dir", STATE.value)).absolute(),
             Options(config),
             f"{address[0]}:{address[1]}",
             certificate,
@@ -52,9 +53,10 @@ def main() -> int:
 
 
 def _file(flag: flags.FlagHolder) -> Path:
-    if not flag.value or not Path(flag.value).is_file():
+    path = Path(whole_path(flag.name, flag.value or ""))
+    if not path.is_file():
         raise ConfigError(flag.name, flag.value or "", "is no file")
-    return Path(flag.value).absolute()
+    return path.absolute()
 
 
 if __name__ == "__main__":

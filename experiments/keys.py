@@ -12,6 +12,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import flags as config_flags
+from fedrevive_jax.config import whole_path
 from fedrevive_jax.errors import ConfigError, UserError
 
 OUT = flags.DEFINE_string("out", None, "folder of the server's files, or a client's key")
@@ -28,7 +29,7 @@ def main() -> None:
         from fedrevive_jax.live import keys
     except ModuleNotFoundError as error:
         raise UserError(f"needs {error.name}: python -m pip install -e '.[live]'") from None
-    path = Path(OUT.value)
+    path = Path(whole_path("out", OUT.value))
     if CLIENT.value:
         keys.make_client(path)
         print(f"{path} stays here; {path}.pub is for the server")

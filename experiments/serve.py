@@ -11,12 +11,13 @@ import resource
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 
 from experiments import flags as config_flags
-from fedrevive_jax.config import is_bucket
+from fedrevive_jax.config import is_bucket, whole_path
 from fedrevive_jax.errors import ConfigError, UserError
 from fedrevive_jax.presets import OF_PRESETS, resolve
 from fedrevive_jax.record.interruption import Interruption
@@ -44,6 +45,10 @@ GRACE = config_flags.define_grace(30.0)  # several processes end, one after the 
 config_flags.define()
 flags.adopt_module_key_flags(config_flags)
 
+# What the number of clients decides where it is not said.
+OF_CLIENTS = ("num_clients", "concurrency", "beta_s_max")
+# Flags of clients on this machine, and of those on others.
+OF_LOCAL, OF_LISTEN = (PAUSES,), (CERTIFICATES, CLIENTS)
 # Of a live run where nothing else is asked for: it ends by versions, not by the clock.
 ENDLESS, VERSIONS = "1e9", "300"
 
@@ -57,10 +62,13 @@ def main() -> int:
     given = config_flags.given_values()
     if not given["max_time"]:
         given["max_time"], given["max_versions"] = ENDLESS, given["max_versions"] or VERSIONS
+    workdir = f"runs/live_{given['dataset'] or 'digits'}_{given['method'] or 'fedrevive'}"
+    given["workdir"] = given["workdir"] or workdir
+    begun = _begun(given["workdir"]) if door else {}
     for name, value in {
-        "num_clients": str(count),
-        "concurrency": given["num_clients"] or str(count),
-        "workdir": f"runs/live_{given['dataset'] or 'digits'}_{given['method'] or 'fedrevive'}",
+        **begun,
+        "num_clients": begun.get("num_clients", str(count)),
+        "concurrency": begun.get("concurrency", given["num_clients"] or str(count)),
     }.items():
         given[name] = given[name] or value
     config = resolve(**given)
@@ -70,7 +78,10 @@ def main() -> int:
         scaled = preset.beta_s_max * config.concurrency / preset.concurrency
         config = dataclasses.replace(config, beta_s_max=scaled)
     if config.num_clients < count:
-        raise ConfigError("num_clients", config.num_clients, f"must be at least {count}")
+        beyond = "; the run was begun with fewer" if begun else ""
+        raise ConfigError(
+            "num_clients", config.num_clients, f"must be at least {count}, the clients{beyond}"
+        )
     if is_bucket(str(config.run_dir)):
         raise ConfigError("workdir", config.run_dir, "must be on this machine")
     config_flags.need_flower()
@@ -83,7 +94,7 @@ def main() -> int:
     if runner.is_finished(config, OVERWRITE.value):
         print(f"{config.run_dir} holds this run, finished; nothing to do")
         return 0
-    state = Path(STATE.value or f"{config.run_dir}.live").absolute()
+    state = Path(whole_path("state_dir", STATE.value or f"{config.run_dir}.live")).absolute()
     order = serving.Order(config, Times(job=JOB_SECONDS.value), SAVE_SECONDS.value, OVERWRITE.value)
     clients = [] if door else hosting.shared_between(config, pauses)
     began = time.monotonic()
@@ -115,6 +126,17 @@ def main() -> int:
     return 0
 
 
+def _begun(workdir: str) -> dict[str, str]:
+    """What a run that is to be continued says of its clients, whose keys may have come or gone."""
+    from fedrevive_jax.record import files, reading
+
+    folder = Path(whole_path("workdir", workdir, bucket=True))
+    if OVERWRITE.value or is_bucket(workdir) or not (folder / files.CONFIG).is_file():
+        return {}
+    kept = reading.read_config(folder)
+    return {name: str(getattr(kept, name)) for name in OF_CLIENTS}
+
+
 def _door() -> tuple[tuple[tuple[str, int], tuple[Path, ...], Path] | None, int]:
     """Where clients of other machines come in, and how many clients there are.
 
@@ -126,19 +148,20 @@ def _door() -> tuple[tuple[tuple[str, int], tuple[Path, ...], Path] | None, int]
             raise ConfigError(
                 "local_clients", LOCAL.value, "must be 1 to 64, or give listen=HOST:PORT"
             )
+        _refuse(OF_LISTEN, "goes with `listen`, not with `local_clients`")
         return None, LOCAL.value
     if LOCAL.value:
         raise ConfigError(
             "local_clients", LOCAL.value, "goes without `listen`; use experiments.join"
         )
+    _refuse(OF_LOCAL, "goes with `local_clients`, not with `listen`")
     address = config_flags.address("listen", LISTEN.value)
-    files = tuple(
-        Path(CERTIFICATES.value, name).absolute() for name in ("ca.crt", "server.crt", "server.key")
-    )
+    home = Path(whole_path("certificates", CERTIFICATES.value)).absolute()
+    files = tuple(home / name for name in ("ca.crt", "server.crt", "server.key"))
     for path in files:
         if not path.is_file():
             raise ConfigError("certificates", CERTIFICATES.value, f"holds no {path.name}")
-    folder = Path(CLIENTS.value or "").absolute()
+    folder = Path(whole_path("clients", CLIENTS.value or "")).absolute()
     count = len(list(folder.glob("*.pub"))) if CLIENTS.value else 0
     if not count:
         raise ConfigError(
@@ -150,6 +173,12 @@ def _door() -> tuple[tuple[tuple[str, int], tuple[Path, ...], Path] | None, int]
         reason = f"cannot be listened at ({error.strerror or error})"
         raise ConfigError("listen", LISTEN.value, reason) from None
     return (address, files, folder), count
+
+
+def _refuse(of_the_other: Sequence[flags.FlagHolder], reason: str) -> None:
+    for flag in of_the_other:
+        if flag.present:
+            raise ConfigError(flag.name, flag.value, reason)
 
 
 def _pauses(text: str, count: int) -> list[float]:

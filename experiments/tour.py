@@ -10,6 +10,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import flags as config_flags
+from fedrevive_jax.config import whole_path
 from fedrevive_jax.errors import ConfigError
 from fedrevive_jax.presets import resolve
 
@@ -34,7 +35,7 @@ def main() -> None:
         raise ConfigError("method", config.method, "the tour walks through fedrevive")
     if config.model == "t5":
         raise ConfigError("dataset", config.dataset, "the tour shows images, not texts")
-    walk(config, Path(OUT.value))
+    walk(config, Path(whole_path("out", OUT.value)))
 
 
 def walk(config, out: Path) -> None:

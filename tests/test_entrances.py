@@ -71,3 +71,13 @@ def test_a_cache_that_cannot_be_written_is_told_once(tmp_path, monkeypatch, capl
     assert os.environ["JAX_ENABLE_COMPILATION_CACHE"] == "false"
     (told,) = caplog.messages
     assert told.endswith("cannot be written (Not a directory); no program is kept")
+
+
+def test_a_home_is_where_its_user_keeps_a_key(tmp_path):
+    """A shell leaves `--out=~/me` as it is."""
+    made = subprocess.run(
+        [sys.executable, "-m", "experiments.keys", "--client", "--out=~/me"],
+        env={**os.environ, "HOME": str(tmp_path)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["me", "me.pub"]

@@ -140,7 +140,7 @@ def test_every_flight_ends_with_one_reply_that_is_its_own(answer, error):
     link.close()
 
 
-@pytest.mark.parametrize("given", [[None], []])
+@pytest.mark.parametrize("given", [[None], [""], []])
 def test_a_message_that_flower_does_not_take_has_no_flight(given):
     grid = FakeGrid(echo)
     grid.push_messages = lambda messages: given

@@ -17,7 +17,9 @@ pytest.importorskip("flwr", reason="needs the extra live")
 
 from fedrevive_jax.live import keys
 from fedrevive_jax.live.flower import commands
+from fedrevive_jax.presets import resolve
 from fedrevive_jax.record import files
+from fedrevive_jax.running import runner
 from tests.live_run import (
     SMALL,
     arrivals,
@@ -197,6 +199,35 @@ def listening_on_all():
     return [r[1] for r in rows if r[3] == "0A" and r[9] in inodes and not r[1].startswith(loopback)]
 
 
+def test_a_client_may_be_shut_out_of_a_run_and_none_let_in_beyond_its_number(tmp_path):
+    """A finished run of three clients: what the flags say is seen without any process of Flower."""
+    keys.make_server(tmp_path / "certificates", ["127.0.0.1"])
+    for name in "abcd":
+        keys.make_client(tmp_path / "keys" / name)
+    away = (tmp_path / "keys" / "d.pub").rename(tmp_path / "d.pub")
+    given = dict(flag.removeprefix("--").split("=") for flag in SMALL) | {
+        "method": "fedavg", "max_time": 1e9, "max_versions": 2, "num_clients": 3,
+        "concurrency": 3, "workdir": str(tmp_path / "run"),
+    }  # fmt: skip
+    runner.run(resolve(**given), keep_record=True)
+
+    def again():
+        listen = f"--listen=127.0.0.1:{commands.free_port()}"
+        flags = (listen, "--clients=keys", "--method=fedavg", "--max_versions=2", "--workdir=run")
+        process = start("serve", *flags, *SMALL, cwd=tmp_path)
+        told, _ = process.communicate(timeout=240)
+        return process.returncode, told.splitlines()[-1]
+
+    (tmp_path / "keys" / "a.pub").unlink()
+    assert again() == (0, f"{tmp_path / 'run'} holds this run, finished; nothing to do")
+    away.rename(tmp_path / "keys" / "d.pub")
+    assert again()[0] == 0  # another in its place
+    keys.make_client(tmp_path / "keys" / "e")
+    status, told = again()
+    assert status == 1
+    assert told.startswith("error: --num_clients=3: must be at least 4, the clients; the run was")
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
@@ -206,6 +237,14 @@ def listening_on_all():
         (("--listen=8443",), "--listen=8443: must be HOST:PORT"),
         (("--listen=h:8443",), "--certificates=certificates: holds no ca.crt"),
         (("--local_clients=2", "--listen=h:1"), "--local_clients=2: goes without --listen"),
+        (
+            ("--local_clients=2", "--clients=keys"),
+            "--clients=keys: goes with --listen, not with --local_clients",
+        ),
+        (
+            ("--listen=h:1", "--pauses=1"),
+            "--pauses=1: goes with --local_clients, not with --listen",
+        ),
         (("--local_clients=2", "--proxy=histogram", "--method=fedrevive"), "--proxy=histogram: is"),
     ],
 )

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -568,3 +569,18 @@ def test_evaluations_by_simulated_time():
     times = [row["time"] for row in result.evaluations]
     assert times[0] == 0.0
     assert np.floor(times[1:-1]).tolist() == [1, 2, 3, 4, 5]
+
+
+def test_what_has_come_is_saved_while_nothing_else_comes(tmp_path):
+    """After three arrivals nothing comes until the third is on disk."""
+    config = config_in(tmp_path / "run", "fedbuff", buffer_size=1, checkpoint_every=1000)
+    end = time.monotonic() + 60
+
+    class Pausing(Simulation):
+        def advance(self):
+            if self.position == 3 and 3 not in Checkpoints(config.run_dir, read_only=True).steps():
+                assert time.monotonic() < end, "nothing was saved"
+                return None
+            return super().advance()
+
+    finish(config, make=Pausing, save_seconds=0.3)

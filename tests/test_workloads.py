@@ -11,9 +11,9 @@ from tests import workloads
 pytestmark = pytest.mark.slow
 
 RUNS = {
-    "cifar10": ("dd_fedrevive", "fedbuff"),
+    "cifar10": ("fedbuff",),
     "cifar100": ("fedrevive",),
-    "femnist": ("fedrevive", "fedavg"),  # a client for each writer
+    "femnist": ("fedrevive", "dd_fedrevive", "fedavg"),  # a client for each writer
     "newsgroups": ("fedrevive", "dd_fedrevive"),  # text
 }
 

@@ -185,9 +185,13 @@ class Recorder:
                 self._evaluate()
             if receipt.new_version % config.checkpoint_every == 0:
                 self._save()
+        self.rest()
+        self._judge()
+
+    def rest(self) -> None:
+        """Saves what nobody has saved for `save_seconds`; asked also while no arrival comes."""
         if 0 < self._save_seconds <= time.monotonic() - self._saved_at:
             self._save()
-        self._judge()
 
     def _is_evaluated(self, version: int) -> bool:
         """Whether an evaluation is due at a version; the plan says it, wherever a run was

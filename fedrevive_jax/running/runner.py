@@ -197,6 +197,7 @@ def _play(made: Runnable, folder: Path | None, publish: Callable[[], None], how:
                     trace.before_arrival()
                 receipt = made.advance()
                 if receipt is None:  # nothing has come for a while
+                    recorder.rest()
                     continue
                 recorder.observe(receipt)
                 if not progress.disable:

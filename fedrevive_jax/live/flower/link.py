@@ -46,9 +46,9 @@ class GridLink:
     def send(self, node: int, message: Message, seconds: float) -> Hashable | None:
         kind = flwr.app.MessageType.QUERY if message.kind == PREPARE else flwr.app.MessageType.TRAIN
         sent = flwr.app.Message(to_record(message), node, kind, ttl=seconds)
-        # The Grid over HTTP gives None in a message's place, that in memory leaves it out.
+        # In the place of a message that it refuses a Grid gives nothing, None or an empty name.
         given = list(self._grid.push_messages([sent]))
-        if not given or given[0] is None:
+        if not given or not given[0]:
             return None
         self._next[given[0]] = time.monotonic() + POLL
         return given[0]
