@@ -83,9 +83,8 @@ def test_a_call_stays_in_fast_memory():
         (100, 0, 399, 3), (100, 0, 100, 2), (100, 900, 399, 1), (100, 0, 0, 10),
     ):  # fmt: skip
         assert sizing.default_client_batch(model, config, job, used, 1000, fast) == count
-    upload = jnp.zeros(2)
-    assert [sizing.training_bytes(upload, 100, jobs, fast=250) for jobs in (2, 3)] == [16, 50]
-    assert sizing.training_bytes(upload, 100, 3, fast=250, devices=4) == 50 + 12 * 8
+    assert [sizing.training_bytes(8, 100, jobs, fast=250) for jobs in (2, 3)] == [16, 50]
+    assert sizing.training_bytes(8, 100, 3, fast=250, devices=4) == 50 + 12 * 8
     assert chips.fast_memory("TPU v5 lite") == 128 * 2**20
     assert chips.fast_memory("cpu") == 0
 

@@ -4,6 +4,7 @@ No data, no weights, no chip. What comes out are the compiler's numbers, and est
 """
 
 import dataclasses
+import functools
 import re
 import time
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from fedrevive_jax.clients import feed as feeds
 from fedrevive_jax.clients.evaluation import make_batch_judge
 from fedrevive_jax.clients.local_training import make_window_trainer
 from fedrevive_jax.clock import schedule
-from fedrevive_jax.compute import chips, trees
+from fedrevive_jax.compute import chips, tiles
 from fedrevive_jax.compute.hlo import Cost, Program
 from fedrevive_jax.compute.streams import Stream, jax_key, root_key
 from fedrevive_jax.compute.target import Target
@@ -246,11 +247,12 @@ def build(
     indices = shapes(jax.ShapeDtypeStruct(steps, jnp.int32))
     numbers = shapes(jax.ShapeDtypeStruct((jobs,), jnp.int32))
     facts = shapes((number,) * 4 + (flag,))
+    size = functools.partial(tiles.nbytes, platform=target.platform)
     waiting = 0
     if room.place == "device":
-        waiting = (clock.live_versions_max() + config.concurrency) * trees.nbytes((params, extra))
+        waiting = (clock.live_versions_max() + config.concurrency) * size((params, extra))
     if config.cache_memory == "device":
-        waiting += config.num_clients * trees.nbytes(entry)
+        waiting += config.num_clients * size(entry)
     of_a_job = sizing.job_bytes(model, params, config.batch_size)
     each = -(-jobs // len(target.devices))
     return Programs(
@@ -262,15 +264,15 @@ def build(
         room.client_batch,
         room.teacher_batch,
         {
-            "training": waiting + trees.nbytes(state),
-            "server_step": waiting + trees.nbytes((store, labels)),
-            "evaluation": waiting + trees.nbytes(state),
+            "training": waiting + size(state),
+            "server_step": waiting + size((store, labels)),
+            "evaluation": waiting + size(state),
         },
         {
             "training": sizing.training_bytes(
-                params, of_a_job, each, target.chip.fast, len(target.devices)
+                size(params), of_a_job, each, target.chip.fast, len(target.devices)
             ),
-            "server_step": sizing.revival_bytes(config, model, params) + trees.nbytes(params),
+            "server_step": sizing.revival_bytes(config, model, params) + size(params),
         },
     )
 

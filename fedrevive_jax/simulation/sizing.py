@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from fedrevive_jax import methods
 from fedrevive_jax.clock.schedule import Schedule
 from fedrevive_jax.clock.windows import Window, plan_windows
-from fedrevive_jax.compute import trees
+from fedrevive_jax.compute import tiles, trees
 from fedrevive_jax.compute.streams import root_key
 from fedrevive_jax.config import Config
 from fedrevive_jax.dfkd import reviver, synthesis
@@ -48,20 +48,20 @@ def job_bytes(model: Model, params: Any, batch_size: int) -> int:
       batch_size: samples of a step.
     """
     copies = COPIES_ON_TPU if model.platform == "tpu" else COPIES
-    return copies * trees.nbytes(params) + batch_size * _kept_bytes(model, params)
+    return copies * tiles.nbytes(params, model.platform) + _kept_bytes(model, params, batch_size)
 
 
-def training_bytes(params: Params, job: int, jobs: int, fast: int, devices: int = 1) -> int:
+def training_bytes(upload: int, job: int, jobs: int, fast: int, devices: int = 1) -> int:
     """Device memory of a call of client training beside its arguments.
 
     Args:
-      params: the model's parameters, or their shapes.
+      upload: bytes of an upload.
       job: bytes of one job under training.
       jobs: that one device trains in the call.
       fast: see `chips.Chip`; what fits there needs no other, but for the uploads.
       devices: that share the call; each holds the uploads of all of them at its end.
     """
-    uploads = jobs * trees.nbytes(params)
+    uploads = jobs * upload
     gathered = devices * uploads if devices > 1 else 0
     return max(jobs * job - fast, uploads) + gathered
 
@@ -86,24 +86,23 @@ def revival_bytes(config: Config, model: Model, params: Any) -> int:
         return student
     # And the student. Of judges that are not kept one at a time does its forward pass again.
     judges = 1 if synthesis.keeps_no_judge(model) else config.judges_of_a_sample
-    networks = judges + 1
-    per_sample = networks * _kept_bytes(model, params) + _making_bytes(config, model)
-    return max(student, config.samples_made * per_sample)
+    networks = (judges + 1) * _kept_bytes(model, params, config.samples_made)
+    return max(student, networks + _making_bytes(config, model))
 
 
-def _kept_bytes(model: Model, params: Any) -> int:
-    """Bytes that the forward pass of one sample keeps for the way back."""
+def _kept_bytes(model: Model, params: Any, samples: int) -> int:
+    """Bytes that the forward pass of so many samples keeps for the way back."""
 
     def forward(batch_size, params):
         key = root_key()
         inputs = gaussian_inputs(model, key, batch_size, model.frozen(key))
         return jax.vjp(lambda p: model.apply(p, inputs)[0].sum(), params)[1]
 
-    return _growth(forward, params)
+    return _grown(model.platform, samples, forward, params)
 
 
 def _making_bytes(config: Config, model: Model) -> int:
-    """Bytes that making one sample keeps for the way back."""
+    """Bytes that making the samples of a synthesis keeps for the way back."""
     maker = reviver.make_maker(config, model)
 
     def make(batch_size, params):
@@ -111,16 +110,22 @@ def _making_bytes(config: Config, model: Model) -> int:
         drawn = maker.draw(key, key, targets, model.frozen(key))
         return jax.vjp(lambda p: maker.make(p, *drawn), params)[1]
 
-    return _growth(make, jax.eval_shape(maker.init, root_key()))
+    of_maker = jax.eval_shape(maker.init, root_key())
+    return _grown(model.platform, config.samples_made, make, of_maker)
 
 
-def _growth(function: Callable, *given: Any) -> int:
-    """By how many bytes a result grows with each sample: (batch size, *given) -> pytree. What does
-    not grow, such as parameters, is no working memory of its own."""
-    one, two = (
-        trees.nbytes(jax.eval_shape(partial(function, batch_size), *given)) for batch_size in (1, 2)
-    )
-    return two - one
+def _grown(platform: str, samples: int, function: Callable, *given: Any) -> int:
+    """By how many bytes a result grows with so many samples: (batch size, *given) -> pytree. What
+    does not grow, such as parameters, is no working memory of its own."""
+
+    def shapes(batch_size: int) -> Any:
+        return jax.eval_shape(partial(function, batch_size), *given)
+
+    one, two = (trees.nbytes(shapes(batch_size)) for batch_size in (1, 2))
+    if platform != "tpu":
+        return samples * (two - one)
+    # Tiles are padded by the whole batch, and other batches are laid out in other ways.
+    return max(tiles.nbytes(shapes(samples), platform) - (2 * one - two), 0)
 
 
 def choose_place(config: Config, working: int, used: int, memory: int | None) -> str:
@@ -244,11 +249,12 @@ def room(
       memory: see `choose_place`.
       fast: see `chips.Chip`.
     """
+    size = partial(tiles.nbytes, platform=holdings.model.platform)
     state, entry, extra = methods.shapes(config, holdings, params)
-    waiting_bytes = waiting * trees.nbytes((params, extra))
-    used = waiting_bytes + trees.nbytes((state, stored, holdings.frozen))
+    waiting_bytes = waiting * size((params, extra))
+    used = waiting_bytes + size((state, stored, holdings.frozen))
     if config.cache_memory == "device":
-        used += config.num_clients * trees.nbytes(entry)
+        used += config.num_clients * size(entry)
     job = job_bytes(holdings.model, params, config.batch_size)
     working = max(job, revival_bytes(config, holdings.model, params))
     place = choose_place(config, working, used, memory)
