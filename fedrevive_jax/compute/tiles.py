@@ -3,7 +3,7 @@
 It keeps them in tiles of 8 rows of 128 numbers, or of 1, 2 or 4 rows where there are no more; what
 does not fill its last tile is padded. The compiler chooses which two axes the tiles cover, and
 takes those that leave the least empty, but for some small ones. An array of one axis lies in tiles
-of up to 1024 numbers. Read from what the compiler of libtpu 0.0.4x says of arguments.
+of up to 1024 numbers. Read from what the compiler of libtpu 0.0.42 says of arguments.
 """
 
 import itertools
