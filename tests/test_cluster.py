@@ -351,7 +351,7 @@ def test_a_run_that_saves_for_too_long_costs_no_other(tmp_path, monkeypatch):
         return len(begun) == len(configs)
 
     asked = _Asked(all_have_begun)
-    asked.grace = 3.0
+    asked.grace = 8.0
     monkeypatch.setattr(worker, "work", save_in_a_way_of_its_own)
     OVER.clear()
     with (

@@ -199,7 +199,7 @@ def listening_on_all():
     return [r[1] for r in rows if r[3] == "0A" and r[9] in inodes and not r[1].startswith(loopback)]
 
 
-def test_a_client_may_be_shut_out_of_a_run_and_none_let_in_beyond_its_number(tmp_path):
+def test_keys_that_come_and_go_make_no_other_run_and_none_goes_beyond_its_number(tmp_path):
     """A finished run of three clients: what the flags say is seen without any process of Flower."""
     keys.make_server(tmp_path / "certificates", ["127.0.0.1"])
     for name in "abcd":
@@ -221,7 +221,7 @@ def test_a_client_may_be_shut_out_of_a_run_and_none_let_in_beyond_its_number(tmp
     (tmp_path / "keys" / "a.pub").unlink()
     assert again() == (0, f"{tmp_path / 'run'} holds this run, finished; nothing to do")
     away.rename(tmp_path / "keys" / "d.pub")
-    assert again()[0] == 0  # another in its place
+    assert again()[0] == 0
     keys.make_client(tmp_path / "keys" / "e")
     status, told = again()
     assert status == 1

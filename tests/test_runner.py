@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ from fedrevive_jax.presets import resolve
 from fedrevive_jax.record import derived, files, reading
 from fedrevive_jax.record.checkpoint import CheckpointError, Checkpoints
 from fedrevive_jax.record.files import RecordError
-from fedrevive_jax.running import restore, runner
+from fedrevive_jax.running import recorder, restore, runner
 from fedrevive_jax.simulation.simulator import Simulation
 from tests import killed_run
 from tests.toys import small
@@ -571,16 +572,22 @@ def test_evaluations_by_simulated_time():
     assert np.floor(times[1:-1]).tolist() == [1, 2, 3, 4, 5]
 
 
-def test_what_has_come_is_saved_while_nothing_else_comes(tmp_path):
-    """After three arrivals nothing comes until the third is on disk."""
+def test_what_has_come_is_saved_while_nothing_else_comes(tmp_path, monkeypatch):
+    """By a clock that stands still but for a long pause after the third arrival."""
     config = config_in(tmp_path / "run", "fedbuff", buffer_size=1, checkpoint_every=1000)
-    end = time.monotonic() + 60
+    config = dataclasses.replace(config, checkpoint_keep=1000)
+    clock, paused = [0.0], []
+    still = types.SimpleNamespace(monotonic=lambda: clock[0], perf_counter=time.perf_counter)
+    monkeypatch.setattr(recorder, "time", still)
 
     class Pausing(Simulation):
         def advance(self):
-            if self.position == 3 and 3 not in Checkpoints(config.run_dir, read_only=True).steps():
-                assert time.monotonic() < end, "nothing was saved"
+            if self.position == 3 and not paused:
+                paused.append(Checkpoints(config.run_dir, read_only=True).steps())
+                clock[0] += 60
                 return None
             return super().advance()
 
-    finish(config, make=Pausing, save_seconds=0.3)
+    finish(config, make=Pausing, save_seconds=50.0)
+    assert paused == [[]]
+    assert Checkpoints(config.run_dir, read_only=True).steps()[0] == 3

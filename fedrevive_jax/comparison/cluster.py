@@ -22,7 +22,7 @@ from distributed.scheduler import KilledWorker
 
 from fedrevive_jax.comparison import parcels, worker
 from fedrevive_jax.config import Config, is_bucket
-from fedrevive_jax.errors import ConfigError, UserError
+from fedrevive_jax.errors import ConfigError, UserError, one_line
 from fedrevive_jax.record import files
 from fedrevive_jax.record.interruption import InterruptedRunError, Interruption
 from fedrevive_jax.running import runner
@@ -335,7 +335,7 @@ class Cluster:
         try:
             reply: worker.Reply = future.result()
         except KilledWorker as error:
-            self._take_kept(future, config)
+            _attempt(self._take_kept, future, config)
             name = config.run_dir.name
             raise LostWorkerError(
                 f"{name}: {error.allowed_failures + 1} workers have died of it, killed or out of "
@@ -344,7 +344,7 @@ class Cluster:
         except distributed.CancelledError:
             raise LostWorkerError("the scheduler is gone; the same command continues") from None
         if reply.error is not None:
-            self._take_kept(future, config)
+            _attempt(self._take_kept, future, config)
             raise reply.error
         if reply.parcel is not None:
             parcels.deliver(reply.parcel, config)
@@ -367,17 +367,28 @@ class Cluster:
         sent before."""
         rest = dict(under_way)
         end = time.monotonic() + grace * (SAVING if self._send_back else 1.0)
-        with contextlib.suppress(UserError, OSError, TimeoutError):
+        try:
             if rest:
                 stop.set()
             while rest and time.monotonic() < end:
                 for future in _ended(rest):
-                    config = rest.pop(future)
-                    with contextlib.suppress(UserError, OSError, TimeoutError):
-                        self._take(future, config)
+                    _attempt(self._take, future, rest.pop(future))
+        except (UserError, OSError, TimeoutError, RuntimeError):
+            return  # the scheduler is gone, and all that it had
         for future, config in rest.items():
-            with contextlib.suppress(UserError, OSError, TimeoutError):
-                self._take_kept(future, config)
+            _attempt(self._take_kept, future, config)
+
+
+def _attempt(
+    take: Callable[[distributed.Future, Config], object],
+    future: distributed.Future,
+    config: Config,
+) -> None:
+    """Takes something of a run that is ended because of another one, whose error counts."""
+    try:
+        take(future, config)
+    except Exception as error:  # of a worker, of the scheduler, of a disk
+        _LOG.warning("%s: %s", config.run_dir.name, one_line(error))
 
 
 def _ended(under_way: Mapping[distributed.Future, Config]) -> list[distributed.Future]:

@@ -245,7 +245,6 @@ class _Watch:
     worker is about to close, as at the end of its time on a cluster.
 
     Attributes:
-      abandoned: that the comparison is gone.
       worker_closes: that the last was the reason.
     """
 
@@ -253,7 +252,7 @@ class _Watch:
         self._worker, self._key = worker, worker.get_current_task()
         self._stop = distributed.Event(stop, client=distributed.get_client())
         self._asked, self._next_look = False, 0.0
-        self.abandoned = self.worker_closes = False
+        self.worker_closes = False
 
     @property
     def requested(self) -> bool:
@@ -263,6 +262,12 @@ class _Watch:
             self._asked = self._look()
         return self._asked
 
+    @property
+    def abandoned(self) -> bool:
+        """Whether the comparison is gone, by now."""
+        task = self._worker.state.tasks.get(self._key)
+        return task is None or task.state == "cancelled"
+
     def share(self) -> None:
         """Takes note of a stop that another process of the run was told; a worker has no others."""
         self._asked = True
@@ -271,9 +276,7 @@ class _Watch:
         if self._worker.status not in (Status.running, Status.paused):
             self.worker_closes = True
             return True
-        task = self._worker.state.tasks.get(self._key)
-        if task is None or task.state == "cancelled":
-            self.abandoned = True
+        if self.abandoned:
             return True
         try:
             return bool(self._stop.is_set())

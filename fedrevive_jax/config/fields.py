@@ -43,8 +43,6 @@ LIMITS = {"at_least": "at least", "above": "above", "at_most": "at most", "below
 
 # Types of fields and their words.
 KINDS = {int: "a whole number", float: "a number", str: "a text"}
-# What may be given for a text.
-TEXTS = (str, os.PathLike, int, float)
 
 
 def checked(field: dataclasses.Field, value: Any) -> Any:
@@ -57,9 +55,12 @@ def checked(field: dataclasses.Field, value: Any) -> Any:
         return ConfigError(field.name, shown(value), f"must be {joined.join(allowed)}")
 
     try:
-        if kind is str and not any(isinstance(value, given) for given in TEXTS):
+        given: Any = value
+        if isinstance(given, os.PathLike):
+            given = os.fspath(given)
+        if kind is str and not isinstance(given, (str, int, float)):
             raise ValueError  # str(None) is a text
-        result: Any = kind(value)
+        result: Any = kind(given)
         if isinstance(value, bool) or (kind is int and float(value) != result):
             raise ValueError  # int(0.5) would pass silently
     except (TypeError, ValueError, OverflowError):

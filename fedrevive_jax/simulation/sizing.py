@@ -124,7 +124,8 @@ def _grown(platform: str, samples: int, function: Callable, *given: Any) -> int:
     one, two = (trees.nbytes(shapes(batch_size)) for batch_size in (1, 2))
     if platform != "tpu":
         return samples * (two - one)
-    # Tiles are padded by the whole batch, and other batches are laid out in other ways.
+    # Tiles are padded by the whole batch, and other batches are laid out in other ways. What the
+    # padding of parameters adds is counted with it.
     return max(tiles.nbytes(shapes(samples), platform) - (2 * one - two), 0)
 
 
