@@ -370,6 +370,30 @@ def test_a_run_that_saves_for_too_long_costs_no_other(tmp_path, monkeypatch):
     assert held == {"quick": "at the end", "wrong": "sent before", "slow": "sent before"}
 
 
+def test_a_scheduler_that_is_gone_is_one_line(tmp_path, monkeypatch):
+    """Also where what it held would have been taken."""
+    (tmp_path / "out").mkdir()
+    config = resolve("digits", "fedbuff", workdir=str(tmp_path / "out" / "slow"))
+    monkeypatch.setattr(worker, "work", save_in_a_way_of_its_own)
+    OVER.clear()
+    with (
+        dask.config.set({"distributed.comm.timeouts.connect": "1s"}),
+        distributed.LocalCluster(
+            n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0"
+        ) as threads,
+        distributed.Client(threads) as client,
+    ):
+
+        def gone():
+            if BEGUN.acquire(blocking=False):
+                OVER.set()
+                threads.sync(threads.scheduler.close)
+            return False
+
+        with pytest.raises(cluster.LostSchedulerError, match="is gone; the same command continues"):
+            cluster.Cluster(client, HERE, None, True).run([config], False, print, _Asked(gone))
+
+
 # --- parcels --------------------------------------------------------------------------------------
 
 

@@ -59,6 +59,13 @@ class LostWorkerError(UserError):
     """The processes that ran a part of the comparison are gone."""
 
 
+class LostSchedulerError(LostWorkerError):
+    """The scheduler is gone, and with it whatever it held."""
+
+    def __init__(self):
+        super().__init__("the scheduler is gone; the same command continues")
+
+
 class _InBackground(distributed.WorkerPlugin):
     """Leaves the terminal to the process of the comparison: Ctrl-C, which goes to all, is told to
     workers by it, and what Dask and libraries say in them is not for the user."""
@@ -286,7 +293,7 @@ class Cluster:
                         f"interrupted: {len(configs) - len(waiting) - len(under_way)} of "
                         f"{len(configs)} runs are done, those under way have saved"
                     )
-                before, held = held, self._client.processing()
+                before, held = held, self._processing()
                 _tell_lost(before, held, {str(f.key): c for f, c in under_way.items()})
                 # No more than there are workers: a run that waits behind another one at a worker
                 # would count as lost with it.
@@ -305,6 +312,8 @@ class Cluster:
                     if stopped:
                         raise InterruptedRunError(f"{stopped}, at a worker that was told to stop")
                     done(config)
+        except LostSchedulerError:
+            raise
         except BaseException:
             self._stop(stop, under_way, GRACE if interruption is None else interruption.grace)
             raise
@@ -313,6 +322,17 @@ class Cluster:
                 for key in keys if self._send_back else ():
                     self._kept(key).delete()
                 self._client.unsubscribe_topic(topic)
+
+    def _processing(self) -> Mapping[str, Sequence[str]]:
+        """What each worker has to do, by its address.
+
+        Raises:
+          LostSchedulerError: the scheduler is gone.
+        """
+        try:
+            return self._client.processing()
+        except OSError:
+            raise LostSchedulerError() from None
 
     def _task(self, config: Config, key: str, stop: str, topic: str) -> worker.Task:
         """What a worker is told; a run that it sends back goes on from what is here."""
@@ -342,7 +362,7 @@ class Cluster:
                 "memory; the same command continues"
             ) from None
         except distributed.CancelledError:
-            raise LostWorkerError("the scheduler is gone; the same command continues") from None
+            raise LostSchedulerError() from None
         if reply.error is not None:
             _attempt(self._take_kept, future, config)
             raise reply.error
@@ -373,8 +393,8 @@ class Cluster:
             while rest and time.monotonic() < end:
                 for future in _ended(rest):
                     _attempt(self._take, future, rest.pop(future))
-        except (UserError, OSError, TimeoutError, RuntimeError):
-            return  # the scheduler is gone, and all that it had
+        except (LostSchedulerError, OSError, RuntimeError):
+            return  # and nothing can be taken
         for future, config in rest.items():
             _attempt(self._take_kept, future, config)
 
@@ -402,7 +422,7 @@ def _ended(under_way: Mapping[distributed.Future, Config]) -> list[distributed.F
     except TimeoutError:
         return []
     except distributed.CancelledError:
-        raise LostWorkerError("the scheduler is gone; the same command continues") from None
+        raise LostSchedulerError() from None
     return [future for future in under_way if future.done()]
 
 
