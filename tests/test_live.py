@@ -17,7 +17,7 @@ from fedrevive_jax.live import packing, serving
 from fedrevive_jax.live.coordinator import Coordinator, Times, drawn, prepared
 from fedrevive_jax.live.federation import Federation
 from fedrevive_jax.live.link import Message
-from fedrevive_jax.live.registry import Registry
+from fedrevive_jax.live.registry import LONGEST_REST, Registry
 from fedrevive_jax.live.trainer import Options, Trainer
 from fedrevive_jax.presets import resolve
 from fedrevive_jax.record import files, lock
@@ -255,6 +255,12 @@ def check(server, coordinator, open_slots):
     assert len(server.live_versions) <= at_work + 1
 
 
+def test_who_refused_again_and_again_is_asked_again():
+    """Found by the search below: rests grow with each refusal, and a first deadline adds one."""
+    long = [("wait", seconds) for seconds in (3.0, 3.0, 30.0, 30.0)]
+    survive(K, [("refuse", True), *long])
+
+
 @pytest.mark.parametrize("open_slots", [1, K])
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(acts=st.lists(ACTS, max_size=60))
@@ -264,7 +270,7 @@ def test_nothing_that_nodes_or_network_do_loses_a_slot_or_a_job(open_slots, acts
 
 @pytest.mark.slow
 @pytest.mark.parametrize("open_slots", [1, K])
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500, deadline=None, derandomize=True)
 @given(acts=st.lists(ACTS, max_size=60))
 def test_nor_does_it_in_a_thousand_random_sequences(open_slots, acts):
     survive(open_slots, acts)
@@ -273,18 +279,20 @@ def test_nor_does_it_in_a_thousand_random_sequences(open_slots, acts):
 def survive(open_slots, acts):
     """Does what is told, then lets all be well again, and holds the coordinator to its promises."""
     server, link, coordinator = hostile(open_slots=open_slots)
-    now, taken = 0.0, 0
+    now = 0.0
     for kind, *what in acts:
         now += act(link, kind, *what)
         arrived = coordinator.advance(now)
-        taken += arrived is not None
         assert arrived is None or 0 <= arrived.training <= arrived.round_trip
         check(server, coordinator, open_slots)
     # Once all is well again, the work goes on.
     link.up, link.refuses = set(range(NODES)), False
-    for _ in range(40):  # beyond every job's deadline and the longest rest
+    for _ in range(30 + LONGEST_REST):  # beyond every deadline and the longest rest
+        for flight in list(link.open):
+            link.answer(flight, good())
         now += 1.0
         coordinator.advance(now)
+    taken = 0
     for _ in range(4 * K):
         for flight in list(link.open):
             link.answer(flight, good())
